@@ -1,0 +1,32 @@
+"""Batch normalization for any array library."""
+
+from batchnorm.folding import fold, fold_conv, fold_linear
+from batchnorm.functional import (
+    batch_norm,
+    batch_norm_backward,
+    moments,
+    normalize,
+    normalize_backward,
+    update_running,
+)
+from batchnorm.kernels import KernelSet, kernels_for
+from batchnorm.layer import BatchNorm
+from batchnorm.moments import Moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "KernelSet",
+    "Moments",
+    "batch_norm",
+    "batch_norm_backward",
+    "fold",
+    "fold_conv",
+    "fold_linear",
+    "kernels_for",
+    "moments",
+    "normalize",
+    "normalize_backward",
+    "update_running",
+]

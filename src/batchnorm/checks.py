@@ -1,0 +1,229 @@
+"""What cannot be normalized, and how we say so.
+
+Every function here raises or returns what its caller needs next; none changes anything. A message
+names the argument, what it got and what was expected, in that order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+import operator
+from types import ModuleType
+from typing import Any, NoReturn
+
+import array_api_compat as compat
+
+from batchnorm.layout import FLOATS, Layout, float_name, layout
+
+Array = Any
+
+
+def fail(error: type[Exception], argument: str, got: object, expected: str) -> NoReturn:
+    """Raise an error in the one form that all of ours have."""
+    raise error(f"{argument}: got {got}, expected {expected}")
+
+
+def namespace(argument: str, x: Array) -> ModuleType:
+    """The array API namespace of an array."""
+    try:
+        xp: ModuleType = compat.array_namespace(x)
+    except TypeError:
+        fail(TypeError, argument, f"a {type(x).__name__}", "an array of an array API library")
+    return xp
+
+
+def library(xp: ModuleType) -> str:
+    """The name by which users know an array API namespace."""
+    return xp.__name__.removeprefix("array_api_compat.")
+
+
+def subject(x: Array, axis: int | tuple[int, ...], argument: str = "x") -> Layout:
+    """Check the array to be normalized and its channel axis."""
+    xp = namespace(argument, x)
+    _floating(xp, argument, x)
+    return layout(xp, x, _axes(axis, x.ndim), _device(x))
+
+
+def like(at: Layout, x: Array, argument: str, other: Array) -> None:
+    """Check an array of the shape of x: dy or out."""
+    _beside(at.xp, at.device, argument, other)
+    if not same_shape(other.shape, x.shape):
+        fail(ValueError, argument, f"shape {tuple(other.shape)}", f"{tuple(x.shape)}, as x")
+
+
+def vectors(at: Layout, **given: Array | None) -> None:
+    """Check per-channel arguments: library, device, dtype and shape."""
+    for argument, v in given.items():
+        if v is None:
+            continue
+        _beside(at.xp, at.device, argument, v)
+        if not same_shape(v.shape, at.channels):
+            axis = at.kept[0] if len(at.kept) == 1 else at.kept
+            fail(
+                ValueError,
+                argument,
+                f"shape {tuple(v.shape)}",
+                f"{at.channels}, the channels of x at axis {axis}",
+            )
+
+
+def statistics(at: Layout, stats: Any) -> Any:
+    """Check the `stats` that batch_norm returned."""
+    if not _is_moments(stats):
+        fail(TypeError, "stats", f"a {type(stats).__name__}", "the Moments that batch_norm returned")
+    vectors(at, **{"stats.mean": stats.mean, "stats.var": stats.var, "stats.mean_lo": stats.mean_lo})
+    if hasattr(stats.count, "shape") and stats.count.shape != ():
+        vectors(at, **{"stats.count": stats.count})
+    return stats
+
+
+def mergeable(parts: tuple[Any, ...]) -> tuple[ModuleType, Any, tuple[int, ...]]:
+    """Check that moments can be merged; their library, device and shape."""
+    for i, part in enumerate(parts):
+        if not _is_moments(part):
+            fail(TypeError, f"parts[{i}]", f"a {type(part).__name__}", "Moments")
+    first = parts[0].mean
+    xp, device = namespace("parts[0].mean", first), _device(first)
+    for i, part in enumerate(parts):
+        for field, v in zip(part._fields, part, strict=True):
+            if not hasattr(v, "dtype"):
+                continue
+            _beside(xp, device, f"parts[{i}].{field}", v)
+            if not same_shape(v.shape, first.shape) and (field != "count" or v.shape != ()):
+                got, expected = f"shape {tuple(v.shape)}", f"{tuple(first.shape)}, as parts[0].mean"
+                fail(ValueError, f"parts[{i}].{field}", got, expected)
+    return xp, device, tuple(first.shape)
+
+
+def weights(at: Layout, x: Array, where: Array | None) -> None:
+    """Check a mask or weights, and their values where the library is not lazy."""
+    if where is None:
+        return
+    _same_library(at.xp, "where", where)
+    _same_device(at.device, "where", where)
+    dtype = where.dtype
+    if float_name(at.xp, dtype) is None and not at.xp.isdtype(dtype, ("bool", "integral")):
+        fail(TypeError, "where", f"dtype {dtype}", "a boolean mask or real weights")
+    trailing = tuple(x.shape)[x.ndim - where.ndim :] if where.ndim <= x.ndim else None
+    if trailing is None or not all(
+        w == 1 or same_shape((w,), (n,)) for w, n in zip(where.shape, trailing, strict=True)
+    ):
+        got, expected = f"shape {tuple(where.shape)}", f"one that broadcasts to {tuple(x.shape)}, as x"
+        fail(ValueError, "where", got, expected)
+    if not compat.is_lazy_array(where) or compat.is_jax_array(where):
+        real = at.xp.astype(where, at.wide)
+        if seen_false(at.xp.all((real >= 0) & (real < float("inf")))):
+            fail(ValueError, "where", "a weight that is negative, infinite or NaN", "weights >= 0")
+
+
+def enough_values(at: Layout, x: Array, where: Array | None) -> None:
+    """Check that each channel has the two values that a spread needs."""
+    expected = "at least 2 values per channel to normalize by their own statistics"
+    got = f"shape {tuple(x.shape)}"
+    if at.values == 0:
+        fail(ValueError, "x", f"an empty batch of {got}", expected)
+    if at.values == 1:
+        fail(ValueError, "x", f"{got} with one value per channel", expected)
+    if where is not None and (not compat.is_lazy_array(where) or compat.is_jax_array(where)):
+        weighs, _ = at.xp.broadcast_arrays(at.xp.astype(where, at.wide), x)
+        values = at.xp.sum(at.xp.astype(weighs > 0, at.wide), axis=at.reduced)
+        if seen_false(at.xp.all(values >= 2)):
+            fail(ValueError, "where", "a channel with fewer than 2 values of weight > 0", expected)
+
+
+def group(group: Any) -> None:
+    """Check that a group can sum over its members."""
+    if group is not None and not callable(getattr(group, "all_reduce", None)):
+        fail(TypeError, "group", f"a {type(group).__name__}", "an object with all_reduce(array)")
+
+
+def output(at: Layout, x: Array, out: Array | None) -> None:
+    """Check that a result of x's shape and dtype can be written to `out`."""
+    if out is None:
+        return
+    like(at, x, "out", out)
+    if out.dtype != x.dtype:
+        fail(TypeError, "out", f"dtype {out.dtype}", f"{x.dtype}, as x")
+    if compat.is_lazy_array(out) or not hasattr(type(out), "__setitem__"):  # JAX's count as lazy
+        fail(TypeError, "out", f"an array of {library(at.xp)}", "an array that can be written to")
+    flags = getattr(out, "flags", None)
+    if flags is not None and not getattr(flags, "writeable", True):
+        fail(ValueError, "out", "a read-only array", "one that can be written to")
+
+
+def scalar(argument: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Check a number with bounds; a 0-d array (a traced one, say) is left to its library."""
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        return
+    interval = f"a number >= {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        fail(TypeError, argument, f"{value!r}", interval)
+    if not low <= float(value) <= high or value == float("inf"):
+        fail(ValueError, argument, f"{value!r}", interval)
+
+
+def seen_false(truth: Array) -> bool:
+    """Whether a condition is false, as far as one can see: a lazy value cannot be looked at."""
+    if compat.is_lazy_array(truth) and not compat.is_jax_array(truth):
+        return False
+    try:
+        return not bool(truth)
+    except (TypeError, RuntimeError):  # a traced array of JAX, a transformed one of PyTorch
+        return False
+
+
+def _is_moments(value: Any) -> bool:
+    return getattr(value, "_fields", None) == ("count", "mean", "var", "mean_lo")
+
+
+def _floating(xp: ModuleType, argument: str, x: Array) -> None:
+    if float_name(xp, x.dtype) is None:
+        fail(TypeError, argument, f"dtype {x.dtype}", f"one of {', '.join(FLOATS)}")
+
+
+def _beside(xp: ModuleType, device: Any, argument: str, v: Array) -> None:
+    _same_library(xp, argument, v)
+    _same_device(device, argument, v)
+    _floating(xp, argument, v)
+
+
+def _same_library(xp: ModuleType, argument: str, v: Array) -> None:
+    other = namespace(argument, v)
+    if other is not xp:
+        fail(TypeError, argument, f"an array of {library(other)}", f"one of {library(xp)}, as x")
+
+
+def _same_device(device: Any, argument: str, v: Array) -> None:
+    other = _device(v)
+    # Unknown for a traced array; and one that is spread over several devices is JAX's own affair.
+    if device is None or other is None or type(device) is not type(other):
+        return
+    if device != other and "Sharding" not in type(device).__name__:
+        fail(ValueError, argument, f"an array on device {other}", f"one on {device}, as x")
+
+
+def _device(x: Array) -> Any:
+    return compat.device(x)
+
+
+def _axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The channel axes as non-negative, increasing numbers."""
+    expected = f"an int, or a tuple of increasing ints, in [{-ndim}, {ndim - 1}] for {ndim}-d x"
+    try:
+        given = [operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,))]
+    except TypeError:
+        fail(TypeError, "axis", repr(axis), expected)
+    axes = tuple(a + ndim if a < 0 else a for a in given)
+    increasing = all(a < b for a, b in itertools.pairwise(axes))
+    if not increasing or not all(0 <= a < ndim for a in axes):
+        fail(ValueError, "axis", repr(axis), expected)
+    return axes
+
+
+def same_shape(got: Any, expected: Any) -> bool:
+    """Whether shapes agree, where both are known."""
+    return len(got) == len(expected) and all(
+        a == b or not isinstance(a, int) or not isinstance(b, int)
+        for a, b in zip(got, expected, strict=True)
+    )

@@ -1,0 +1,451 @@
+"""The equations: check, pick kernels, and do the per-channel arithmetic between them.
+
+Shapes in comments: x is (..., C, ...); (C) is a per-channel vector in broadcast shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from batchnorm import checks
+from batchnorm.kernels import KernelSet, kernels_for
+from batchnorm.layout import Layout
+from batchnorm.moments import Moments, all_reduce, pool, two_parts
+
+Array = Any
+Axis = int | tuple[int, ...]
+
+
+def batch_norm(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    where: Array | None = None,
+    group: Any = None,
+    out: Array | None = None,
+) -> tuple[Array, Moments]:
+    r"""Normalize each channel by the batch's own mean and variance, then scale and shift it.
+
+    .. math::
+        y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
+        \mu = \frac{1}{n} \sum x, \qquad \sigma^2 = \frac{1}{n} \sum (x - \mu)^2
+
+    Parameters
+    ----------
+    x : array, shape (..., C, ...)
+        float16, bfloat16, float32 or float64, with C channels at `axis`.
+    gamma, beta : array, shape (C,), optional
+        Scale and shift of each channel; 1 and 0 where they are left out.
+    axis : int or tuple of ints, default 1
+        The channel axis: 1 for channels second, -1 for channels last. A tuple (in increasing order)
+        keeps several axes; gamma then has the shape ``(x.shape[a] for a in axis)``.
+    eps : float, default 1e-5
+        Added to the variance.
+    where : array, optional
+        A mask, or weights >= 0, that broadcasts to `x`: what each value weighs in the mean and the
+        variance. All of `x` is normalized, also what weighs nothing; that may hold NaN.
+    group : object with ``all_reduce(array) -> array``, optional
+        Sums an array over the members of a group, each of which calls this function with its part of
+        the batch. The statistics are then those of the joined batch.
+    out : array, optional
+        Where to write y, of the shape and dtype of `x`; may be `x`. Not for immutable or lazy arrays.
+
+    Returns
+    -------
+    y : array
+        Of the shape, dtype, library and device of `x`.
+    stats : Moments
+        Of the batch; `batch_norm_backward` and `update_running` take it.
+
+    Raises
+    ------
+    TypeError
+        A dtype that cannot be normalized, or arrays of different libraries.
+    ValueError
+        A shape that does not fit, arrays on different devices, an empty batch, fewer than two values
+        in a channel, or (where values can be looked at) a negative weight.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift, Algorithm 1.
+    """
+    at = checks.subject(x, axis)
+    checks.vectors(at, gamma=gamma, beta=beta)
+    checks.scalar("eps", eps, 0)
+    checks.weights(at, x, where)
+    checks.group(group)
+    if group is None:
+        checks.enough_values(at, x, where)
+    checks.output(at, x, out)
+
+    kernels = kernels_for(x)
+    stats = _moments(kernels, at, x, where)
+    if group is not None:
+        stats = pool([stats], group)
+    return _scale_shift(kernels, at, x, stats, gamma, beta, eps, out), stats
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    where: Array | None = None,
+    group: Any = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    r"""Gradients of `batch_norm`, through its statistics.
+
+    .. math::
+        \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad
+        d\gamma = \sum dy \, \hat x, \qquad d\beta = \sum dy, \qquad
+        dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left(
+        dy - w \, \frac{d\beta + \hat x \, d\gamma}{n} \right)
+
+    Parameters
+    ----------
+    dy : array, shape (..., C, ...)
+        Gradient of the loss with respect to y.
+    x, gamma, axis, eps, where, group
+        As they were given to `batch_norm`. w is `where`, or 1.
+    stats : Moments
+        What `batch_norm` returned.
+    out : array, optional
+        Where to write dx; may be `dy` or `x`.
+
+    Returns
+    -------
+    dx : array
+        Of the shape, dtype, library and device of `x`.
+    dgamma, dbeta : array, shape (C,)
+        In the dtype of gamma; without gamma in float32, or float64 for float64 data. With a `group`
+        they are the sums over the joined batch, the same on every member.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; and `stats` that are not Moments of these channels.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
+    """
+    at = checks.subject(x, axis)
+    checks.like(at, x, "dy", dy)
+    checks.statistics(at, stats)
+    checks.vectors(at, gamma=gamma)
+    checks.scalar("eps", eps, 0)
+    checks.weights(at, x, where)
+    checks.group(group)
+    checks.output(at, x, out)
+
+    kernels = kernels_for(x)
+    w = _weights(at, where, x.ndim)
+    mid = _centre(at, stats)
+    sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, w)
+    if group is not None:
+        sum_dy, sum_dy_d = all_reduce(group, sum_dy, sum_dy_d)
+
+    n = _wide(at, stats.count)  # (C)
+    n = at.xp.where(n > 0, n, at.xp.ones_like(n))
+    rstd = _rstd(at, stats.var, eps)  # (C)
+    a = rstd if gamma is None else rstd * _wide(at, gamma)  # (C)
+    b = -a * rstd * rstd * sum_dy_d / n  # (C)
+    c = -a * sum_dy / n - b * mid.rest  # (C)
+    a, b, c = (_compute(at, v) for v in (a, b, c))
+    dx = _write(kernels.grad_input(dy, x, mid.m, a, b, c, w, at), out)
+    return dx, *_grad_params(at, x, gamma, sum_dy_d * rstd, sum_dy)
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+) -> Array:
+    r"""Normalize by statistics that are given: inference, or a frozen layer.
+
+    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    The mean is subtracted first, so that no digits cancel. `fold` gives the form y = scale·x + shift,
+    which saves a subtraction and loses ``|mean|/std`` times eps.
+
+    Parameters
+    ----------
+    x : array, shape (..., C, ...)
+        float16, bfloat16, float32 or float64, with C channels at `axis`; may be empty.
+    mean, var : array, shape (C,)
+        The statistics, in any floating dtype: a float64 mean beside float32 data keeps its digits.
+    gamma, beta, axis, eps, out
+        As in `batch_norm`.
+
+    Returns
+    -------
+    array
+        y, of the shape, dtype, library and device of `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), Algorithm 2, step 11.
+    """
+    at = checks.subject(x, axis)
+    checks.vectors(at, mean=mean, var=var, gamma=gamma, beta=beta)
+    checks.scalar("eps", eps, 0)
+    checks.output(at, x, out)
+    return _scale_shift(kernels_for(x), at, x, Moments(1, mean, var), gamma, beta, eps, out)
+
+
+def normalize_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    axis: Axis = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    stats_grad: bool = False,
+) -> tuple[Array, ...]:
+    r"""Gradients of `normalize`, whose statistics do not depend on `x`.
+
+    .. math::
+        dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \, dy, \qquad
+        d\mu = -\frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \sum dy, \qquad
+        d\sigma^2 = -\frac{\gamma}{2 (\sigma^2 + \epsilon)^{3/2}} \sum dy \, (x - \mu)
+
+    Parameters
+    ----------
+    dy : array, shape (..., C, ...)
+        Gradient of the loss with respect to y.
+    x, mean, var, gamma, axis, eps
+        As they were given to `normalize`.
+    out : array, optional
+        Where to write dx; may be `dy` or `x`.
+    stats_grad : bool, default False
+        Whether to return the gradients to mean and variance too.
+
+    Returns
+    -------
+    dx : array
+        Of the shape, dtype, library and device of `x`.
+    dgamma, dbeta : array, shape (C,)
+        As from `batch_norm_backward`.
+    dmean, dvar : array, shape (C,)
+        In the dtypes of `mean` and `var`; only with `stats_grad`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+    """
+    at = checks.subject(x, axis)
+    checks.like(at, x, "dy", dy)
+    checks.vectors(at, mean=mean, var=var, gamma=gamma)
+    checks.scalar("eps", eps, 0)
+    checks.output(at, x, out)
+
+    kernels = kernels_for(x)
+    mid = _centre(at, Moments(1, mean, var))
+    sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, None)
+    rstd = _rstd(at, var, eps)  # (C)
+    a = rstd if gamma is None else rstd * _wide(at, gamma)  # (C)
+    zero = at.xp.zeros_like(mid.m)  # (C)
+    dx = kernels.scale_shift(dy, zero, _compute(at, a), zero, at)
+    dx = _write(at.xp.astype(dx, x.dtype, copy=False), out)
+    grads = (dx, *_grad_params(at, x, gamma, sum_dy_d * rstd, sum_dy))
+    if not stats_grad:
+        return grads
+    dmean = at.xp.astype(at.squeeze(-a * sum_dy), mean.dtype, copy=False)
+    dvar = at.xp.astype(at.squeeze(-0.5 * a * rstd * rstd * sum_dy_d), var.dtype, copy=False)
+    return *grads, dmean, dvar
+
+
+def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
+    r"""Count, mean and population variance of each channel.
+
+    .. math:: n = \sum w, \qquad \mu = \frac{1}{n} \sum w x, \qquad
+              \sigma^2 = \frac{1}{n} \sum w (x - \mu)^2
+
+    Parameters
+    ----------
+    x : array, shape (..., C, ...)
+        With C channels at `axis`. One value per channel, or none, is fine: the moments of nothing
+        are a count of 0, and merging them changes nothing.
+    axis, where
+        As in `batch_norm`. w is `where`, or 1; the sum of the weights is the count.
+
+    Returns
+    -------
+    Moments
+        Vectors of shape (C,), in float64 where the device has it, else float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+    """
+    at = checks.subject(x, axis)
+    checks.weights(at, x, where)
+    return _moments(kernels_for(x), at, x, where)
+
+
+def update_running(
+    mean: Array,
+    var: Array,
+    stats: Moments,
+    *,
+    momentum: float | Array = 0.1,
+    correction: float = 1,
+) -> tuple[Array, Array]:
+    r"""Move running statistics towards those of a batch.
+
+    .. math::
+        \mu' = (1 - m) \mu + m \mu_B, \qquad
+        \sigma'^2 = (1 - m) \sigma^2 + m \frac{n}{n - \text{correction}} \sigma^2_B
+
+    Parameters
+    ----------
+    mean, var : array, shape (C,)
+        The running mean and variance.
+    stats : Moments
+        Of the batch.
+    momentum : float or 0-d array, default 0.1
+        The weight m of the new batch, from 0 to 1; ``1 / k`` at the k-th batch gives the cumulative
+        average. (Keras, Flax, Chainer and ONNX call 1 - m the momentum.)
+    correction : float, default 1
+        Bessel's correction: 1 for the unbiased variance (PyTorch, Chainer), 0 for the population
+        variance (Keras, Flax, ONNX). n is the count of `stats`: with weights, their sum. A channel
+        whose n is not above `correction` keeps its population variance.
+
+    Returns
+    -------
+    mean, var : array, shape (C,)
+        New arrays, in the dtypes of the old ones. A channel with a count of 0 is unchanged.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; and numbers out of their range.
+    """
+    at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
+    checks.vectors(at, var=var)
+    checks.statistics(at, stats)
+    checks.scalar("momentum", momentum, 0, 1)
+    checks.scalar("correction", correction, 0)
+    xp = at.xp
+    n, batch_mean, batch_var = (_wide(at, v) for v in stats[:3])  # (C)
+    free = xp.where(n > correction, n - correction, n)  # (C), degrees of freedom
+    free = xp.where(free > 0, free, xp.ones_like(free))
+    m = xp.astype(momentum, at.wide) if hasattr(momentum, "dtype") else momentum
+    m = xp.where(n > 0, xp.ones_like(n) * m, xp.zeros_like(n))  # (C)
+
+    def moved(old: Array, new: Array) -> Array:
+        return xp.astype((1 - m) * _wide(at, old) + m * new, old.dtype, copy=False)
+
+    return moved(mean, batch_mean), moved(var, batch_var * (n / free))
+
+
+class _Centre(NamedTuple):
+    """A mean in two parts: m in the dtype of the big array, and the rest of it."""
+
+    m: Array
+    rest: Array
+
+
+def _centre(at: Layout, stats: Moments) -> _Centre:
+    mean = _wide(at, stats.mean)  # (C)
+    m = _compute(at, mean)  # (C)
+    rest = mean - at.xp.astype(m, at.wide, copy=False)  # (C), exact
+    return _Centre(m, rest if stats.mean_lo is None else rest + _wide(at, stats.mean_lo))
+
+
+def _rstd(at: Layout, var: Array, eps: float) -> Array:
+    return 1 / at.xp.sqrt(_wide(at, var) + eps)  # (C)
+
+
+def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> Moments:
+    w = _weights(at, where, x.ndim)
+    count, mean, mean_lo, var = (at.squeeze(v) for v in kernels.moments(x, w, at))
+    mean, mean_lo = two_parts(mean, mean_lo)
+    return Moments(count, mean, var, mean_lo)
+
+
+def _scale_shift(
+    kernels: KernelSet,
+    at: Layout,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    out: Array | None,
+) -> Array:
+    mid = _centre(at, stats)
+    a = _rstd(at, stats.var, eps)  # (C)
+    if gamma is not None:
+        a = a * _wide(at, gamma)
+    b = -a * mid.rest  # (C)
+    if beta is not None:
+        b = b + _wide(at, beta)
+    return _write(kernels.scale_shift(x, mid.m, _compute(at, a), _compute(at, b), at), out)
+
+
+def _grad_sums(
+    kernels: KernelSet, at: Layout, dy: Array, x: Array, mid: _Centre, w: Array | None
+) -> tuple[Array, Array]:
+    """Σdy and Σdy·(x − mean), the latter from the kernel's Σdy·(x − m)."""
+    sum_dy, sum_dy_d = kernels.grad_sums(dy, x, mid.m, w, at)  # (C), (C)
+    return sum_dy, sum_dy_d - mid.rest * sum_dy
+
+
+def _grad_params(
+    at: Layout, x: Array, gamma: Array | None, dgamma: Array, dbeta: Array
+) -> tuple[Array, Array]:
+    dtype = at.compute if gamma is None else gamma.dtype
+    return tuple(at.xp.astype(at.squeeze(v), dtype, copy=False) for v in (dgamma, dbeta))
+
+
+def _wide(at: Layout, v: Array) -> Array:
+    """A per-channel vector (or one number for all channels) as (C) in the dtype of sums."""
+    if not hasattr(v, "dtype"):
+        return at.xp.full(at.broadcast, float(v), dtype=at.wide, device=at.device)
+    if v.shape == ():
+        return at.xp.astype(v, at.wide)
+    return at.spread(v, at.wide)
+
+
+def _compute(at: Layout, v: Array) -> Array:
+    return at.xp.astype(v, at.compute, copy=False)
+
+
+def _weights(at: Layout, where: Array | None, ndim: int) -> Array | None:
+    """A mask or weights as real weights with as many axes as x, which is what kernels take."""
+    if where is None:
+        return None
+    return at.xp.astype(where, at.wide)[(None,) * (ndim - where.ndim) + (...,)]
+
+
+def _write(result: Array, out: Array | None) -> Array:
+    """Hand a result out, in the caller's array where there is one."""
+    if out is None:
+        return result
+    out[...] = result
+    return out

@@ -1,0 +1,105 @@
+"""Where the channels of an array are, and in which dtypes to work on it.
+
+A `Layout` is all that a kernel needs to know of a call beside its arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+Array = Any
+DType = Any
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Layout(NamedTuple):
+    """Channels, reduced axes and dtypes of one call."""
+
+    xp: ModuleType
+    """The array API namespace of x."""
+    device: Any
+    """The device of x; None where the library does not tell (a traced array)."""
+    kept: tuple[int, ...]
+    """The channel axes, non-negative, increasing."""
+    reduced: tuple[int, ...]
+    """All other axes."""
+    channels: tuple[int, ...]
+    """The shape of gamma, beta, mean and var."""
+    broadcast: tuple[int, ...]
+    """The same, with a 1 for each reduced axis: broadcasts against x."""
+    values: int | None
+    """Values per channel; None where the shape of x is not known yet."""
+    compute: DType
+    """The dtype for arithmetic on the whole array: float64 for float64 data, else float32."""
+    wide: DType
+    """The dtype for sums and per-channel vectors: float64 where the device has it, else float32."""
+
+    def spread(self, v: Array, dtype: DType) -> Array:
+        """Bring a per-channel vector to broadcast shape and to a dtype."""
+        v = self.xp.astype(v, dtype, copy=False)
+        # A channel count that is not known yet is the one length that reshape may work out.
+        shape = tuple(n if isinstance(n, int) else -1 for n in self.broadcast)
+        return self.xp.reshape(v, shape)
+
+    def squeeze(self, v: Array) -> Array:
+        """Bring a vector in broadcast shape back to the shape of gamma."""
+        return self.xp.squeeze(v, axis=self.reduced) if self.reduced else v
+
+
+def float_name(xp: ModuleType, dtype: DType) -> str | None:
+    """The name of a dtype that can be normalized, or None for every other dtype."""
+    try:
+        return _float_name(xp, dtype)
+    except TypeError:  # a dtype that cannot be hashed
+        return _float_name.__wrapped__(xp, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _float_name(xp: ModuleType, dtype: DType) -> str | None:
+    for name in FLOATS:
+        known = getattr(xp, name, None)  # NumPy has no bfloat16 of its own: ml_dtypes names it
+        if (known is not None and dtype == known) or str(dtype) == name:
+            return name
+    return None
+
+
+def has_float64(xp: ModuleType, device: Any) -> bool:
+    """Whether float64 arrays can be made: not in JAX without x64, nor on every device."""
+    info = getattr(xp, "__array_namespace_info__", None)
+    if info is None:
+        return hasattr(xp, "float64")
+    return "float64" in info().dtypes(device=device, kind="real floating")
+
+
+def layout(xp: ModuleType, x: Array, kept: tuple[int, ...], device: Any) -> Layout:
+    """Work out the layout of a checked array."""
+    shape = tuple(x.shape)
+    reduced = tuple(i for i in range(len(shape)) if i not in kept)
+    known = all(isinstance(n, int) for n in shape)
+    wide = xp.float64 if has_float64(xp, device) else xp.float32
+    return Layout(
+        xp=xp,
+        device=device,
+        kept=kept,
+        reduced=reduced,
+        channels=tuple(shape[i] for i in kept),
+        broadcast=tuple(n if i in kept else 1 for i, n in enumerate(shape)),
+        values=math.prod(shape[i] for i in reduced) if known else None,
+        compute=xp.float64 if float_name(xp, x.dtype) == "float64" else xp.float32,
+        wide=wide,
+    )
+
+
+def definite(xp: ModuleType, v: Array) -> Array:
+    """Return v as its dtype rounds it, the same for all who use it.
+
+    A compiler may compute v twice, or contract its last product into the subtraction that uses it (XLA
+    does both), and then ``x - v`` is measured from another v than the one returned: on float32 data
+    with a mean of 1e6 that was an error of 160,000 eps. What comes out of a sort is computed once;
+    here it is the smaller of v and v. (XLA drops its own optimization barrier before it fuses.)
+    """
+    return xp.sort(xp.stack((v, v)), axis=0)[0, ...]

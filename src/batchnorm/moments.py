@@ -1,0 +1,132 @@
+"""Count, mean and variance of each channel, and how two of them become one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from batchnorm import checks
+from batchnorm.layout import definite
+
+Array = Any
+
+
+class Moments(NamedTuple):
+    r"""Count, mean and population variance of each channel.
+
+    A monoid: `merge` joins the moments of two sets of values into those of their union, and moments
+    of count 0 are its identity. Being a named tuple, it passes through `jax.jit` and unpacks.
+
+    Parameters
+    ----------
+    count : array or number
+        How many values each channel has; the sum of the weights where there were weights.
+    mean : array
+        The mean, rounded to the dtype of the statistics.
+    var : array
+        The population variance (divided by `count`, not by `count - 1`).
+    mean_lo : array, optional
+        What `mean` lost to rounding: the true mean is `mean + mean_lo`, to about twice the digits of
+        the dtype. It is what keeps float64 data with a mean of 1e8, and float32 data in a library
+        without float64, exact. Left out, it is zero.
+
+    Notes
+    -----
+    Vectors have the shape of gamma. Their dtype is float64 where the device has it, else float32.
+    """
+
+    count: Array
+    mean: Array
+    var: Array
+    mean_lo: Array | None = None
+
+    @staticmethod
+    def merge(*parts: Moments) -> Moments:
+        r"""Moments of the union of disjoint sets of values.
+
+        .. math::
+            n = \sum_i n_i, \qquad \mu = \sum_i \tfrac{n_i}{n} \mu_i, \qquad
+            \sigma^2 = \sum_i \tfrac{n_i}{n} \left(\sigma_i^2 + (\mu_i - \mu)^2\right)
+
+        Parameters
+        ----------
+        *parts : Moments
+            At least one; of one library, device and shape.
+
+        Returns
+        -------
+        Moments
+            In the widest dtype of the parts.
+
+        Raises
+        ------
+        TypeError
+            Something else than `Moments` was given, or arrays of different libraries.
+        ValueError
+            Nothing was given, or shapes or devices differ.
+
+        References
+        ----------
+        Chan, Golub, LeVeque (1983), Algorithms for computing the sample variance, eq. 2.1, here for
+        any number of parts at once and with the mean in two parts.
+        """
+        if not parts:
+            raise ValueError("parts: got nothing to merge, expected at least one Moments")
+        xp, device, shape = checks.mergeable(parts)
+        dtype = xp.result_type(*(v.dtype for part in parts for v in (part.mean, part.var)))
+
+        def vector(v: Array | float | None) -> Array:
+            if hasattr(v, "dtype"):
+                return xp.broadcast_to(xp.astype(v, dtype, copy=False), shape)
+            return xp.full(shape, float(v or 0.0), dtype=dtype, device=device)
+
+        return pool([Moments(*(vector(v) for v in part)) for part in parts])
+
+
+def pool(parts: list[Moments], group: Any = None) -> Moments:
+    """Join moments, those of this process and those of all members of a group.
+
+    Two sums over the parts: the first finds a mean, which is off by its own rounding; the second
+    gives what it lost, and the variance around it.
+    """
+    xp = array_namespace(parts[0].mean)
+
+    def total(*terms: list[Array]) -> list[Array]:
+        sums = [_tree_sum(term) for term in terms]
+        return sums if group is None else all_reduce(group, *sums)
+
+    n, weighted = total([p.count for p in parts], [p.count * p.mean for p in parts])
+    nonzero = xp.where(n > 0, n, xp.ones_like(n))  # the union of empty sets is empty
+    pivot = definite(xp, weighted / nonzero)
+    shifts = [(p.mean - pivot) + p.mean_lo for p in parts]
+    lo, square = total(
+        [p.count * d for p, d in zip(parts, shifts, strict=True)],
+        [p.count * (p.var + d * d) for p, d in zip(parts, shifts, strict=True)],
+    )
+    lo = lo / nonzero
+    # Never below zero but for rounding: the pivot is within a few units of the mean.
+    var = xp.maximum(square / nonzero - lo * lo, xp.zeros_like(lo))
+    mean, mean_lo = two_parts(pivot, lo)
+    return Moments(n, mean, var, mean_lo)
+
+
+def two_parts(high: Array, low: Array) -> tuple[Array, Array]:
+    """Round a sum of two to the nearest number and the rest (Dekker 1971, Fast2Sum)."""
+    rounded = definite(array_namespace(high), high + low)
+    return rounded, low - (rounded - high)
+
+
+def all_reduce(group: Any, *vectors: Array) -> list[Array]:
+    """Sum vectors over the members of a group, packed into one array."""
+    xp = array_namespace(*vectors)
+    summed = group.all_reduce(xp.stack(vectors))
+    return [summed[i, ...] for i in range(len(vectors))]
+
+
+def _tree_sum(terms: list[Array]) -> Array:
+    """Sum by halves, so that the error grows with the log of the number of terms."""
+    if len(terms) == 1:
+        return terms[0]
+    half = len(terms) // 2
+    return _tree_sum(terms[:half]) + _tree_sum(terms[half:])
