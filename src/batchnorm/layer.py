@@ -1,0 +1,428 @@
+"""BatchNorm: parameters, running statistics, training and inference, state in and out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, Self
+
+import array_api_compat as compat
+
+from batchnorm import checks
+from batchnorm.functional import (
+    batch_norm,
+    batch_norm_backward,
+    moments,
+    normalize,
+    normalize_backward,
+    update_running,
+)
+from batchnorm.layout import has_float64
+from batchnorm.moments import Moments
+from batchnorm.presets import PRESETS
+
+Array = Any
+
+PARAMETERS = ("gamma", "beta")
+RUNNING = ("running_mean", "running_var")
+
+
+class _Pass(NamedTuple):
+    """What backward needs of a forward pass."""
+
+    x: Array
+    stats: Moments
+    by_batch: bool
+    gamma: Array | None
+    where: Array | None
+    group: Any
+
+
+class BatchNorm:
+    r"""Batch normalization with parameters and running statistics.
+
+    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    In training, :math:`\mu, \sigma^2` are the batch's own; in inference, the running ones.
+
+    The running statistics move in a step of its own: a forward pass in training only notes the
+    batch's moments, and `backward` (or `update`, where there is no backward pass) commits the last
+    note. A forward pass that is repeated before that, be it recomputation or a retry after an
+    error, is therefore counted once.
+
+    Parameters
+    ----------
+    num_features : int or tuple of ints
+        The number of channels C; a tuple where `axis` is one.
+    axis : int or tuple of ints, default 1
+        The channel axis (or axes): 1 for channels second, -1 for channels last.
+    eps : float, default 1e-5
+        Added to the variance.
+    momentum : float or None, default 0.1
+        The weight of the new batch in the running statistics; None for the cumulative average.
+    correction : float, default 1
+        Bessel's correction of the running variance: 1 unbiased, 0 population.
+    affine : bool, default True
+        Whether there are gamma and beta.
+    track_running_stats : bool, default True
+        Whether there are running statistics. Without, inference uses the batch's own too.
+    xp : module, optional
+        The array API namespace of the layer's arrays. Left out, they are NumPy's until the first
+        input, whose library and device they then take.
+    device : optional
+        The device of the layer's arrays; only with `xp`.
+    dtype : optional
+        The dtype of gamma and beta; float32 where it is left out, or float64 if the first input is.
+
+    Attributes
+    ----------
+    gamma, beta : array, shape (C,), or None
+        The parameters; assign to them to train.
+    gamma_grad, beta_grad : array, shape (C,), or None
+        Their gradients from the last `backward`.
+    running_mean, running_var : array, shape (C,), or None
+        In float64 where the device has it, so that a large mean keeps its digits.
+    num_batches_tracked : int
+        How many batches were committed.
+    batch_statistics : bool
+        First switch: whether the batch's own statistics normalize, or the running ones.
+    update_statistics : bool
+        Second switch: whether the running statistics are updated.
+    trainable : bool
+        Third switch, which `train` and `eval` leave alone: whether `backward` gives gradients of
+        gamma and beta.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument that is out of its range. A call that raises changes nothing in the layer.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> layer = bn.BatchNorm(3)
+    >>> x = np.arange(12.0).reshape(4, 3)
+    >>> y = layer(x)
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.num_batches_tracked
+    1
+    """
+
+    gamma: Array | None
+    beta: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        axis: int | tuple[int, ...] = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        correction: float = 1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        xp: ModuleType | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        shape = num_features if isinstance(num_features, tuple) else (num_features,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
+            checks.fail(ValueError, "num_features", repr(num_features), "a positive int, or a tuple")
+        kept = axis if isinstance(axis, tuple) else (axis,)
+        if len(kept) != len(shape):
+            got, expected = f"{len(kept)} axes", f"{len(shape)}, one per number in num_features"
+            checks.fail(ValueError, "axis", got, expected)
+        checks.scalar("eps", eps, 0)
+        checks.scalar("correction", correction, 0)
+        if momentum is not None:
+            checks.scalar("momentum", momentum, 0, 1)
+        if device is not None and xp is None:
+            checks.fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
+
+        self.num_features, self.axis, self.eps = num_features, axis, eps
+        self.momentum, self.correction = momentum, correction
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.dtype = dtype
+        self.num_batches_tracked: Any = 0
+        self.gamma_grad: Array | None = None
+        self.beta_grad: Array | None = None
+        self.trainable = True
+        self._saved: _Pass | None = None
+        self._pending: Moments | None = None
+        self._settled = False
+        self.train()
+
+        import numpy as np  # at home in every environment, yet not needed to import this package
+
+        self.gamma, self.running_var = np.ones(shape), np.ones(shape)
+        self.beta, self.running_mean = np.zeros(shape), np.zeros(shape)
+        if not affine:
+            self.gamma = self.beta = None
+        if not track_running_stats:
+            self.running_mean = self.running_var = None
+        if xp is not None:
+            xp = compat.array_namespace(xp.zeros(()))  # its compat namespace, as arrays have it
+            self._settle(self._moved(xp, device, dtype or xp.float32))
+
+    @classmethod
+    def like(cls, framework: str, num_features: int | tuple[int, ...], **settings: Any) -> Self:
+        """Make a layer with another framework's defaults.
+
+        Parameters
+        ----------
+        framework : {"pytorch", "keras", "flax", "chainer", "onnx"}
+            Sets `axis`, `eps`, `momentum` and `correction`.
+        num_features : int or tuple of ints
+            The number of channels.
+        **settings
+            Arguments of `BatchNorm`, which take precedence.
+
+        Returns
+        -------
+        BatchNorm
+            In this package's conventions: Keras's ``momentum=0.99`` is ``momentum=0.01`` here.
+
+        Raises
+        ------
+        ValueError
+            A framework that is not in the table.
+        """
+        if framework not in PRESETS:
+            checks.fail(ValueError, "framework", repr(framework), f"one of {', '.join(PRESETS)}")
+        return cls(num_features, **{**PRESETS[framework].settings(), **settings})
+
+    def train(self, mode: bool = True) -> Self:
+        """Normalize by the batch's statistics and update the running ones; or, with False, neither."""
+        self.batch_statistics = mode or not self.track_running_stats
+        self.update_statistics = mode and self.track_running_stats
+        return self
+
+    def eval(self) -> Self:
+        """Normalize by the running statistics, and leave them alone."""
+        return self.train(False)
+
+    def __call__(
+        self, x: Array, *, where: Array | None = None, group: Any = None, out: Array | None = None
+    ) -> Array:
+        """Normalize x.
+
+        Parameters
+        ----------
+        x : array, shape (..., C, ...)
+            float16, bfloat16, float32 or float64.
+        where, group, out
+            As in `batch_norm`; `where` and `group` matter to the batch's statistics only.
+
+        Returns
+        -------
+        array
+            y, of the shape, dtype, library and device of `x`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `batch_norm`; and an `x` of another library than the layer's arrays.
+        """
+        at = checks.subject(x, self.axis)
+        expected = self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
+        if not checks.same_shape(at.channels, expected):
+            got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
+            checks.fail(ValueError, "x", got, axis)
+        state = self._arrays()
+        if not self._settled:
+            state = self._moved(at.xp, at.device, self.dtype or at.compute)
+        checks.vectors(at, **state)
+        if self.running_mean is None and (self.update_statistics or not self.batch_statistics):
+            switch = "update_statistics" if self.update_statistics else "batch_statistics"
+            got = repr(getattr(self, switch))
+            checks.fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
+
+        gamma, beta = state["gamma"], state["beta"]
+        mean, var = state["running_mean"], state["running_var"]
+        settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
+        pending = None
+        if self.batch_statistics:
+            y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
+            pending = stats if self.update_statistics else None
+        else:
+            if self.update_statistics:
+                if group is not None:
+                    got = "a group"
+                    expected_group = "none where the running statistics normalize"
+                    checks.fail(ValueError, "group", got, expected_group)
+                pending = moments(x, axis=self.axis, where=where)
+            elif self._pending is not None and isinstance(self.num_batches_tracked, int):
+                self._warn_uncommitted()
+            y = normalize(x, mean, var, gamma, beta, **settings)
+            stats = Moments(1, mean, var)
+
+        self._settle(state)
+        self._saved = _Pass(x, stats, self.batch_statistics, gamma, where, group)
+        if self.update_statistics:
+            self._pending = pending
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """Back-propagate through the last call, and commit its statistics.
+
+        Sets `gamma_grad` and `beta_grad` (where there are parameters and they are `trainable`), and
+        calls `update`. One forward pass serves one backward pass.
+
+        Parameters
+        ----------
+        dy : array, shape (..., C, ...)
+            Gradient of the loss with respect to y.
+        out : array, optional
+            Where to write dx; may be `dy`.
+
+        Returns
+        -------
+        array
+            dx, of the shape, dtype, library and device of `x`.
+
+        Raises
+        ------
+        RuntimeError
+            There was no forward pass, or its backward pass is done.
+        TypeError, ValueError
+            As `batch_norm_backward`.
+        """
+        if self._saved is None:
+            checks.fail(
+                RuntimeError, "backward", "no forward pass to go back", "a call of the layer first"
+            )
+        x, stats, by_batch, gamma, where, group = self._saved
+        settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
+        if by_batch:
+            dx, dgamma, dbeta = batch_norm_backward(
+                dy, x, stats, gamma, where=where, group=group, **settings
+            )
+        else:
+            dx, dgamma, dbeta = normalize_backward(dy, x, stats.mean, stats.var, gamma, **settings)
+        self.update()
+        trained = self.affine and self.trainable
+        self.gamma_grad, self.beta_grad = (dgamma, dbeta) if trained else (None, None)
+        self._saved = None
+        return dx
+
+    def update(self) -> None:
+        """Commit the moments of the last training pass to the running statistics, once.
+
+        Does nothing where there is nothing to commit: `backward` calls it, and whoever runs training
+        passes without `backward` calls it after each.
+        """
+        if self._pending is None:
+            return
+        count = self.num_batches_tracked + 1
+        momentum = 1 / count if self.momentum is None else self.momentum
+        self.running_mean, self.running_var = update_running(
+            self.running_mean,
+            self.running_var,
+            self._pending,
+            momentum=momentum,
+            correction=self.correction,
+        )
+        self.num_batches_tracked, self._pending = count, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arrays of the layer (not copies) and the number of committed batches, by name."""
+        state = {name: v for name, v in self._arrays().items() if v is not None}
+        return {**state, "num_batches_tracked": self.num_batches_tracked} if self.tracks else state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state, whole or not at all.
+
+        Parameters
+        ----------
+        state : mapping
+            With the keys of `state_dict`. Arrays of the layer's library, or NumPy's; a layer that
+            has seen no input takes the library of the state.
+
+        Raises
+        ------
+        TypeError
+            An array of another library, or one that is not floating.
+        ValueError
+            Missing or unknown keys, a shape that does not fit, a variance below zero.
+        """
+        own = self.state_dict()
+        if not isinstance(state, Mapping) or set(state) != set(own):
+            got = sorted(state) if isinstance(state, Mapping) else f"a {type(state).__name__}"
+            checks.fail(ValueError, "state", f"keys {got}", f"{sorted(own)}")
+        arrays = {name: v for name, v in state.items() if name != "num_batches_tracked"}
+        for name, v in arrays.items():
+            at = checks.subject(v, tuple(range(getattr(v, "ndim", 0))), name)
+            if not checks.same_shape(v.shape, own[name].shape):
+                checks.fail(ValueError, name, f"shape {tuple(v.shape)}", f"{tuple(own[name].shape)}")
+            if name == "running_var" and checks.seen_false(at.xp.all(v >= 0)):
+                checks.fail(ValueError, name, "a variance below zero or NaN", "variances >= 0")
+        count = state.get("num_batches_tracked", 0)
+        if isinstance(count, int):
+            checks.scalar("num_batches_tracked", count, 0)
+
+        target = {name: self._arrays()[name] for name in arrays}
+        first = next((v for v in arrays.values() if not compat.is_numpy_array(v)), None)
+        if not self._settled and first is not None:
+            at = checks.subject(first, tuple(range(first.ndim)))
+            moved = self._moved(at.xp, at.device, self.dtype or at.compute)
+            target = {name: moved[name] for name in arrays}
+        taken = {name: _taken(name, v, target[name]) for name, v in arrays.items()}
+
+        for name, v in taken.items():
+            setattr(self, name, v)
+        self._settled = self._settled or first is not None
+        if self.track_running_stats:
+            self.num_batches_tracked = count
+        self._saved = self._pending = None
+
+    @property
+    def tracks(self) -> bool:
+        """Whether there are running statistics."""
+        return self.running_mean is not None
+
+    def __repr__(self) -> str:
+        names = ("axis", "eps", "momentum", "correction", "affine", "track_running_stats")
+        settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{type(self).__name__}({self.num_features}, {settings})"
+
+    def _arrays(self) -> dict[str, Array | None]:
+        return {name: getattr(self, name) for name in PARAMETERS + RUNNING}
+
+    def _moved(self, xp: ModuleType, device: Any, dtype: Any) -> dict[str, Array | None]:
+        """The layer's arrays in a library, on a device: parameters in `dtype`, statistics wide."""
+        wide = xp.float64 if has_float64(xp, device) else xp.float32
+        moved: dict[str, Array | None] = {}
+        for name, v in self._arrays().items():
+            kind = dtype if name in PARAMETERS else wide
+            moved[name] = None if v is None else xp.asarray(v.tolist(), dtype=kind, device=device)
+        return moved
+
+    def _settle(self, state: dict[str, Array | None]) -> None:
+        """Make a state the layer's own; from now on its library is fixed."""
+        for name, v in state.items():
+            setattr(self, name, v)
+        self._settled = True
+
+    def _warn_uncommitted(self) -> None:
+        if self.num_batches_tracked == 0:
+            warnings.warn(
+                "inference with running statistics that were never updated, though a training pass "
+                "was made: call backward() or update() after each training pass",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _taken(name: str, v: Array, own: Array) -> Array:
+    """A copy of an array in the library, device and dtype of the one that it replaces."""
+    xp = compat.array_namespace(own)
+    given = compat.array_namespace(v)
+    if given is xp:
+        return xp.astype(v, own.dtype, copy=True)
+    if compat.is_numpy_array(v):
+        return xp.asarray(v.tolist(), dtype=own.dtype, device=compat.device(own))
+    got, expected = f"an array of {checks.library(given)}", f"one of {checks.library(xp)} or numpy"
+    checks.fail(TypeError, name, got, expected)
