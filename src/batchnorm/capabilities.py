@@ -1,0 +1,104 @@
+"""The one table of which library x device x dtype x operation works.
+
+`LIBRARIES` lists what we test; `GAPS` lists what does not work, and why: everything else works. The
+conformance suite takes its expected failures from here (a stale one fails), and the documentation
+and `python -m batchnorm info` print it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from batchnorm.layout import FLOATS
+
+OPERATIONS = {
+    "forward": "batch_norm",
+    "inference": "normalize",
+    "backward": "batch_norm_backward, normalize_backward",
+    "moments": "moments, Moments.merge, update_running",
+    "where": "masks and weights",
+    "layer": "BatchNorm",
+    "fold": "fold, fold_linear, fold_conv",
+    "out": "writing into out=",
+    "large": "25 million values",
+}
+
+
+class Library(NamedTuple):
+    """An array library that this package is tested with."""
+
+    module: str
+    """What users import."""
+    devices: tuple[str, ...]
+    """The devices and modes that the conformance suite runs on."""
+    extra: str
+    """The extra (or the package) to install; empty for what is always there."""
+    note: str = ""
+    """What a user should know."""
+
+
+LIBRARIES = {
+    "numpy": Library("numpy", ("cpu",), "", "bfloat16 from ml_dtypes"),
+    "array_api_strict": Library(
+        "array_api_strict",
+        ("CPU_DEVICE", "device1", "device2", "no_float64", "no_x64"),
+        "test",
+        "with boolean indexing and data-dependent shapes off",
+    ),
+    "torch": Library("torch", ("cpu", "cuda"), "torch"),
+    "jax": Library("jax.numpy", ("eager", "eager-x64", "jit", "jit-x64"), "jax"),
+    "dask": Library("dask.array", ("lazy",), "dask", "`compute` is never called"),
+    "cupy": Library("cupy", ("cuda",), "cupy-cuda12x"),
+    "ndonnx": Library(
+        "ndonnx", ("static", "dynamic"), "test", "traces to an ONNX graph, static or dynamic in shape"
+    ),
+    "dpnp": Library("dpnp", ("default",), "dpnp (not an extra)"),
+    "sparse": Library("sparse", ("cpu",), "test", "results are dense in fact, if sparse in type"),
+}
+
+
+class Gap(NamedTuple):
+    """Something that does not work; "*" stands for all."""
+
+    library: str
+    device: str
+    dtype: str
+    operation: str
+    why: str
+    tried: bool = True
+    """Whether the suite tries it, to find out when it starts to work."""
+
+    def covers(self, library: str, device: str, dtype: str | None, operation: str | None) -> bool:
+        """Whether a case falls into this gap."""
+        mine = (self.library, self.device, self.dtype, self.operation)
+        case = (library, device, dtype, operation)
+        return all(a in ("*", b) for a, b in zip(mine, case, strict=True))
+
+
+GAPS = (
+    Gap("jax", "*", "*", "out", "JAX arrays are immutable"),
+    Gap("dask", "*", "*", "out", "Dask arrays are recipes, not buffers"),
+    Gap("ndonnx", "*", "*", "out", "ndonnx arrays are recipes, not buffers"),
+    Gap("sparse", "*", "*", "out", "its arrays cannot be assigned to"),
+    Gap("sparse", "*", "*", "large", "minutes: dense data in coordinates", tried=False),
+    Gap("sparse", "*", "bfloat16", "*", "sparse has no bfloat16"),
+    Gap("array_api_strict", "*", "float16", "*", "the standard has no float16"),
+    Gap("array_api_strict", "*", "bfloat16", "*", "the standard has no bfloat16"),
+    Gap("array_api_strict", "no_float64", "float64", "*", "a device without float64"),
+    Gap("array_api_strict", "no_x64", "float64", "*", "a device without float64"),
+    Gap("jax", "eager", "float64", "*", "needs jax_enable_x64"),
+    Gap("jax", "jit", "float64", "*", "needs jax_enable_x64"),
+    Gap("ndonnx", "*", "bfloat16", "*", "ndonnx has no bfloat16"),
+)
+
+
+def gap(library: str, device: str, dtype: str | None, operation: str | None) -> Gap | None:
+    """The gap that a case falls into, or None where it works."""
+    return next((g for g in GAPS if g.covers(library, device, dtype, operation)), None)
+
+
+def works(library: str, device: str) -> tuple[list[str], list[str]]:
+    """Dtypes and operations that work on a device of a library."""
+    dtypes = [d for d in FLOATS if gap(library, device, d, None) is None]
+    operations = [op for op in OPERATIONS if gap(library, device, None, op) is None]
+    return dtypes, operations

@@ -1,0 +1,90 @@
+"""The `target` and `dtype` of each case, expected failures, and the closing lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from batchnorm.capabilities import LIBRARIES, gap
+from batchnorm.layout import FLOATS
+from batchnorm.testing.libraries import BFLOAT16, Target, targets
+
+NOT_RUN = pytest.StashKey[dict[str, str]]()
+TARGETS = pytest.StashKey[list[Target]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "operation(name): the row of the capability table it tests")
+    config.addinivalue_line("markers", "dtypes(*names): run with these dtypes only")
+    config.addinivalue_line("markers", "large: needs 25 million values and up to 2 GB of memory")
+    config.addinivalue_line("filterwarnings", "error")
+    # onnx's Python API, which ndonnx uses, and Dask's advice on chunk sizes are not ours to mend.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:(spox|onnx|ndonnx)")
+    named = config.getoption("--array-library")
+    present: list[Target] = []
+    not_run: dict[str, str] = {}
+    for name in named or LIBRARIES:
+        for target in targets(name):
+            why = target.missing()
+            if why is None:
+                present.append(target)
+            elif named and "not installed" in why:
+                raise pytest.UsageError(f"--array-library: got {name!r}, expected an importable module")
+            else:
+                not_run[repr(target)] = why
+    if BFLOAT16 is None:
+        not_run["bfloat16 cases"] = "ml_dtypes is not installed"
+    config.stash[TARGETS], config.stash[NOT_RUN] = present, not_run
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        found = metafunc.config.stash[TARGETS]
+        metafunc.parametrize("target", found, ids=repr, indirect=True)
+    if "dtype" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("dtypes")
+        wanted = only.args if only else FLOATS
+        dtypes = [d for d in wanted if d != "bfloat16" or BFLOAT16 is not None]
+        metafunc.parametrize("dtype", dtypes)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        target, dtype = parameters.get("target"), parameters.get("dtype")
+        if not isinstance(target, Target):
+            continue
+        marker = item.get_closest_marker("operation")
+        operations = [marker.args[0] if marker else None]
+        if item.get_closest_marker("large"):
+            operations.append("large")
+        for operation in operations:
+            found = gap(target.library, target.device_name, dtype, operation)
+            if found is not None:
+                item.add_marker(pytest.mark.xfail(reason=found.why, strict=True, run=found.tried))
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """The library and device that a case runs on."""
+    found: Target = request.param
+    with found.active():
+        if "dtype" in request.fixturenames:
+            _known_dtype(found, request.getfixturevalue("dtype"))
+        yield found
+
+
+def _known_dtype(target: Target, dtype: str) -> None:
+    """Skip a 16-bit dtype that a library outside the table does not have."""
+    if target.library not in LIBRARIES and not hasattr(target.xp, dtype):
+        pytest.skip(f"{target} has no {dtype}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    not_run = config.stash.get(NOT_RUN, {})
+    if not_run:
+        terminalreporter.section("array libraries that were not there")
+        for name, why in not_run.items():
+            terminalreporter.write_line(f"{name}: {why}")

@@ -1,0 +1,320 @@
+"""How a case is run on a library: arrays in, call, checks that hold for every call, arrays out.
+
+A `Target` is a library on one of its devices or in one of its modes. `Target.call(f, *arrays)` takes
+and returns NumPy arrays, so that a case is one body for eager, compiled and lazy libraries alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from batchnorm.capabilities import LIBRARIES
+
+Array = Any
+
+try:
+    import ml_dtypes
+
+    BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+except ImportError:  # bfloat16 cases then say that they need it
+    BFLOAT16 = None
+
+
+def numpy_dtype(name: str) -> Any:
+    """The NumPy dtype of a name, bfloat16 included."""
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+class Target:
+    """A library on a device: eager, with NumPy's memory where it can share it."""
+
+    def __init__(self, library: str, module: str, device: str) -> None:
+        self.library, self.module, self.device_name = library, module, device
+
+    def __repr__(self) -> str:
+        return f"{self.library}[{self.device_name}]"
+
+    def missing(self) -> str | None:
+        """Why this target cannot run here, or None."""
+        root = self.module.partition(".")[0]
+        if importlib.util.find_spec(root) is None:
+            return "not installed"
+        try:
+            with self.active():
+                self.xp.zeros((1,), device=self.device)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return None
+
+    @property
+    def xp(self) -> Any:
+        """The namespace as arrays of the library have it."""
+        return compat.array_namespace(importlib.import_module(self.module).zeros((1,)))
+
+    @property
+    def device(self) -> Any:
+        """The device to make arrays on; None for the library's default."""
+        return None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Settings under which a case runs."""
+        yield
+
+    def asarray(self, a: Array) -> Array:
+        """Bring a NumPy array into the library, sharing memory where the library can."""
+        xp = self.xp
+        if a.dtype == BFLOAT16:
+            return xp.astype(self.asarray(a.astype(np.float32)), xp.bfloat16)
+        dtype = getattr(xp, a.dtype.name)
+        try:
+            return xp.asarray(a, dtype=dtype, device=self.device)
+        except (TypeError, ValueError, NotImplementedError):
+            return xp.asarray(a.tolist(), dtype=dtype, device=self.device)
+
+    def to_numpy(self, a: Array) -> Array:
+        """Bring an array of the library back."""
+        if str(a.dtype).endswith("bfloat16") and BFLOAT16 is not None:
+            return self.to_numpy(self.xp.astype(a, self.xp.float32)).astype(BFLOAT16)
+        try:
+            return np.asarray(a)
+        except (TypeError, ValueError, RuntimeError):
+            return np.from_dlpack(a)
+
+    def call(self, f: Callable[..., Any], *args: Any) -> Any:
+        """Run a function, and check what every call owes: its own kind of arrays, inputs unchanged."""
+        given = tree_map(self.asarray, args, np.ndarray)
+        result = f(*given)
+        for before, after in zip(leaves(args), leaves(given), strict=True):
+            if isinstance(before, np.ndarray):
+                np.testing.assert_array_equal(
+                    self.to_numpy(after).astype(float), before.astype(float), "an input was changed"
+                )
+        return tree_map(self.returned, result)
+
+    def returned(self, a: Array) -> Array:
+        """Check the library and device of a result, and bring it back."""
+        if not hasattr(a, "dtype"):
+            return a
+        assert compat.array_namespace(a) is self.xp, f"got an array of {type(a)}, not of {self}"
+        expected = compat.device(self.xp.zeros((1,), device=self.device))
+        assert compat.device(a) == expected, f"got an array on {compat.device(a)}, not on {expected}"
+        return self.to_numpy(a)
+
+
+class NumPy(Target):
+    def asarray(self, a: Array) -> Array:
+        return a  # as it is, with its strides and flags
+
+    def to_numpy(self, a: Array) -> Array:
+        return a
+
+
+class Strict(Target):
+    @property
+    def device(self) -> Any:
+        return self.xp.Device(self.device_name)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with self.xp.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False):
+            yield
+
+    def asarray(self, a: Array) -> Array:
+        return self.xp.asarray(a, dtype=getattr(self.xp, a.dtype.name), device=self.device)
+
+    def to_numpy(self, a: Array) -> Array:
+        cpu = self.xp.Device("CPU_DEVICE")
+        return np.asarray(compat.to_device(a, cpu))
+
+
+class Torch(Target):
+    @property
+    def device(self) -> Any:
+        return importlib.import_module("torch").device(self.device_name)
+
+    def asarray(self, a: Array) -> Array:
+        torch = importlib.import_module("torch")
+        if a.dtype == BFLOAT16:
+            return self.asarray(a.astype(np.float32)).to(torch.bfloat16)
+        if not a.flags.writeable or any(s < 0 for s in a.strides):
+            a = a.copy(order="K")  # torch has neither read-only memory nor negative strides
+        return torch.from_numpy(np.asarray(a)).to(self.device_name)
+
+    def to_numpy(self, a: Array) -> Array:
+        torch = importlib.import_module("torch")
+        if a.dtype == torch.bfloat16:
+            return a.detach().cpu().float().numpy().astype(BFLOAT16)
+        return a.detach().cpu().numpy()
+
+    def returned(self, a: Array) -> Array:
+        if not hasattr(a, "dtype"):
+            return a
+        assert compat.is_torch_array(a), f"got an array of {type(a)}, not of {self}"
+        assert a.device.type == self.device_name
+        return self.to_numpy(a)
+
+
+class Jax(Target):
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        jax = importlib.import_module("jax")
+        with jax.enable_x64("x64" in self.device_name):
+            yield
+
+    def asarray(self, a: Array) -> Array:
+        return self.xp.asarray(a)
+
+    def to_numpy(self, a: Array) -> Array:
+        return np.asarray(a)
+
+    def call(self, f: Callable[..., Any], *args: Any) -> Any:
+        for a in leaves(args):  # JAX would make float32 of it without a word
+            if getattr(a, "dtype", None) == np.float64 and "x64" not in self.device_name:
+                raise TypeError("float64 needs jax_enable_x64")
+        if not self.device_name.startswith("jit"):
+            return super().call(f, *args)
+        jax = importlib.import_module("jax")
+        arrays = [a for a in leaves(args) if isinstance(a, np.ndarray)]
+        shapes: list[Any] = []
+
+        def traced(*traced_arrays: Any) -> Any:
+            position = iter(traced_arrays)
+            result = f(*tree_map(lambda _: next(position), args, np.ndarray))
+            shapes.append(result)
+            return [a for a in leaves(result) if hasattr(a, "dtype")]
+
+        out = iter(jax.jit(traced)(*(self.asarray(a) for a in arrays)))
+        return tree_map(lambda a: self.returned(next(out)) if hasattr(a, "dtype") else a, shapes[0])
+
+
+class Dask(Target):
+    def asarray(self, a: Array) -> Array:
+        dask_array = importlib.import_module("dask.array")
+        return dask_array.from_array(a, chunks=tuple(max(1, -(-n // 2)) for n in a.shape))
+
+    def to_numpy(self, a: Array) -> Array:
+        return a.compute(scheduler="synchronous")
+
+    def call(self, f: Callable[..., Any], *args: Any) -> Any:
+        import dask
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise AssertionError("compute was called")
+
+        given = tree_map(self.asarray, args, np.ndarray)
+        with dask.config.set(scheduler=refuse):
+            result = f(*given)
+        return tree_map(self.returned, result)
+
+
+class Ndonnx(Target):
+    def asarray(self, a: Array) -> Array:
+        return self.xp.asarray(a)
+
+    def to_numpy(self, a: Array) -> Array:
+        return a.unwrap_numpy()
+
+    def call(self, f: Callable[..., Any], *args: Any) -> Any:
+        import ndonnx
+        import onnxruntime
+
+        feeds: dict[str, Array] = {}
+        inputs: dict[str, Any] = {}
+
+        def argument(a: Array) -> Any:
+            name = f"in{len(feeds)}"
+            feeds[name] = np.ascontiguousarray(a) if a.ndim else a
+            shape = a.shape
+            if self.device_name == "dynamic" and a.ndim > 1:  # a batch of any size
+                shape = (f"{name}_size", *a.shape[1:])
+            inputs[name] = ndonnx.argument(shape=shape, dtype=getattr(ndonnx, a.dtype.name))
+            return inputs[name]
+
+        result = f(*tree_map(argument, args, np.ndarray))
+        outputs = {f"out{i}": a for i, a in enumerate(leaves(result)) if hasattr(a, "dtype")}
+        model = ndonnx.build(inputs, outputs)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        out = iter(session.run(list(outputs), feeds))
+        return tree_map(lambda a: next(out) if hasattr(a, "dtype") else a, result)
+
+
+class CuPy(Target):
+    def to_numpy(self, a: Array) -> Array:
+        return a.get()
+
+
+class Dpnp(Target):
+    def to_numpy(self, a: Array) -> Array:
+        return importlib.import_module("dpnp").asnumpy(a)
+
+
+class Sparse(Target):
+    def to_numpy(self, a: Array) -> Array:
+        return a.todense() if hasattr(a, "todense") else np.asarray(a)
+
+
+OWN_WAY = {
+    "numpy": NumPy,
+    "array_api_strict": Strict,
+    "torch": Torch,
+    "jax": Jax,
+    "dask": Dask,
+    "cupy": CuPy,
+    "ndonnx": Ndonnx,
+    "dpnp": Dpnp,
+    "sparse": Sparse,
+}
+
+
+class Unknown(Target):
+    """A library that this package has never seen, on one of the devices that it lists."""
+
+    @property
+    def device(self) -> Any:
+        named = {str(d): d for d in devices_of(self.module)}
+        return named.get(self.device_name)
+
+
+def targets(name: str) -> list[Target]:
+    """The targets of a library: of the table, by its name or module, or any importable one."""
+    for library, row in LIBRARIES.items():
+        if name in (library, row.module):
+            return [OWN_WAY[library](library, row.module, device) for device in row.devices]
+    devices = [str(d) for d in devices_of(name)] or ["default"]
+    return [Unknown(name, name, device) for device in devices]
+
+
+def devices_of(module: str) -> list[Any]:
+    """The devices that an unknown library lists, if it does."""
+    try:
+        info = importlib.import_module(module).__array_namespace_info__()
+        return [d for d in info.devices() if d is not None]
+    except (ImportError, AttributeError):
+        return []
+
+
+def tree_map(f: Callable[[Any], Any], tree: Any, only: type = object) -> Any:
+    """Apply a function to the leaves of nested tuples and dicts (those of one type, if given)."""
+    if isinstance(tree, dict):
+        return {key: tree_map(f, value, only) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        mapped = [tree_map(f, value, only) for value in tree]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
+    return f(tree) if isinstance(tree, only) else tree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of nested tuples and dicts."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found

@@ -1,0 +1,145 @@
+"""Batch norm as the paper writes it, in NumPy and in more digits than what it judges.
+
+Nothing here comes from the rest of the package. Data is lifted to arrays of `decimal.Decimal` with 50
+digits, for which NumPy's operators work as well: slow, portable, and exact for this purpose. Float32
+and narrower data that is large, or not finite, is lifted to float64 instead.
+"""
+
+from __future__ import annotations
+
+import decimal
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any
+
+decimal.DefaultContext.prec = 50
+decimal.setcontext(decimal.Context(prec=50))
+
+
+def lift(a: Array) -> Array:
+    """Bring an array to more digits than it came in."""
+    a = np.asarray(a)
+    if a.dtype == np.float64 or (a.size <= 20_000 and np.all(np.isfinite(a.astype(np.float32)))):
+        return decimals(a)
+    return a.astype(np.float64)
+
+
+def decimals(a: Array) -> Array:
+    flat = np.empty(a.size, dtype=object)
+    flat[:] = [decimal.Decimal(v) for v in np.asarray(a, dtype=np.float64).ravel().tolist()]
+    return flat.reshape(a.shape)
+
+
+def _as(a: Array, like: Array) -> Array:
+    """Lift a parameter to the kind of numbers that the data has."""
+    a = np.asarray(a)
+    return decimals(a) if like.dtype == object else a.astype(np.float64)
+
+
+class Problem:
+    """One batch to normalize, and every quantity of it that a test may want to compare."""
+
+    def __init__(
+        self,
+        x: Array,
+        gamma: Array | None = None,
+        beta: Array | None = None,
+        *,
+        axis: int | tuple[int, ...] = 1,
+        eps: float = 1e-5,
+        where: Array | None = None,
+        mean: Array | None = None,
+        var: Array | None = None,
+    ) -> None:
+        x = lift(x)
+        kept = tuple(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+        self.reduced = tuple(i for i in range(x.ndim) if i not in kept)
+        self.channels = tuple(x.shape[i] for i in kept)
+        self.vector = tuple(n if i in kept else 1 for i, n in enumerate(x.shape))
+
+        one = _as(np.ones(()), x)[()]
+        w = np.ones(x.shape, dtype=bool) if where is None else np.asarray(where)
+        w = _as(np.broadcast_to(w, x.shape).astype(np.float64), x)
+        self.x = np.where(w > 0, x, 0 * one) if where is not None else x
+        self.w = w
+        self.n = self._sum(w)
+        with np.errstate(invalid="ignore"):
+            self.mean = self._sum(w * self.x) / self.n if mean is None else self._vector(mean)
+            d = self.x - self.mean
+            self.var = self._sum(w * d * d) / self.n if var is None else self._vector(var)
+        self.d = x - self.mean
+        self.given = mean is not None
+        self.std = np.sqrt(self.var + _as(np.asarray(eps), x))
+        self.x_hat = self.d / self.std
+        self.gamma = self._vector(np.ones(self.channels) if gamma is None else gamma)
+        self.beta = self._vector(np.zeros(self.channels) if beta is None else beta)
+        self.y = self.gamma * self.x_hat + self.beta
+        self.size = np.maximum(one, abs(self.gamma * self.x_hat) + abs(self.beta))
+
+    def backward(self, dy: Array) -> Gradients:
+        """The chain rule, step by step (Ioffe & Szegedy 2015, section 3), with weights."""
+        dy = _as(dy, self.x)
+        with np.errstate(invalid="ignore"):
+            through = np.where(dy == 0, 0 * dy, dy * self.x_hat)  # NaN where nothing flows is nothing
+            d_x_hat = dy * self.gamma
+            d_var = -self._sum(through * self.gamma) / (2 * self.std * self.std)
+            d_mean = -self._sum(d_x_hat) / self.std
+            direct = d_x_hat / self.std
+            dx = direct
+            if not self.given:
+                indirect = d_var * 2 * self.d * self.w / self.n + d_mean * self.w / self.n
+                dx = direct + np.where(self.w > 0, indirect, 0 * self.w)
+        scale = abs(self.gamma) / self.std
+        return Gradients(
+            dx=dx,
+            dgamma=self.flat(self._sum(through)),
+            dbeta=self.flat(self._sum(dy)),
+            dmean=self.flat(d_mean),
+            dvar=self.flat(d_var),
+            dx_size=np.broadcast_to(np.max(scale) * np.max(abs(dy)), dy.shape),
+            dgamma_size=self.flat(self._sum(abs(through))),
+            dbeta_size=self.flat(self._sum(abs(dy))),
+            dmean_size=self.flat(self._sum(abs(d_x_hat)) / self.std),
+            dvar_size=self.flat(self._sum(abs(through * self.gamma)) / (2 * self.std * self.std)),
+        )
+
+    def flat(self, v: Array) -> Array:
+        """Bring a vector to the shape of gamma."""
+        return np.reshape(v, self.channels)
+
+    def _sum(self, v: Array) -> Array:
+        return np.sum(v, axis=self.reduced, keepdims=True)
+
+    def _vector(self, v: Array) -> Array:
+        return _as(v, self.x).reshape(self.vector)
+
+
+class Gradients(NamedTuple):
+    """Gradients, and the size of the terms that each is a sum of."""
+
+    dx: Array
+    dgamma: Array
+    dbeta: Array
+    dmean: Array
+    dvar: Array
+    dx_size: Array
+    dgamma_size: Array
+    dbeta_size: Array
+    dmean_size: Array
+    dvar_size: Array
+
+
+def running(
+    mean: Array, var: Array, batches: list[Problem], momentum: float | None, correction: float
+) -> tuple[Array, Array]:
+    """Running statistics after some batches."""
+    for k, batch in enumerate(batches, start=1):
+        m = 1 / k if momentum is None else momentum
+        n, batch_mean, batch_var = (
+            batch.flat(v).astype(float) for v in (batch.n, batch.mean, batch.var)
+        )
+        mean = mean + m * (batch_mean - mean)
+        var = var + m * (batch_var * n / (n - correction) - var)
+    return mean, var
