@@ -1,0 +1,95 @@
+"""``python -m batchnorm``: the demonstration, and what runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from batchnorm import __version__, kernels_for
+from batchnorm.capabilities import LIBRARIES
+
+DEMO_LIBRARIES = ("numpy", "torch", "jax", "cupy")
+DEMO_NEEDS = {"matplotlib": "demo", "rich": "demo", "sklearn": "demo"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    parser = OneLineParser(prog="python -m batchnorm", description="Batch norm for any array library.")
+    parser.add_argument("--version", action="version", version=f"batchnorm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+
+    demo = commands.add_parser("demo", help="train the paper's first experiment on handwritten digits")
+    demo.add_argument("--array-library", choices=DEMO_LIBRARIES, default="numpy", help="default: numpy")
+    demo.add_argument("--steps", type=_positive, default=4000, help="training steps (default: 4000)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("batchnorm-demo.png"),
+        help="the picture (default: %(default)s)",
+    )
+    commands.add_parser("info", help="list the array libraries found, and the kernels each would run")
+
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "info":
+        return info()
+    extras = {"torch": "torch", "jax": "jax", "cupy": "cupy-cuda12x"}
+    needed = {**DEMO_NEEDS, chosen.array_library: extras.get(chosen.array_library, "")}
+    for module, extra in needed.items():
+        if importlib.util.find_spec(module) is None:
+            demo.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")
+    if not chosen.output.parent.is_dir():
+        demo.error(f"argument --output: no folder {chosen.output.parent}")
+    if chosen.output.suffix.lower() not in (".png", ".pdf", ".svg"):
+        demo.error(f"argument --output: got {chosen.output}, expected a .png, .pdf or .svg file")
+
+    from batchnorm.demo import run
+
+    return run(chosen.array_library, chosen.steps, chosen.seed, chosen.output)
+
+
+def info() -> int:
+    """Print one line per array library of the capability table."""
+    print(f"batchnorm {__version__}, Python {sys.version.split()[0]}\n")
+    print(f"{'library':18}{'version':14}kernels")
+    for name, row in LIBRARIES.items():
+        root = row.module.partition(".")[0]
+        if importlib.util.find_spec(root) is None:
+            print(f"{name:18}{'-':14}not installed")
+            continue
+        try:
+            module = importlib.import_module(row.module)
+            version = importlib.import_module(root).__version__
+            kernels = kernels_for(module.zeros((2, 2)))
+        except Exception as error:  # a broken installation, or a GPU library without a GPU
+            reason = str(error).splitlines()[0] if str(error) else ""
+            print(f"{name:18}{'-':14}cannot be used here: {type(error).__name__}: {reason}")
+            continue
+        print(f"{name:18}{version:14}{kernels.name}: {kernels.why}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
