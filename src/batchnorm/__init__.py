@@ -7,11 +7,10 @@ from batchnorm.functional import (
     moments,
     normalize,
     normalize_backward,
-    update_running,
 )
 from batchnorm.kernels import KernelSet, kernels_for
 from batchnorm.layer import BatchNorm
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, update_running
 
 __version__ = "0.1.0"
 

@@ -50,12 +50,12 @@ def fold(
     at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
     checks.vectors(at, var=var, gamma=gamma, beta=beta)
     checks.scalar("eps", eps, 0)
-    scale = 1 / at.xp.sqrt(at.spread(var, at.wide) + eps)
+    scale = 1 / at.xp.sqrt(at.vector(var) + eps)
     if gamma is not None:
-        scale = at.spread(gamma, at.wide) * scale
-    shift = -at.spread(mean, at.wide) * scale
+        scale = at.vector(gamma) * scale
+    shift = -at.vector(mean) * scale
     if beta is not None:
-        shift = at.spread(beta, at.wide) + shift
+        shift = at.vector(beta) + shift
     return tuple(at.xp.astype(v, mean.dtype, copy=False) for v in (scale, shift))
 
 
@@ -165,7 +165,7 @@ def _fold_weight(
     checks.vectors(at, bias=bias, mean=mean, var=var, gamma=gamma, beta=beta)
     checks.scalar("eps", eps, 0)
     scale, _ = fold(at.xp.astype(mean, at.wide), at.xp.astype(var, at.wide), gamma, eps=eps)
-    folded = at.spread(scale, at.wide) * at.xp.astype(weight, at.wide)
+    folded = at.vector(scale) * at.xp.astype(weight, at.wide)
     centred = -at.xp.astype(mean, at.wide)
     if bias is not None:
         centred = at.xp.astype(bias, at.wide) + centred

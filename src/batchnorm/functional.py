@@ -153,10 +153,10 @@ def batch_norm_backward(
     if group is not None:
         sum_dy, sum_dy_d = all_reduce(group, sum_dy, sum_dy_d)
 
-    n = _wide(at, stats.count)  # (C)
+    n = at.vector(stats.count)  # (C)
     n = at.xp.where(n > 0, n, at.xp.ones_like(n))
     rstd = _rstd(at, stats.var, eps)  # (C)
-    a = rstd if gamma is None else rstd * _wide(at, gamma)  # (C)
+    a = rstd if gamma is None else rstd * at.vector(gamma)  # (C)
     b = -a * rstd * rstd * sum_dy_d / n  # (C)
     c = -a * sum_dy / n - b * mid.rest  # (C)
     a, b, c = (_compute(at, v) for v in (a, b, c))
@@ -266,7 +266,7 @@ def normalize_backward(
     mid = _centre(at, Moments(1, mean, var))
     sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, None)
     rstd = _rstd(at, var, eps)  # (C)
-    a = rstd if gamma is None else rstd * _wide(at, gamma)  # (C)
+    a = rstd if gamma is None else rstd * at.vector(gamma)  # (C)
     zero = at.xp.zeros_like(mid.m)  # (C)
     dx = kernels.scale_shift(dy, zero, _compute(at, a), zero, at)
     dx = _write(at.xp.astype(dx, x.dtype, copy=False), out)
@@ -307,62 +307,6 @@ def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     return _moments(kernels_for(x), at, x, where)
 
 
-def update_running(
-    mean: Array,
-    var: Array,
-    stats: Moments,
-    *,
-    momentum: float | Array = 0.1,
-    correction: float = 1,
-) -> tuple[Array, Array]:
-    r"""Move running statistics towards those of a batch.
-
-    .. math::
-        \mu' = (1 - m) \mu + m \mu_B, \qquad
-        \sigma'^2 = (1 - m) \sigma^2 + m \frac{n}{n - \text{correction}} \sigma^2_B
-
-    Parameters
-    ----------
-    mean, var : array, shape (C,)
-        The running mean and variance.
-    stats : Moments
-        Of the batch.
-    momentum : float or 0-d array, default 0.1
-        The weight m of the new batch, from 0 to 1; ``1 / k`` at the k-th batch gives the cumulative
-        average. (Keras, Flax, Chainer and ONNX call 1 - m the momentum.)
-    correction : float, default 1
-        Bessel's correction: 1 for the unbiased variance (PyTorch, Chainer), 0 for the population
-        variance (Keras, Flax, ONNX). n is the count of `stats`: with weights, their sum. A channel
-        whose n is not above `correction` keeps its population variance.
-
-    Returns
-    -------
-    mean, var : array, shape (C,)
-        New arrays, in the dtypes of the old ones. A channel with a count of 0 is unchanged.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; and numbers out of their range.
-    """
-    at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
-    checks.vectors(at, var=var)
-    checks.statistics(at, stats)
-    checks.scalar("momentum", momentum, 0, 1)
-    checks.scalar("correction", correction, 0)
-    xp = at.xp
-    n, batch_mean, batch_var = (_wide(at, v) for v in stats[:3])  # (C)
-    free = xp.where(n > correction, n - correction, n)  # (C), degrees of freedom
-    free = xp.where(free > 0, free, xp.ones_like(free))
-    m = xp.astype(momentum, at.wide) if hasattr(momentum, "dtype") else momentum
-    m = xp.where(n > 0, xp.ones_like(n) * m, xp.zeros_like(n))  # (C)
-
-    def moved(old: Array, new: Array) -> Array:
-        return xp.astype((1 - m) * _wide(at, old) + m * new, old.dtype, copy=False)
-
-    return moved(mean, batch_mean), moved(var, batch_var * (n / free))
-
-
 class _Centre(NamedTuple):
     """A mean in two parts: m in the dtype of the big array, and the rest of it."""
 
@@ -371,14 +315,14 @@ class _Centre(NamedTuple):
 
 
 def _centre(at: Layout, stats: Moments) -> _Centre:
-    mean = _wide(at, stats.mean)  # (C)
+    mean = at.vector(stats.mean)  # (C)
     m = _compute(at, mean)  # (C)
     rest = mean - at.xp.astype(m, at.wide, copy=False)  # (C), exact
-    return _Centre(m, rest if stats.mean_lo is None else rest + _wide(at, stats.mean_lo))
+    return _Centre(m, rest if stats.mean_lo is None else rest + at.vector(stats.mean_lo))
 
 
 def _rstd(at: Layout, var: Array, eps: float) -> Array:
-    return 1 / at.xp.sqrt(_wide(at, var) + eps)  # (C)
+    return 1 / at.xp.sqrt(at.vector(var) + eps)  # (C)
 
 
 def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> Moments:
@@ -401,10 +345,10 @@ def _scale_shift(
     mid = _centre(at, stats)
     a = _rstd(at, stats.var, eps)  # (C)
     if gamma is not None:
-        a = a * _wide(at, gamma)
+        a = a * at.vector(gamma)
     b = -a * mid.rest  # (C)
     if beta is not None:
-        b = b + _wide(at, beta)
+        b = b + at.vector(beta)
     return _write(kernels.scale_shift(x, mid.m, _compute(at, a), _compute(at, b), at), out)
 
 
@@ -421,15 +365,6 @@ def _grad_params(
 ) -> tuple[Array, Array]:
     dtype = at.compute if gamma is None else gamma.dtype
     return tuple(at.xp.astype(at.squeeze(v), dtype, copy=False) for v in (dgamma, dbeta))
-
-
-def _wide(at: Layout, v: Array) -> Array:
-    """A per-channel vector (or one number for all channels) as (C) in the dtype of sums."""
-    if not hasattr(v, "dtype"):
-        return at.xp.full(at.broadcast, float(v), dtype=at.wide, device=at.device)
-    if v.shape == ():
-        return at.xp.astype(v, at.wide)
-    return at.spread(v, at.wide)
 
 
 def _compute(at: Layout, v: Array) -> Array:

@@ -16,10 +16,9 @@ from batchnorm.functional import (
     moments,
     normalize,
     normalize_backward,
-    update_running,
 )
 from batchnorm.layout import has_float64
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, update_running
 from batchnorm.presets import PRESETS
 
 Array = Any

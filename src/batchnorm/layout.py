@@ -38,9 +38,13 @@ class Layout(NamedTuple):
     wide: DType
     """The dtype for sums and per-channel vectors: float64 where the device has it, else float32."""
 
-    def spread(self, v: Array, dtype: DType) -> Array:
-        """Bring a per-channel vector to broadcast shape and to a dtype."""
-        v = self.xp.astype(v, dtype, copy=False)
+    def vector(self, v: Array | float) -> Array:
+        """Bring a per-channel vector, or one number for all channels, to broadcast shape, wide."""
+        if not hasattr(v, "dtype"):
+            return self.xp.full(self.broadcast, float(v), dtype=self.wide, device=self.device)
+        v = self.xp.astype(v, self.wide, copy=False)
+        if v.ndim < len(self.channels):
+            return v
         # A channel count that is not known yet is the one length that reshape may work out.
         shape = tuple(n if isinstance(n, int) else -1 for n in self.broadcast)
         return self.xp.reshape(v, shape)

@@ -1,4 +1,4 @@
-"""Count, mean and variance of each channel, and how two of them become one."""
+"""Count, mean and variance of each channel: joined with others, and followed by running ones."""
 
 from __future__ import annotations
 
@@ -82,6 +82,62 @@ class Moments(NamedTuple):
             return xp.full(shape, float(v or 0.0), dtype=dtype, device=device)
 
         return pool([Moments(*(vector(v) for v in part)) for part in parts])
+
+
+def update_running(
+    mean: Array,
+    var: Array,
+    stats: Moments,
+    *,
+    momentum: float | Array = 0.1,
+    correction: float = 1,
+) -> tuple[Array, Array]:
+    r"""Move running statistics towards those of a batch.
+
+    .. math::
+        \mu' = (1 - m) \mu + m \mu_B, \qquad
+        \sigma'^2 = (1 - m) \sigma^2 + m \frac{n}{n - \text{correction}} \sigma^2_B
+
+    Parameters
+    ----------
+    mean, var : array, shape (C,)
+        The running mean and variance.
+    stats : Moments
+        Of the batch.
+    momentum : float or 0-d array, default 0.1
+        The weight m of the new batch, from 0 to 1; ``1 / k`` at the k-th batch gives the cumulative
+        average. (Keras, Flax, Chainer and ONNX call 1 - m the momentum.)
+    correction : float, default 1
+        Bessel's correction: 1 for the unbiased variance (PyTorch, Chainer), 0 for the population
+        variance (Keras, Flax, ONNX). n is the count of `stats`: with weights, their sum. A channel
+        whose n is not above `correction` keeps its population variance.
+
+    Returns
+    -------
+    mean, var : array, shape (C,)
+        New arrays, in the dtypes of the old ones. A channel with a count of 0 is unchanged.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; and numbers out of their range.
+    """
+    at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
+    checks.vectors(at, var=var)
+    checks.statistics(at, stats)
+    checks.scalar("momentum", momentum, 0, 1)
+    checks.scalar("correction", correction, 0)
+    xp = at.xp
+    n, batch_mean, batch_var = (at.vector(v) for v in stats[:3])  # (C)
+    free = xp.where(n > correction, n - correction, n)  # (C), degrees of freedom
+    free = xp.where(free > 0, free, xp.ones_like(free))
+    m = xp.astype(momentum, at.wide) if hasattr(momentum, "dtype") else momentum
+    m = xp.where(n > 0, xp.ones_like(n) * m, xp.zeros_like(n))  # (C)
+
+    def moved(old: Array, new: Array) -> Array:
+        return xp.astype((1 - m) * at.vector(old) + m * new, old.dtype, copy=False)
+
+    return moved(mean, batch_mean), moved(var, batch_var * (n / free))
 
 
 def pool(parts: list[Moments], group: Any = None) -> Moments:

@@ -26,14 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
     present: list[Target] = []
     not_run: dict[str, str] = {}
     for name in named or LIBRARIES:
-        for target in targets(name):
-            why = target.missing()
-            if why is None:
-                present.append(target)
-            elif named and "not installed" in why:
-                raise pytest.UsageError(f"--array-library: got {name!r}, expected an importable module")
-            else:
-                not_run[repr(target)] = why
+        missing = {target: target.missing() for target in targets(name)}
+        usable = [target for target, why in missing.items() if why is None]
+        if named and not usable:
+            why = "; ".join(f"{target}: {why}" for target, why in missing.items())
+            raise pytest.UsageError(f"--array-library: got {name!r}, expected a usable library ({why})")
+        present += usable
+        not_run.update({repr(target): why for target, why in missing.items() if why is not None})
     if BFLOAT16 is None:
         not_run["bfloat16 cases"] = "ml_dtypes is not installed"
     config.stash[TARGETS], config.stash[NOT_RUN] = present, not_run

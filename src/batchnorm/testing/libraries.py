@@ -84,9 +84,9 @@ class Target:
         if str(a.dtype).endswith("bfloat16") and BFLOAT16 is not None:
             return self.to_numpy(self.xp.astype(a, self.xp.float32)).astype(BFLOAT16)
         try:
-            return np.asarray(a)
-        except (TypeError, ValueError, RuntimeError):
             return np.from_dlpack(a)
+        except (AttributeError, BufferError, TypeError, RuntimeError):
+            return np.asarray(a)
 
     def call(self, f: Callable[..., Any], *args: Any) -> Any:
         """Run a function, and check what every call owes: its own kind of arrays, inputs unchanged."""

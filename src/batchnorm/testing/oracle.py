@@ -21,14 +21,19 @@ decimal.setcontext(decimal.Context(prec=50))
 def lift(a: Array) -> Array:
     """Bring an array to more digits than it came in."""
     a = np.asarray(a)
-    if a.dtype == np.float64 or (a.size <= 20_000 and np.all(np.isfinite(a.astype(np.float32)))):
+    if a.dtype in (object, np.float64) or (
+        a.size <= 20_000 and np.all(np.isfinite(a.astype(np.float32)))
+    ):
         return decimals(a)
     return a.astype(np.float64)
 
 
 def decimals(a: Array) -> Array:
+    """An array of decimals, each exactly the number that it was."""
+    if a.dtype == object:
+        return a.copy()
     flat = np.empty(a.size, dtype=object)
-    flat[:] = [decimal.Decimal(v) for v in np.asarray(a, dtype=np.float64).ravel().tolist()]
+    flat[:] = [decimal.Decimal(v) for v in a.astype(np.float64).ravel().tolist()]
     return flat.reshape(a.shape)
 
 

@@ -1,0 +1,119 @@
+"""python -m batchnorm: the demo trains and tells, info lists, and a wrong option is one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from batchnorm.__main__ import main
+
+
+def run(*arguments, timeout=300, cwd=None):
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "batchnorm", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_demo(library, tmp_path):
+    pytest.importorskip(library)
+    done = run("demo", "--array-library", library, "--steps", "300", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "with batch norm" in done.stdout
+    assert f"{library} arrays" in done.stdout
+    picture = (tmp_path / "batchnorm-demo.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+def test_batch_norm_wins():
+    from batchnorm.demo import experiment
+
+    curves = {
+        name: experiment.train(settings, "numpy", 300, 0, lambda step, accuracy: None)
+        for name, settings in experiment.NETWORKS.items()
+    }
+    with_norm, without = curves["with batch norm"], curves["without batch norm"]
+    assert with_norm.steps_to_goal <= 60
+    assert without.steps_to_goal is None
+    assert max(with_norm.accuracy) > 0.96
+
+
+def test_demo_gradients_are_slopes():
+    """The network's step is its loss's slope: float64, finite differences, every parameter."""
+    import numpy as np
+
+    from batchnorm.demo import network
+
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(12, 5))
+    labels = np.eye(4)[rng.integers(0, 4, 12)]
+    for batch_norm in (True, False):
+        settings = network.Settings(batch_norm, 1.0)
+        start = {k: v.astype(float) for k, v in network.initial(settings, 5, 4, 0).items()}
+        stepped = network.step(start, images, labels, settings)
+        for name in start:
+            if name.startswith(("mean", "var")):
+                continue
+            direction = rng.standard_normal(start[name].shape)
+            slope = _slope(start, name, direction, images, labels, settings)
+            gradient = np.sum((start[name] - stepped[name]) * direction)
+            np.testing.assert_allclose(gradient, slope, rtol=2e-5, atol=1e-8, err_msg=name)
+
+
+def _slope(start, name, direction, images, labels, settings, h=1e-5):
+    import numpy as np
+
+    import batchnorm as bn
+    from batchnorm.demo import network
+
+    def loss(state):
+        a = images
+        for i in range(network.HIDDEN):
+            z = a @ state[f"weight{i}"]
+            if settings.batch_norm:
+                y, _ = bn.batch_norm(z, state[f"gamma{i}"], state[f"beta{i}"], eps=network.EPS)
+            else:
+                y = z + state[f"bias{i}"]
+            a = 1 / (1 + np.exp(-y))
+        z = a @ state[f"weight{network.HIDDEN}"] + state[f"bias{network.HIDDEN}"]
+        return -np.mean(np.sum(labels * (z - np.log(np.sum(np.exp(z), axis=1, keepdims=True))), axis=1))
+
+    there = loss({**start, name: start[name] + h * direction})
+    return (there - loss({**start, name: start[name] - h * direction})) / (2 * h)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["demo", "--array-library", "tensorflow"], "invalid choice: 'tensorflow'"),
+        (["demo", "--steps", "0"], "got '0', expected a whole number of at least 1"),
+        (["demo", "--output", "/nowhere/x.png"], "--output: no folder"),
+        (["demo", "--output", "x.txt"], "expected a .png, .pdf or .svg file"),
+        (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["train"], "invalid choice: 'train'"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert text in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_library_that_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "cupy" else object())
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--array-library", "cupy"])
+    assert stopped.value.code == 2
+    assert "pip install 'batchnorm[cupy-cuda12x]'" in capsys.readouterr().err
+
+
+def test_info():
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    assert "numpy " in done.stdout
+    assert "generic: array API code" in done.stdout

@@ -1,0 +1,68 @@
+"""A group: members in threads, each with its part, get what one process gets from the whole."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm.testing import data, verdict
+from batchnorm.testing.oracle import Problem
+
+
+class Threads:
+    """An all-reduce between threads."""
+
+    def __init__(self, members):
+        self.members, self.parts = members, {}
+        self.barrier = threading.Barrier(members, timeout=20)
+
+    def all_reduce(self, array):
+        self.barrier.wait()
+        self.parts[threading.get_ident()] = array
+        self.barrier.wait()
+        total = sum(self.parts[member] for member in sorted(self.parts))
+        self.barrier.wait()
+        self.parts.clear()
+        return total
+
+
+def on_each(function, *parts):
+    results = [None] * len(parts[0])
+
+    def run(rank):
+        results[rank] = function(*(part[rank] for part in parts))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert all(result is not None for result in results)
+    return results
+
+
+@pytest.mark.parametrize("kind", ["plain", "weights"])
+@pytest.mark.parametrize("sizes", [(10, 10), (7, 1, 4), (12, 0, 3), (9,)])
+def test_group(sizes, kind):
+    n, cuts = sum(sizes), np.cumsum(sizes)[:-1]
+    x, dy = data.batch((n, 5), mean=1e4), data.batch((n, 5), mean=0.5, seed=5)
+    gamma, beta = data.parameters((5,))
+    where = data.weights((n, 5), kind) if kind == "weights" else None
+    masks = [None] * len(sizes) if where is None else np.split(where, cuts)
+    group = Threads(len(sizes))
+
+    def member(x, dy, where):
+        y, stats = bn.batch_norm(x, gamma, beta, where=where, group=group)
+        return y, stats, bn.batch_norm_backward(dy, x, stats, gamma, where=where, group=group)
+
+    results = on_each(member, np.split(x, cuts), np.split(dy, cuts), masks)
+    expected = Problem(x, gamma, beta, where=where)
+    y = np.concatenate([result[0] for result in results])
+    dx = np.concatenate([result[2][0] for result in results])
+    verdict.forward(y, expected, "float32")
+    for _, stats, (_, dgamma, dbeta) in results:
+        verdict.moments(stats, expected)
+        verdict.backward((dx, dgamma, dbeta), expected.backward(dy), "float32", "float32")
+        for mine, first in zip(stats, results[0][1], strict=True):
+            np.testing.assert_array_equal(mine, first)  # the same on every member, to the bit
