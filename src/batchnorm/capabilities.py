@@ -88,6 +88,7 @@ GAPS = (
     Gap("array_api_strict", "no_x64", "float64", "*", "a device without float64"),
     Gap("jax", "eager", "float64", "*", "needs jax_enable_x64"),
     Gap("jax", "jit", "float64", "*", "needs jax_enable_x64"),
+    Gap("dpnp", "*", "bfloat16", "*", "dpnp has no bfloat16"),
     Gap("ndonnx", "*", "bfloat16", "*", "ndonnx has no bfloat16"),
 )
 
