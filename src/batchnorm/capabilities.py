@@ -45,14 +45,14 @@ LIBRARIES = {
         "test",
         "with boolean indexing and data-dependent shapes off",
     ),
-    "torch": Library("torch", ("cpu", "cuda"), "torch"),
+    "torch": Library("torch", ("cpu", "cuda"), "torch", "cuda: not run yet"),
     "jax": Library("jax.numpy", ("eager", "eager-x64", "jit", "jit-x64"), "jax"),
     "dask": Library("dask.array", ("lazy",), "dask", "`compute` is never called"),
-    "cupy": Library("cupy", ("cuda",), "cupy-cuda12x"),
+    "cupy": Library("cupy", ("cuda",), "cupy-cuda12x", "not run yet"),
     "ndonnx": Library(
         "ndonnx", ("static", "dynamic"), "test", "traces to an ONNX graph, static or dynamic in shape"
     ),
-    "dpnp": Library("dpnp", ("default",), "dpnp (not an extra)"),
+    "dpnp": Library("dpnp", ("default",), "dpnp (not an extra)", "run by hand, on a CPU"),
     "sparse": Library("sparse", ("cpu",), "test", "results are dense in fact, if sparse in type"),
 }
 
