@@ -66,3 +66,27 @@ def test_group(sizes, kind):
         verdict.backward((dx, dgamma, dbeta), expected.backward(dy), "float32", "float32")
         for mine, first in zip(stats, results[0][1], strict=True):
             np.testing.assert_array_equal(mine, first)  # the same on every member, to the bit
+
+
+def test_too_few_values_in_the_whole_group():
+    group = Threads(2)
+
+    def member(x):
+        with pytest.raises(
+            ValueError, match="x: got a channel with fewer than 2 values in the whole group"
+        ):
+            bn.batch_norm(x, group=group)
+        return True
+
+    assert on_each(member, [data.batch((1, 3)), data.batch((0, 3))]) == [True, True]
+
+
+def test_a_group_that_returns_nothing():
+    class InPlace:
+        def all_reduce(self, array):
+            array += 0
+
+    with pytest.raises(
+        TypeError, match="group.all_reduce: got a NoneType of shape None, expected the sum"
+    ):
+        bn.batch_norm(data.batch((4, 3)), group=InPlace())

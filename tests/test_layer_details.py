@@ -131,7 +131,7 @@ def test_a_layer_trains_under_jit():
             "running_var: got a variance below",
         ),
         (lambda s: {**s, "num_batches_tracked": -1}, ValueError, "num_batches_tracked: got -1"),
-        (lambda s: 3, ValueError, "state: got keys a int"),
+        (lambda s: 3, ValueError, "state: got a int, expected keys"),
     ],
 )
 def test_a_wrong_state_changes_nothing(change, error, text):
@@ -180,3 +180,93 @@ def test_several_axes():
     assert layer.gamma.shape == layer.running_mean.shape == (2, 4)
     np.testing.assert_allclose(y.mean(axis=(0, 2)), 0, atol=1e-6)
     assert repr(layer).startswith("BatchNorm((2, 4), axis=(1, 3), eps=1e-05, momentum=0.1")
+
+
+def test_detached_from_autograd():
+    torch = pytest.importorskip("torch")
+    layer = bn.BatchNorm(4)
+    for _ in range(2):
+        x = torch.from_numpy(X).requires_grad_()
+        layer(x).sum().backward()
+        layer.update()
+    assert not layer.running_mean.requires_grad
+    assert not layer.running_var.requires_grad
+
+
+def test_a_pass_commits_its_own_note_only():
+    layer = bn.BatchNorm(4)
+    layer(X)
+    layer.eval()
+    with pytest.warns(UserWarning, match="never updated"):
+        layer(X)
+    layer.backward(X)
+    assert layer.num_batches_tracked == 0
+    layer.train()
+    layer(X)
+    layer.update()
+    layer.backward(X)
+    assert layer.num_batches_tracked == 1
+
+
+def test_an_error_in_the_update_leaves_dy_alone():
+    layer = bn.BatchNorm(4)
+    layer(X)
+    dy = X.copy()
+    layer.momentum = 5.0
+    with pytest.raises(ValueError, match=r"momentum: got 5\.0"):
+        layer.backward(dy, out=dy)
+    np.testing.assert_array_equal(dy, X)
+    layer.momentum = 0.1
+    layer.backward(dy, out=dy)
+    assert layer.num_batches_tracked == 1
+
+
+def test_in_place_there_is_no_way_back():
+    layer, x = bn.BatchNorm(4), X.copy()
+    expected = bn.BatchNorm(4)(X)
+    assert layer(x, out=x) is x
+    np.testing.assert_array_equal(x, expected)
+    with pytest.raises(RuntimeError, match="no forward pass to go back from"):
+        layer.backward(X)
+    layer.update()
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("count", [np.int64(3), np.asarray(3)])
+def test_a_count_from_a_file(count):
+    layer = bn.BatchNorm(4)
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": count})
+    assert layer.num_batches_tracked == 3
+    assert type(layer.num_batches_tracked) is int
+
+
+@pytest.mark.parametrize("count", ["7", None, 2.5, np.asarray([1, 2]), np.int64(-5)])
+def test_a_count_that_is_none(count):
+    layer = bn.BatchNorm(4)
+    with pytest.raises(ValueError, match="num_batches_tracked: got .*, expected a whole number"):
+        layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": count})
+
+
+def test_a_state_moves_to_the_layers_device():
+    strict = pytest.importorskip("array_api_strict")
+    device = strict.Device("device1")
+    layer = bn.BatchNorm(4, xp=strict, device=device)
+    layer.load_state_dict(bn.BatchNorm(4, xp=strict).state_dict())
+    assert layer.gamma.device == layer.running_mean.device == device
+
+
+def test_dtypes_of_a_loaded_state_do_not_depend_on_its_order():
+    torch = pytest.importorskip("torch")
+    state = bn.BatchNorm(4, xp=torch).state_dict()
+    layer = bn.BatchNorm(4)
+    layer.load_state_dict(dict(reversed(state.items())))
+    assert layer.gamma.dtype == torch.float32
+    assert layer.running_mean.dtype == torch.float64
+
+
+def test_arguments_are_checked_in_inference_too():
+    layer = bn.BatchNorm(4).eval()
+    with pytest.raises(TypeError, match="where: got a str"):
+        layer(X, where="garbage")
+    with pytest.raises(TypeError, match="group: got a int"):
+        layer(X, group=5)

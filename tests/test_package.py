@@ -31,7 +31,17 @@ def test_public_names():
 
 def test_imports_point_one_way():
     """layer -> functional -> kernels -> checks -> layout; moments below functional."""
-    order = ["layout", "checks", "moments", "kernels", "functional", "folding", "layer", "__init__"]
+    order = [
+        "layout",
+        "checks",
+        "moments",
+        "kernels",
+        "functional",
+        "folding",
+        "state",
+        "layer",
+        "__init__",
+    ]
     source = ROOT / "src" / "batchnorm"
     for height, room in enumerate(order):
         path = source / room

@@ -26,6 +26,8 @@ def fail(error: type[Exception], argument: str, got: object, expected: str) -> N
 
 def namespace(argument: str, x: Array) -> ModuleType:
     """The array API namespace of an array."""
+    if type(x).__name__ == "MaskedArray":  # its sums would honour the mask, its count would not
+        fail(TypeError, argument, "a MaskedArray", "a plain array, and its mask inverted as `where`")
     try:
         xp: ModuleType = compat.array_namespace(x)
     except TypeError:
@@ -42,12 +44,12 @@ def subject(x: Array, axis: int | tuple[int, ...], argument: str = "x") -> Layou
     """Check the array to be normalized and its channel axis."""
     xp = namespace(argument, x)
     _floating(xp, argument, x)
-    return layout(xp, x, _axes(axis, x.ndim), _device(x))
+    return layout(argument, xp, x, _axes(axis, x.ndim, argument), _device(x))
 
 
 def like(at: Layout, x: Array, argument: str, other: Array) -> None:
     """Check an array of the shape of x: dy or out."""
-    _beside(at.xp, at.device, argument, other)
+    _beside(at.xp, at.device, argument, other, at.name)
     if not same_shape(other.shape, x.shape):
         fail(ValueError, argument, f"shape {tuple(other.shape)}", f"{tuple(x.shape)}, as x")
 
@@ -57,29 +59,28 @@ def vectors(at: Layout, **given: Array | None) -> None:
     for argument, v in given.items():
         if v is None:
             continue
-        _beside(at.xp, at.device, argument, v)
+        _beside(at.xp, at.device, argument, v, at.name)
         if not same_shape(v.shape, at.channels):
             axis = at.kept[0] if len(at.kept) == 1 else at.kept
             fail(
                 ValueError,
                 argument,
                 f"shape {tuple(v.shape)}",
-                f"{at.channels}, the channels of x at axis {axis}",
+                f"{at.channels}, the channels of {at.name} at axis {axis}",
             )
 
 
-def statistics(at: Layout, stats: Any) -> Any:
+def statistics(at: Layout, stats: Any) -> None:
     """Check the `stats` that batch_norm returned."""
     if not _is_moments(stats):
         fail(TypeError, "stats", f"a {type(stats).__name__}", "the Moments that batch_norm returned")
     vectors(at, **{"stats.mean": stats.mean, "stats.var": stats.var, "stats.mean_lo": stats.mean_lo})
     if hasattr(stats.count, "shape") and stats.count.shape != ():
         vectors(at, **{"stats.count": stats.count})
-    return stats
 
 
-def mergeable(parts: tuple[Any, ...]) -> tuple[ModuleType, Any, tuple[int, ...]]:
-    """Check that moments can be merged; their library, device and shape."""
+def mergeable(parts: tuple[Any, ...]) -> ModuleType:
+    """Check that moments can be merged; their library."""
     for i, part in enumerate(parts):
         if not _is_moments(part):
             fail(TypeError, f"parts[{i}]", f"a {type(part).__name__}", "Moments")
@@ -89,19 +90,19 @@ def mergeable(parts: tuple[Any, ...]) -> tuple[ModuleType, Any, tuple[int, ...]]
         for field, v in zip(part._fields, part, strict=True):
             if not hasattr(v, "dtype"):
                 continue
-            _beside(xp, device, f"parts[{i}].{field}", v)
+            _beside(xp, device, f"parts[{i}].{field}", v, "parts[0].mean")
             if not same_shape(v.shape, first.shape) and (field != "count" or v.shape != ()):
                 got, expected = f"shape {tuple(v.shape)}", f"{tuple(first.shape)}, as parts[0].mean"
                 fail(ValueError, f"parts[{i}].{field}", got, expected)
-    return xp, device, tuple(first.shape)
+    return xp
 
 
 def weights(at: Layout, x: Array, where: Array | None) -> None:
     """Check a mask or weights, and their values where the library is not lazy."""
     if where is None:
         return
-    _same_library(at.xp, "where", where)
-    _same_device(at.device, "where", where)
+    _same_library(at.xp, "where", where, "x")
+    _same_device(at.device, "where", where, "x")
     dtype = where.dtype
     if float_name(at.xp, dtype) is None and not at.xp.isdtype(dtype, ("bool", "integral")):
         fail(TypeError, "where", f"dtype {dtype}", "a boolean mask or real weights")
@@ -152,15 +153,30 @@ def output(at: Layout, x: Array, out: Array | None) -> None:
         fail(ValueError, "out", "a read-only array", "one that can be written to")
 
 
-def scalar(argument: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Check a number with bounds; a 0-d array (a traced one, say) is left to its library."""
-    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
-        return
+def scalar(argument: str, value: Any, low: float, high: float = float("inf")) -> Any:
+    """Check a number with bounds, and return it as a float; or a 0-d array (a traced one, say)."""
     interval = f"a number >= {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if not low <= number <= high or number == float("inf"):
+            fail(ValueError, argument, str(value), interval)
+        return number
+    if (
+        getattr(value, "shape", None) != ()
+        or float_name(namespace(argument, value), value.dtype) is None
+    ):
         fail(TypeError, argument, f"{value!r}", interval)
-    if not low <= float(value) <= high or value == float("inf"):
+    if seen_false((value >= low) & (value <= high)):
         fail(ValueError, argument, f"{value!r}", interval)
+    return value
+
+
+def joined(at: Layout, stats: Any, where: Array | None) -> None:
+    """Check that the members of a group have enough values between them."""
+    enough = stats.count >= 2 if where is None else stats.count > 0
+    if seen_false(at.xp.all(enough)):
+        got = "a channel with fewer than 2 values" if where is None else "a channel without any weight"
+        fail(ValueError, "x", f"{got} in the whole group", "enough values to normalize by")
 
 
 def seen_false(truth: Array) -> bool:
@@ -182,34 +198,36 @@ def _floating(xp: ModuleType, argument: str, x: Array) -> None:
         fail(TypeError, argument, f"dtype {x.dtype}", f"one of {', '.join(FLOATS)}")
 
 
-def _beside(xp: ModuleType, device: Any, argument: str, v: Array) -> None:
-    _same_library(xp, argument, v)
-    _same_device(device, argument, v)
+def _beside(xp: ModuleType, device: Any, argument: str, v: Array, name: str) -> None:
+    _same_library(xp, argument, v, name)
+    _same_device(device, argument, v, name)
     _floating(xp, argument, v)
 
 
-def _same_library(xp: ModuleType, argument: str, v: Array) -> None:
+def _same_library(xp: ModuleType, argument: str, v: Array, name: str) -> None:
     other = namespace(argument, v)
     if other is not xp:
-        fail(TypeError, argument, f"an array of {library(other)}", f"one of {library(xp)}, as x")
+        fail(TypeError, argument, f"an array of {library(other)}", f"one of {library(xp)}, as {name}")
 
 
-def _same_device(device: Any, argument: str, v: Array) -> None:
+def _same_device(device: Any, argument: str, v: Array, name: str) -> None:
     other = _device(v)
     # Unknown for a traced array; and one that is spread over several devices is JAX's own affair.
     if device is None or other is None or type(device) is not type(other):
         return
     if device != other and "Sharding" not in type(device).__name__:
-        fail(ValueError, argument, f"an array on device {other}", f"one on {device}, as x")
+        fail(ValueError, argument, f"an array on device {other}", f"one on {device}, as {name}")
 
 
 def _device(x: Array) -> Any:
     return compat.device(x)
 
 
-def _axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+def _axes(axis: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
     """The channel axes as non-negative, increasing numbers."""
-    expected = f"an int, or a tuple of increasing ints, in [{-ndim}, {ndim - 1}] for {ndim}-d x"
+    expected = f"an int, or a tuple of increasing ints, in [{-ndim}, {ndim - 1}] for {ndim}-d {name}"
+    if ndim == 0:
+        expected = f"() for 0-d {name}, which has no axis"
     try:
         given = [operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,))]
     except TypeError:

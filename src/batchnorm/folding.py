@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm import checks
+from batchnorm.layout import Layout
 
 Array = Any
 
@@ -49,14 +50,9 @@ def fold(
     """
     at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
     checks.vectors(at, var=var, gamma=gamma, beta=beta)
-    checks.scalar("eps", eps, 0)
-    scale = 1 / at.xp.sqrt(at.vector(var) + eps)
-    if gamma is not None:
-        scale = at.vector(gamma) * scale
-    shift = -at.vector(mean) * scale
-    if beta is not None:
-        shift = at.vector(beta) + shift
-    return tuple(at.xp.astype(v, mean.dtype, copy=False) for v in (scale, shift))
+    eps = checks.scalar("eps", eps, 0)
+    scale, shift = _fold(at, None, mean, var, gamma, beta, eps)
+    return at.xp.astype(scale, mean.dtype, copy=False), at.xp.astype(shift, mean.dtype, copy=False)
 
 
 def fold_linear(
@@ -153,23 +149,32 @@ def _fold_weight(
     layout: str,
 ) -> tuple[Array, Array]:
     checks.namespace("weight", weight)
-    if (
-        not isinstance(layout, str)
-        or len(set(layout)) != weight.ndim
-        or len(layout) != weight.ndim
-        or not {"O", "I"} <= set(layout)
-    ):
-        expected = f"{weight.ndim} different letters, O and I among them"
-        checks.fail(ValueError, "layout", repr(layout), f"{expected}, for {weight.ndim}-d weights")
+    letters = set(layout) if isinstance(layout, str) else set()
+    if len(letters) != weight.ndim or len(layout) != weight.ndim or not {"O", "I"} <= letters:
+        expected = f"different letters, O and I among them, for the axes of {weight.ndim}-d weights"
+        checks.fail(ValueError, "layout", repr(layout), expected)
     at = checks.subject(weight, layout.index("O"), "weight")
     checks.vectors(at, bias=bias, mean=mean, var=var, gamma=gamma, beta=beta)
-    checks.scalar("eps", eps, 0)
-    scale, _ = fold(at.xp.astype(mean, at.wide), at.xp.astype(var, at.wide), gamma, eps=eps)
-    folded = at.vector(scale) * at.xp.astype(weight, at.wide)
-    centred = -at.xp.astype(mean, at.wide)
-    if bias is not None:
-        centred = at.xp.astype(bias, at.wide) + centred
+    eps = checks.scalar("eps", eps, 0)
+    scale, shift = _fold(at, bias, mean, var, gamma, beta, eps)
+    folded = scale * at.xp.astype(weight, at.wide)
+    shift = at.squeeze(shift)
+    return at.xp.astype(folded, weight.dtype, copy=False), at.xp.astype(shift, weight.dtype, copy=False)
+
+
+def _fold(
+    at: Layout,
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+) -> tuple[Array, Array]:
+    """Scale, and (bias - mean)·scale + beta, wide and in broadcast shape."""
+    scale = 1 / at.xp.sqrt(at.vector(var) + eps)
+    if gamma is not None:
+        scale = at.vector(gamma) * scale
+    centred = -at.vector(mean) if bias is None else at.vector(bias) - at.vector(mean)
     shift = centred * scale
-    if beta is not None:
-        shift = shift + at.xp.astype(beta, at.wide)
-    return tuple(at.xp.astype(v, weight.dtype, copy=False) for v in (folded, shift))
+    return scale, shift if beta is None else shift + at.vector(beta)

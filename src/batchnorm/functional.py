@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from batchnorm import checks
 from batchnorm.kernels import KernelSet, kernels_for
 from batchnorm.layout import Layout
-from batchnorm.moments import Moments, all_reduce, pool, two_parts
+from batchnorm.moments import Moments, all_reduce, pool
 
 Array = Any
 Axis = int | tuple[int, ...]
@@ -75,7 +75,7 @@ def batch_norm(
     """
     at = checks.subject(x, axis)
     checks.vectors(at, gamma=gamma, beta=beta)
-    checks.scalar("eps", eps, 0)
+    eps = checks.scalar("eps", eps, 0)
     checks.weights(at, x, where)
     checks.group(group)
     if group is None:
@@ -86,6 +86,7 @@ def batch_norm(
     stats = _moments(kernels, at, x, where)
     if group is not None:
         stats = pool([stats], group)
+        checks.joined(at, stats, where)
     return _scale_shift(kernels, at, x, stats, gamma, beta, eps, out), stats
 
 
@@ -100,7 +101,7 @@ def batch_norm_backward(
     where: Array | None = None,
     group: Any = None,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     r"""Gradients of `batch_norm`, through its statistics.
 
     .. math::
@@ -141,7 +142,7 @@ def batch_norm_backward(
     checks.like(at, x, "dy", dy)
     checks.statistics(at, stats)
     checks.vectors(at, gamma=gamma)
-    checks.scalar("eps", eps, 0)
+    eps = checks.scalar("eps", eps, 0)
     checks.weights(at, x, where)
     checks.group(group)
     checks.output(at, x, out)
@@ -155,13 +156,13 @@ def batch_norm_backward(
 
     n = at.vector(stats.count)  # (C)
     n = at.xp.where(n > 0, n, at.xp.ones_like(n))
-    rstd = _rstd(at, stats.var, eps)  # (C)
-    a = rstd if gamma is None else rstd * at.vector(gamma)  # (C)
-    b = -a * rstd * rstd * sum_dy_d / n  # (C)
-    c = -a * sum_dy / n - b * mid.rest  # (C)
+    rstd, a = _slope(at, stats.var, gamma, eps)  # (C), (C)
+    dgamma = rstd * sum_dy_d  # (C)
+    b = -rstd * (dgamma / n)  # (C)
+    c = -sum_dy / n - b * mid.rest  # (C)
     a, b, c = (_compute(at, v) for v in (a, b, c))
-    dx = _write(kernels.grad_input(dy, x, mid.m, a, b, c, w, at), out)
-    return dx, *_grad_params(at, x, gamma, sum_dy_d * rstd, sum_dy)
+    grads = _grad_params(at, gamma, dgamma, sum_dy)
+    return _write(kernels.grad_input(dy, x, mid.m, a, b, c, w, at), out), *grads
 
 
 def normalize(
@@ -207,7 +208,7 @@ def normalize(
     """
     at = checks.subject(x, axis)
     checks.vectors(at, mean=mean, var=var, gamma=gamma, beta=beta)
-    checks.scalar("eps", eps, 0)
+    eps = checks.scalar("eps", eps, 0)
     checks.output(at, x, out)
     return _scale_shift(kernels_for(x), at, x, Moments(1, mean, var), gamma, beta, eps, out)
 
@@ -259,23 +260,21 @@ def normalize_backward(
     at = checks.subject(x, axis)
     checks.like(at, x, "dy", dy)
     checks.vectors(at, mean=mean, var=var, gamma=gamma)
-    checks.scalar("eps", eps, 0)
+    eps = checks.scalar("eps", eps, 0)
     checks.output(at, x, out)
 
     kernels = kernels_for(x)
     mid = _centre(at, Moments(1, mean, var))
     sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, None)
-    rstd = _rstd(at, var, eps)  # (C)
-    a = rstd if gamma is None else rstd * at.vector(gamma)  # (C)
+    rstd, a = _slope(at, var, gamma, eps)  # (C), (C)
+    grads = _grad_params(at, gamma, rstd * sum_dy_d, sum_dy)
+    if stats_grad:
+        dmean = at.squeeze(-a * sum_dy)
+        dvar = at.squeeze(-0.5 * a * rstd * (rstd * sum_dy_d))
+        grads = (*grads, at.xp.astype(dmean, mean.dtype), at.xp.astype(dvar, var.dtype))
     zero = at.xp.zeros_like(mid.m)  # (C)
-    dx = kernels.scale_shift(dy, zero, _compute(at, a), zero, at)
-    dx = _write(at.xp.astype(dx, x.dtype, copy=False), out)
-    grads = (dx, *_grad_params(at, x, gamma, sum_dy_d * rstd, sum_dy))
-    if not stats_grad:
-        return grads
-    dmean = at.xp.astype(at.squeeze(-a * sum_dy), mean.dtype, copy=False)
-    dvar = at.xp.astype(at.squeeze(-0.5 * a * rstd * rstd * sum_dy_d), var.dtype, copy=False)
-    return *grads, dmean, dvar
+    dx = kernels.scale_shift(_compute(at, dy), zero, _compute(at, a), zero, at)
+    return _write(at.xp.astype(dx, x.dtype, copy=False), out), *grads
 
 
 def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
@@ -321,14 +320,15 @@ def _centre(at: Layout, stats: Moments) -> _Centre:
     return _Centre(m, rest if stats.mean_lo is None else rest + at.vector(stats.mean_lo))
 
 
-def _rstd(at: Layout, var: Array, eps: float) -> Array:
-    return 1 / at.xp.sqrt(at.vector(var) + eps)  # (C)
+def _slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Array, Array]:
+    """Give 1/std and gamma/std."""
+    rstd = 1 / at.xp.sqrt(at.vector(var) + eps)  # (C)
+    return rstd, rstd if gamma is None else at.vector(gamma) * rstd  # (C), (C)
 
 
 def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> Moments:
     w = _weights(at, where, x.ndim)
     count, mean, mean_lo, var = (at.squeeze(v) for v in kernels.moments(x, w, at))
-    mean, mean_lo = two_parts(mean, mean_lo)
     return Moments(count, mean, var, mean_lo)
 
 
@@ -343,9 +343,7 @@ def _scale_shift(
     out: Array | None,
 ) -> Array:
     mid = _centre(at, stats)
-    a = _rstd(at, stats.var, eps)  # (C)
-    if gamma is not None:
-        a = a * at.vector(gamma)
+    _, a = _slope(at, stats.var, gamma, eps)  # (C)
     b = -a * mid.rest  # (C)
     if beta is not None:
         b = b + at.vector(beta)
@@ -360,11 +358,10 @@ def _grad_sums(
     return sum_dy, sum_dy_d - mid.rest * sum_dy
 
 
-def _grad_params(
-    at: Layout, x: Array, gamma: Array | None, dgamma: Array, dbeta: Array
-) -> tuple[Array, Array]:
+def _grad_params(at: Layout, gamma: Array | None, dgamma: Array, dbeta: Array) -> tuple[Array, ...]:
+    """Gradients of the parameters in their shape and dtype; copies, as `out` may be dy."""
     dtype = at.compute if gamma is None else gamma.dtype
-    return tuple(at.xp.astype(at.squeeze(v), dtype, copy=False) for v in (dgamma, dbeta))
+    return tuple(at.xp.astype(at.squeeze(v), dtype) for v in (dgamma, dbeta))
 
 
 def _compute(at: Layout, v: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import array_api_compat as compat
 
 from batchnorm import checks
+from batchnorm import state as state_checks
 from batchnorm.functional import (
     batch_norm,
     batch_norm_backward,
@@ -36,6 +38,7 @@ class _Pass(NamedTuple):
     gamma: Array | None
     where: Array | None
     group: Any
+    note: Moments | None
 
 
 class BatchNorm:
@@ -127,17 +130,15 @@ class BatchNorm:
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        shape = num_features if isinstance(num_features, tuple) else (num_features,)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
-            checks.fail(ValueError, "num_features", repr(num_features), "a positive int, or a tuple")
+        shape = _shape(num_features)
         kept = axis if isinstance(axis, tuple) else (axis,)
         if len(kept) != len(shape):
             got, expected = f"{len(kept)} axes", f"{len(shape)}, one per number in num_features"
             checks.fail(ValueError, "axis", got, expected)
-        checks.scalar("eps", eps, 0)
-        checks.scalar("correction", correction, 0)
+        eps = checks.scalar("eps", eps, 0)
+        correction = checks.scalar("correction", correction, 0)
         if momentum is not None:
-            checks.scalar("momentum", momentum, 0, 1)
+            momentum = checks.scalar("momentum", momentum, 0, 1)
         if device is not None and xp is None:
             checks.fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
 
@@ -213,7 +214,8 @@ class BatchNorm:
         x : array, shape (..., C, ...)
             float16, bfloat16, float32 or float64.
         where, group, out
-            As in `batch_norm`; `where` and `group` matter to the batch's statistics only.
+            As in `batch_norm`; `where` and `group` matter to the batch's statistics only. With `x`
+            itself as `out`, there is no `backward` from this call.
 
         Returns
         -------
@@ -226,7 +228,9 @@ class BatchNorm:
             As `batch_norm`; and an `x` of another library than the layer's arrays.
         """
         at = checks.subject(x, self.axis)
-        expected = self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
+        checks.weights(at, x, where)
+        checks.group(group)
+        expected = _shape(self.num_features)
         if not checks.same_shape(at.channels, expected):
             got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
             checks.fail(ValueError, "x", got, axis)
@@ -242,33 +246,35 @@ class BatchNorm:
         gamma, beta = state["gamma"], state["beta"]
         mean, var = state["running_mean"], state["running_var"]
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
-        pending = None
+        note = None
         if self.batch_statistics:
             y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-            pending = stats if self.update_statistics else None
+            note = stats if self.update_statistics else None
         else:
             if self.update_statistics:
                 if group is not None:
-                    got = "a group"
-                    expected_group = "none where the running statistics normalize"
-                    checks.fail(ValueError, "group", got, expected_group)
-                pending = moments(x, axis=self.axis, where=where)
+                    alone = "none where the running statistics normalize"
+                    checks.fail(ValueError, "group", "a group", alone)
+                note = moments(x, axis=self.axis, where=where)
             elif self._pending is not None and isinstance(self.num_batches_tracked, int):
                 self._warn_uncommitted()
-            y = normalize(x, mean, var, gamma, beta, **settings)
             stats = Moments(1, mean, var)
+            y = normalize(x, mean, var, gamma, beta, **settings)
 
-        self._settle(state)
-        self._saved = _Pass(x, stats, self.batch_statistics, gamma, where, group)
-        if self.update_statistics:
-            self._pending = pending
+        if at.device is not None or note is not None:  # a traced input would leak from inference
+            self._settle(state)
+        if note is not None:
+            note = self._pending = Moments(*(_detached(v) for v in note))
+        # Where y took the place of x, there is nothing left to go back from.
+        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, note)
+        self._saved = None if out is x else saved
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """Back-propagate through the last call, and commit its statistics.
 
         Sets `gamma_grad` and `beta_grad` (where there are parameters and they are `trainable`), and
-        calls `update`. One forward pass serves one backward pass.
+        does what `update` does for this pass. One forward pass serves one backward pass.
 
         Parameters
         ----------
@@ -291,9 +297,11 @@ class BatchNorm:
         """
         if self._saved is None:
             checks.fail(
-                RuntimeError, "backward", "no forward pass to go back", "a call of the layer first"
+                RuntimeError, "backward", "no forward pass to go back from", "a call of the layer first"
             )
-        x, stats, by_batch, gamma, where, group = self._saved
+        x, stats, by_batch, gamma, where, group, note = self._saved
+        # Another pass's note is not this pass's to commit, nor one that was committed before.
+        running = self._followed(note) if note is not None and note is self._pending else None
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
         if by_batch:
             dx, dgamma, dbeta = batch_norm_backward(
@@ -301,7 +309,8 @@ class BatchNorm:
             )
         else:
             dx, dgamma, dbeta = normalize_backward(dy, x, stats.mean, stats.var, gamma, **settings)
-        self.update()
+        if running is not None:
+            self._commit(*running)
         trained = self.affine and self.trainable
         self.gamma_grad, self.beta_grad = (dgamma, dbeta) if trained else (None, None)
         self._saved = None
@@ -313,23 +322,17 @@ class BatchNorm:
         Does nothing where there is nothing to commit: `backward` calls it, and whoever runs training
         passes without `backward` calls it after each.
         """
-        if self._pending is None:
-            return
-        count = self.num_batches_tracked + 1
-        momentum = 1 / count if self.momentum is None else self.momentum
-        self.running_mean, self.running_var = update_running(
-            self.running_mean,
-            self.running_var,
-            self._pending,
-            momentum=momentum,
-            correction=self.correction,
-        )
-        self.num_batches_tracked, self._pending = count, None
+        if self._pending is not None:
+            self._commit(*self._followed(self._pending))
 
     def state_dict(self) -> dict[str, Any]:
         """The arrays of the layer (not copies) and the number of committed batches, by name."""
         state = {name: v for name, v in self._arrays().items() if v is not None}
-        return {**state, "num_batches_tracked": self.num_batches_tracked} if self.tracks else state
+        return (
+            {**state, "num_batches_tracked": self.num_batches_tracked}
+            if self.track_running_stats
+            else state
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state, whole or not at all.
@@ -347,28 +350,15 @@ class BatchNorm:
         ValueError
             Missing or unknown keys, a shape that does not fit, a variance below zero.
         """
-        own = self.state_dict()
-        if not isinstance(state, Mapping) or set(state) != set(own):
-            got = sorted(state) if isinstance(state, Mapping) else f"a {type(state).__name__}"
-            checks.fail(ValueError, "state", f"keys {got}", f"{sorted(own)}")
-        arrays = {name: v for name, v in state.items() if name != "num_batches_tracked"}
-        for name, v in arrays.items():
-            at = checks.subject(v, tuple(range(getattr(v, "ndim", 0))), name)
-            if not checks.same_shape(v.shape, own[name].shape):
-                checks.fail(ValueError, name, f"shape {tuple(v.shape)}", f"{tuple(own[name].shape)}")
-            if name == "running_var" and checks.seen_false(at.xp.all(v >= 0)):
-                checks.fail(ValueError, name, "a variance below zero or NaN", "variances >= 0")
-        count = state.get("num_batches_tracked", 0)
-        if isinstance(count, int):
-            checks.scalar("num_batches_tracked", count, 0)
-
+        arrays, count = state_checks.checked(state, self.state_dict())
         target = {name: self._arrays()[name] for name in arrays}
-        first = next((v for v in arrays.values() if not compat.is_numpy_array(v)), None)
+        ordered = (arrays[name] for name in PARAMETERS + RUNNING if name in arrays)
+        first = next((v for v in ordered if not compat.is_numpy_array(v)), None)
         if not self._settled and first is not None:
             at = checks.subject(first, tuple(range(first.ndim)))
             moved = self._moved(at.xp, at.device, self.dtype or at.compute)
             target = {name: moved[name] for name in arrays}
-        taken = {name: _taken(name, v, target[name]) for name, v in arrays.items()}
+        taken = {name: state_checks.taken(name, v, target[name]) for name, v in arrays.items()}
 
         for name, v in taken.items():
             setattr(self, name, v)
@@ -376,11 +366,6 @@ class BatchNorm:
         if self.track_running_stats:
             self.num_batches_tracked = count
         self._saved = self._pending = None
-
-    @property
-    def tracks(self) -> bool:
-        """Whether there are running statistics."""
-        return self.running_mean is not None
 
     def __repr__(self) -> str:
         names = ("axis", "eps", "momentum", "correction", "affine", "track_running_stats")
@@ -396,8 +381,26 @@ class BatchNorm:
         moved: dict[str, Array | None] = {}
         for name, v in self._arrays().items():
             kind = dtype if name in PARAMETERS else wide
-            moved[name] = None if v is None else xp.asarray(v.tolist(), dtype=kind, device=device)
+            moved[name] = v  # None, or assigned by the user and checked with the rest
+            if v is not None and compat.is_numpy_array(v):
+                moved[name] = xp.asarray(v.tolist(), dtype=kind, device=device)
         return moved
+
+    def _followed(self, note: Moments) -> tuple[Array, Array, Any]:
+        """The running statistics and their count once a note is committed."""
+        count = self.num_batches_tracked + 1
+        mean, var = update_running(
+            self.running_mean,
+            self.running_var,
+            note,
+            momentum=1 / count if self.momentum is None else self.momentum,
+            correction=self.correction,
+        )
+        return mean, var, count
+
+    def _commit(self, mean: Array, var: Array, count: Any) -> None:
+        self.running_mean, self.running_var, self.num_batches_tracked = mean, var, count
+        self._pending = None
 
     def _settle(self, state: dict[str, Array | None]) -> None:
         """Make a state the layer's own; from now on its library is fixed."""
@@ -415,13 +418,18 @@ class BatchNorm:
             )
 
 
-def _taken(name: str, v: Array, own: Array) -> Array:
-    """A copy of an array in the library, device and dtype of the one that it replaces."""
-    xp = compat.array_namespace(own)
-    given = compat.array_namespace(v)
-    if given is xp:
-        return xp.astype(v, own.dtype, copy=True)
-    if compat.is_numpy_array(v):
-        return xp.asarray(v.tolist(), dtype=own.dtype, device=compat.device(own))
-    got, expected = f"an array of {checks.library(given)}", f"one of {checks.library(xp)} or numpy"
-    checks.fail(TypeError, name, got, expected)
+def _shape(num_features: Any) -> tuple[int, ...]:
+    """The shape of gamma."""
+    given = num_features if isinstance(num_features, tuple) else (num_features,)
+    try:
+        shape = tuple(operator.index(n) for n in given if not isinstance(n, bool))
+    except TypeError:
+        shape = ()
+    if len(shape) != len(given) or not all(n > 0 for n in shape):
+        checks.fail(ValueError, "num_features", repr(num_features), "a positive int, or a tuple")
+    return shape
+
+
+def _detached(v: Array) -> Array:
+    """Cut a vector out of PyTorch's graph: running statistics have no gradient."""
+    return v.detach() if hasattr(v, "detach") else v

@@ -19,6 +19,8 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 class Layout(NamedTuple):
     """Channels, reduced axes and dtypes of one call."""
 
+    name: str
+    """What the caller calls x, for error messages."""
     xp: ModuleType
     """The array API namespace of x."""
     device: Any
@@ -79,13 +81,14 @@ def has_float64(xp: ModuleType, device: Any) -> bool:
     return "float64" in info().dtypes(device=device, kind="real floating")
 
 
-def layout(xp: ModuleType, x: Array, kept: tuple[int, ...], device: Any) -> Layout:
+def layout(name: str, xp: ModuleType, x: Array, kept: tuple[int, ...], device: Any) -> Layout:
     """Work out the layout of a checked array."""
     shape = tuple(x.shape)
     reduced = tuple(i for i in range(len(shape)) if i not in kept)
     known = all(isinstance(n, int) for n in shape)
     wide = xp.float64 if has_float64(xp, device) else xp.float32
     return Layout(
+        name=name,
         xp=xp,
         device=device,
         kept=kept,
@@ -107,3 +110,9 @@ def definite(xp: ModuleType, v: Array) -> Array:
     here it is the smaller of v and v. (XLA drops its own optimization barrier before it fuses.)
     """
     return xp.sort(xp.stack((v, v)), axis=0)[0, ...]
+
+
+def two_parts(xp: ModuleType, high: Array, low: Array) -> tuple[Array, Array]:
+    """Round a sum of two to the nearest number and the rest (Dekker 1971, Fast2Sum)."""
+    rounded = definite(xp, high + low)
+    return rounded, low - (rounded - high)

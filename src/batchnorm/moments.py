@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from batchnorm import checks
-from batchnorm.layout import definite
+from batchnorm.layout import definite, two_parts
 
 Array = Any
 
@@ -57,7 +57,7 @@ class Moments(NamedTuple):
         Returns
         -------
         Moments
-            In the widest dtype of the parts.
+            In the widest dtype of the parts, float32 at least.
 
         Raises
         ------
@@ -73,13 +73,15 @@ class Moments(NamedTuple):
         """
         if not parts:
             raise ValueError("parts: got nothing to merge, expected at least one Moments")
-        xp, device, shape = checks.mergeable(parts)
-        dtype = xp.result_type(*(v.dtype for part in parts for v in (part.mean, part.var)))
+        xp = checks.mergeable(parts)
+        widest = xp.result_type(xp.float32, *(v.dtype for p in parts for v in (p.mean, p.var)))
+        dtype = xp.float64 if widest == xp.float64 else xp.float32
+
+        zero = xp.zeros_like(xp.astype(parts[0].mean, dtype))
 
         def vector(v: Array | float | None) -> Array:
-            if hasattr(v, "dtype"):
-                return xp.broadcast_to(xp.astype(v, dtype, copy=False), shape)
-            return xp.full(shape, float(v or 0.0), dtype=dtype, device=device)
+            """A field as a vector; a count may be one number for all channels."""
+            return zero + (xp.astype(v, dtype) if hasattr(v, "dtype") else float(v or 0.0))
 
         return pool([Moments(*(vector(v) for v in part)) for part in parts])
 
@@ -125,8 +127,8 @@ def update_running(
     at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
     checks.vectors(at, var=var)
     checks.statistics(at, stats)
-    checks.scalar("momentum", momentum, 0, 1)
-    checks.scalar("correction", correction, 0)
+    momentum = checks.scalar("momentum", momentum, 0, 1)
+    correction = checks.scalar("correction", correction, 0)
     xp = at.xp
     n, batch_mean, batch_var = (at.vector(v) for v in stats[:3])  # (C)
     free = xp.where(n > correction, n - correction, n)  # (C), degrees of freedom
@@ -163,20 +165,18 @@ def pool(parts: list[Moments], group: Any = None) -> Moments:
     lo = lo / nonzero
     # Never below zero but for rounding: the pivot is within a few units of the mean.
     var = xp.maximum(square / nonzero - lo * lo, xp.zeros_like(lo))
-    mean, mean_lo = two_parts(pivot, lo)
+    mean, mean_lo = two_parts(xp, pivot, lo)
     return Moments(n, mean, var, mean_lo)
-
-
-def two_parts(high: Array, low: Array) -> tuple[Array, Array]:
-    """Round a sum of two to the nearest number and the rest (Dekker 1971, Fast2Sum)."""
-    rounded = definite(array_namespace(high), high + low)
-    return rounded, low - (rounded - high)
 
 
 def all_reduce(group: Any, *vectors: Array) -> list[Array]:
     """Sum vectors over the members of a group, packed into one array."""
     xp = array_namespace(*vectors)
-    summed = group.all_reduce(xp.stack(vectors))
+    packed = xp.stack(vectors)
+    summed = group.all_reduce(packed)
+    if getattr(summed, "shape", None) != packed.shape:
+        got = f"a {type(summed).__name__} of shape {getattr(summed, 'shape', None)}"
+        checks.fail(TypeError, "group.all_reduce", got, f"the sum, an array of shape {packed.shape}")
     return [summed[i, ...] for i in range(len(vectors))]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from batchnorm import checks
@@ -45,7 +47,11 @@ def kernels_for(x: Array) -> KernelSet:
     TypeError
         `x` is not an array of an array API library.
     """
-    xp = checks.namespace("x", x)
+    return _kernels(checks.namespace("x", x))
+
+
+@functools.cache
+def _kernels(xp: ModuleType) -> KernelSet:
     return KernelSet(
         "generic",
         f"array API code that every library runs; {checks.library(xp)} has no kernels of its own here",

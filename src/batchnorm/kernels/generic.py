@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.layout import Layout, definite
+from batchnorm.layout import Layout, definite, two_parts
 
 Array = Any
 
@@ -36,14 +36,14 @@ def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array,
         x = xp.where(w > 0, x, xp.zeros_like(x))  # what weighs nothing may be NaN
         n = _total(w, at)  # (C)
 
-    mean, mean_lo = _average(x, w, n, at)  # (C), (C)
+    mean, mean_lo = two_parts(xp, *_average(x, w, n, at))  # (C), (C)
     d = (x - mean) - mean_lo  # (..., C, ...), exact where |mean| is large against the spread
     var, var_lo = _average(d * d, w, n, at)  # (C), (C)
     return n, mean, mean_lo, var + var_lo
 
 
 def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout) -> Array:
-    """Y = a·(x − m) + b: the mean goes first, so that no large terms cancel."""
+    """Give y = a·(x − m) + b: the mean goes first, so that no large terms cancel."""
     xp = at.xp
     d = xp.astype(x, at.compute, copy=False) - m  # (..., C, ...)
     return xp.astype(a * d + b, x.dtype, copy=False)  # (..., C, ...)
@@ -62,14 +62,17 @@ def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tup
 def grad_input(
     dy: Array, x: Array, m: Array, a: Array, b: Array, c: Array, w: Array | None, at: Layout
 ) -> Array:
-    """Dx = a·dy + w·(b·(x − m) + c): the direct path, and the one through mean and variance."""
+    """Give dx = a·(dy + w·(b·(x − m) + c)): directly, and through mean and variance.
+
+    Scaled by a = γ/std last, no factor is larger or smaller than the data or their inverse.
+    """
     xp = at.xp
-    direct = a * xp.astype(dy, at.compute, copy=False)  # (..., C, ...)
+    dy = xp.astype(dy, at.compute, copy=False)  # (..., C, ...)
     statistics = b * (xp.astype(x, at.compute, copy=False) - m) + c  # (..., C, ...)
     if w is not None:
         w = xp.astype(w, at.compute)
         statistics = xp.where(w > 0, w * statistics, xp.zeros_like(statistics))
-    return xp.astype(direct + statistics, x.dtype, copy=False)  # (..., C, ...)
+    return xp.astype(a * (dy + statistics), x.dtype, copy=False)  # (..., C, ...)
 
 
 def _average(v: Array, w: Array | None, n: Array, at: Layout) -> tuple[Array, Array]:

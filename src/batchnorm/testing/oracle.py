@@ -22,7 +22,7 @@ def lift(a: Array) -> Array:
     """Bring an array to more digits than it came in."""
     a = np.asarray(a)
     if a.dtype in (object, np.float64) or (
-        a.size <= 20_000 and np.all(np.isfinite(a.astype(np.float32)))
+        a.size <= 30_000 and np.all(np.isfinite(a.astype(np.float32)))
     ):
         return decimals(a)
     return a.astype(np.float64)

@@ -116,7 +116,7 @@ WRONG = [
         lambda w, m: bn.fold_linear(w, None, m, m, layout="OHWI"),
         (X.T, V),
         ValueError,
-        r"layout: got 'OHWI', expected 2 different letters",
+        r"layout: got 'OHWI', expected different letters, O and I among them",
     ),
     (
         "fold",

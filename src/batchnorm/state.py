@@ -1,0 +1,56 @@
+"""A layer's state from outside: checked before anything changes, brought into its library."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import array_api_compat as compat
+
+from batchnorm import checks
+
+Array = Any
+
+
+def checked(state: Any, own: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
+    """Check a state against a layer's own; its arrays and its number of batches."""
+    if not isinstance(state, Mapping) or set(state) != set(own):
+        got = f"keys {sorted(state)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        checks.fail(ValueError, "state", got, f"keys {sorted(own)}")
+    arrays = {name: v for name, v in state.items() if name != "num_batches_tracked"}
+    for name, v in arrays.items():
+        at = checks.subject(v, tuple(range(getattr(v, "ndim", 0))), name)
+        if not checks.same_shape(v.shape, own[name].shape):
+            checks.fail(ValueError, name, f"shape {tuple(v.shape)}", f"{tuple(own[name].shape)}")
+        if name == "running_var" and checks.seen_false(at.xp.all(v >= 0)):
+            checks.fail(ValueError, name, "a variance below zero or NaN", "variances >= 0")
+    return arrays, _count(state.get("num_batches_tracked", 0))
+
+
+def taken(name: str, v: Array, own: Array) -> Array:
+    """A copy of an array in the library, device and dtype of the one that it replaces."""
+    xp = compat.array_namespace(own)
+    given = compat.array_namespace(v)
+    device = compat.device(own)
+    if given is xp:
+        if device is not None and compat.device(v) not in (None, device):
+            v = compat.to_device(v, device)
+        return xp.astype(v, own.dtype, copy=True)
+    if compat.is_numpy_array(v):
+        return xp.asarray(v.tolist(), dtype=own.dtype, device=device)
+    expected = " or ".join(dict.fromkeys((f"one of {checks.library(xp)}", "one of numpy")))
+    checks.fail(TypeError, name, f"an array of {checks.library(given)}", expected)
+
+
+def _count(value: Any) -> Any:
+    """A number of batches: an int, or the traced array of one."""
+    try:
+        count = operator.index(value)
+    except TypeError:  # a tracer of JAX cannot be an index
+        if compat.is_jax_array(value) and value.shape == ():
+            return value
+        count = -1
+    if count < 0:
+        checks.fail(ValueError, "num_batches_tracked", repr(value), "a whole number >= 0")
+    return count
