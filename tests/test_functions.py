@@ -116,3 +116,30 @@ def test_sums_of_equal_terms_do_not_drift():
     expected = Problem(x)
     var = expected.flat(expected.var)
     verdict.assert_close(bn.moments(x).var, var, var, "float64", 1, "var")
+
+
+def test_an_error_leaves_out_alone():
+    """Every check comes before the first write."""
+    out = np.full((6, 4), 7, np.float32)
+    stats = bn.moments(X)
+    wrong = [
+        lambda: bn.batch_norm(X, V[:2], out=out),
+        lambda: bn.batch_norm(X, eps=-1, out=out),
+        lambda: bn.batch_norm(X, where=-abs(X), out=out),
+        lambda: bn.batch_norm(X, group=3, out=out),
+        lambda: bn.batch_norm_backward(X, X, None, out=out),
+        lambda: bn.batch_norm_backward(X[:2], X, stats, out=out),
+        lambda: bn.batch_norm_backward(X, X, stats, V[:3], out=out),
+        lambda: bn.normalize(X, V, V[:1], out=out),
+        lambda: bn.normalize_backward(X, X, V[:1], V, out=out),
+        lambda: bn.batch_norm(X.astype(np.float64), out=out),
+    ]
+    for call in wrong:
+        with pytest.raises((TypeError, ValueError), match="got .*, expected"):
+            call()
+    assert np.all(out == 7)
+    out.flags.writeable = False
+    with pytest.raises(
+        ValueError, match="out: got a read-only array, expected one that can be written to"
+    ):
+        bn.batch_norm(X, out=out)

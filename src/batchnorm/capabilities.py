@@ -21,6 +21,9 @@ OPERATIONS = {
     "fold": "fold, fold_linear, fold_conv",
     "out": "writing into out=",
     "large": "25 million values",
+    "errors": "an error for a wrong call, before anything is changed",
+    "shape-errors": "an error for a shape that does not fit",
+    "complex-errors": "an error for complex input",
 }
 
 
@@ -88,6 +91,8 @@ GAPS = (
     Gap("array_api_strict", "no_x64", "float64", "*", "a device without float64"),
     Gap("jax", "eager", "float64", "*", "needs jax_enable_x64"),
     Gap("jax", "jit", "float64", "*", "needs jax_enable_x64"),
+    Gap("ndonnx", "*", "*", "complex-errors", "ndonnx has no complex numbers"),
+    Gap("ndonnx", "dynamic", "*", "shape-errors", "the shape is not known before the graph runs"),
     Gap("dpnp", "*", "bfloat16", "*", "dpnp has no bfloat16"),
     Gap("ndonnx", "*", "bfloat16", "*", "ndonnx has no bfloat16"),
 )
