@@ -7,7 +7,7 @@ import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat as compat
 import numpy as np
@@ -19,12 +19,12 @@ from sklearn.model_selection import train_test_split
 
 from batchnorm.demo import network
 from batchnorm.demo.network import Settings
+from batchnorm.demo.picture import GOAL, Curve, draw
 
 Array = Any
 
 BATCH = 60
 UNIT = 0  # the unit of the last hidden layer whose input is drawn
-GOAL = 0.90
 
 # Each network has the best of the learning rates 0.1, 0.3, 1, 3 and 10, by its best test accuracy
 # over seeds 0 and 1; the documentation has the table.
@@ -32,20 +32,6 @@ NETWORKS = {
     "without batch norm": Settings(batch_norm=False, learning_rate=3.0),
     "with batch norm": Settings(batch_norm=True, learning_rate=1.0),
 }
-
-
-class Curve(NamedTuple):
-    """What was measured of one network while it trained."""
-
-    steps: list[int]
-    accuracy: list[float]
-    percentiles: list[np.ndarray]
-    seconds: float
-
-    @property
-    def steps_to_goal(self) -> int | None:
-        """The first measured step at which the goal was reached."""
-        return next((s for s, a in zip(self.steps, self.accuracy, strict=True) if a >= GOAL), None)
 
 
 def run(library: str, steps: int, seed: int, output: Path) -> int:
@@ -64,8 +50,6 @@ def run(library: str, steps: int, seed: int, output: Path) -> int:
             report = functools.partial(_report, progress, tasks[name])
             curves[name] = train(settings, library, steps, seed, report)
     console.print(table(curves, library))
-    from batchnorm.demo.picture import draw
-
     draw(curves, output)
     console.print(f"picture: {output}", soft_wrap=True)
     return 0

@@ -1,19 +1,32 @@
-"""The demo's picture: accuracy over steps, and the distribution of a unit's input, as in Figure 1."""
+"""What the demo measures, and its picture: accuracy, and a unit's input as in the paper's Figure 1."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-if TYPE_CHECKING:
-    from batchnorm.demo.experiment import Curve
-
 COLOURS = {"without batch norm": "tab:orange", "with batch norm": "tab:blue"}
+
+GOAL = 0.90  # the test accuracy that is raced for
+
+
+class Curve(NamedTuple):
+    """What was measured of one network while it trained."""
+
+    steps: list[int]
+    accuracy: list[float]
+    percentiles: list[np.ndarray]
+    seconds: float
+
+    @property
+    def steps_to_goal(self) -> int | None:
+        """The first measured step at which the goal was reached."""
+        return next((s for s, a in zip(self.steps, self.accuracy, strict=True) if a >= GOAL), None)
 
 
 def draw(curves: Mapping[str, Curve], output: Path) -> None:
