@@ -228,8 +228,6 @@ class BatchNorm:
             As `batch_norm`; and an `x` of another library than the layer's arrays.
         """
         at = checks.subject(x, self.axis)
-        checks.weights(at, x, where)
-        checks.group(group)
         expected = _shape(self.num_features)
         if not checks.same_shape(at.channels, expected):
             got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
@@ -251,6 +249,8 @@ class BatchNorm:
             y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
             note = stats if self.update_statistics else None
         else:
+            checks.weights(at, x, where)
+            checks.group(group)
             if self.update_statistics:
                 if group is not None:
                     alone = "none where the running statistics normalize"
