@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.command == "info":
         return info()
-    extras = {"torch": "torch", "jax": "jax", "cupy": "cupy-cuda12x"}
-    needed = {**DEMO_NEEDS, chosen.array_library: extras.get(chosen.array_library, "")}
+    needed = {**DEMO_NEEDS, chosen.array_library: LIBRARIES[chosen.array_library].extra}
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
             demo.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")

@@ -112,7 +112,7 @@ def weights(at: Layout, x: Array, where: Array | None) -> None:
     ):
         got, expected = f"shape {tuple(where.shape)}", f"one that broadcasts to {tuple(x.shape)}, as x"
         fail(ValueError, "where", got, expected)
-    if not compat.is_lazy_array(where) or compat.is_jax_array(where):
+    if not _hidden(where):
         real = at.xp.astype(where, at.wide)
         if seen_false(at.xp.all((real >= 0) & (real < float("inf")))):
             fail(ValueError, "where", "a weight that is negative, infinite or NaN", "weights >= 0")
@@ -126,7 +126,7 @@ def enough_values(at: Layout, x: Array, where: Array | None) -> None:
         fail(ValueError, "x", f"an empty batch of {got}", expected)
     if at.values == 1:
         fail(ValueError, "x", f"{got} with one value per channel", expected)
-    if where is not None and (not compat.is_lazy_array(where) or compat.is_jax_array(where)):
+    if where is not None and not _hidden(where):
         weighs, _ = at.xp.broadcast_arrays(at.xp.astype(where, at.wide), x)
         values = at.xp.sum(at.xp.astype(weighs > 0, at.wide), axis=at.reduced)
         if seen_false(at.xp.all(values >= 2)):
@@ -181,12 +181,17 @@ def joined(at: Layout, stats: Any, where: Array | None) -> None:
 
 def seen_false(truth: Array) -> bool:
     """Whether a condition is false, as far as one can see: a lazy value cannot be looked at."""
-    if compat.is_lazy_array(truth) and not compat.is_jax_array(truth):
+    if _hidden(truth):
         return False
     try:
         return not bool(truth)
     except (TypeError, RuntimeError):  # a traced array of JAX, a transformed one of PyTorch
         return False
+
+
+def _hidden(x: Array) -> bool:
+    """Whether values cannot be looked at without running a graph. JAX's can, unless it is tracing."""
+    return bool(compat.is_lazy_array(x) and not compat.is_jax_array(x))
 
 
 def _is_moments(value: Any) -> bool:

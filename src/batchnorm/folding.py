@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm import checks
+from batchnorm.functional import slope
 from batchnorm.layout import Layout
 
 Array = Any
@@ -98,7 +99,18 @@ def fold_linear(
     >>> bias
     array([-1., -2.])
     """
-    return _fold_weight(weight, bias, mean, var, gamma, beta, eps, layout)
+    checks.namespace("weight", weight)
+    letters = set(layout) if isinstance(layout, str) else set()
+    if len(letters) != weight.ndim or len(layout) != weight.ndim or not {"O", "I"} <= letters:
+        expected = f"different letters, O and I among them, for the axes of {weight.ndim}-d weights"
+        checks.fail(ValueError, "layout", repr(layout), expected)
+    at = checks.subject(weight, layout.index("O"), "weight")
+    checks.vectors(at, bias=bias, mean=mean, var=var, gamma=gamma, beta=beta)
+    eps = checks.scalar("eps", eps, 0)
+    scale, shift = _fold(at, bias, mean, var, gamma, beta, eps)
+    folded = scale * at.xp.astype(weight, at.wide)
+    shift = at.squeeze(shift)
+    return at.xp.astype(folded, weight.dtype, copy=False), at.xp.astype(shift, weight.dtype, copy=False)
 
 
 def fold_conv(
@@ -135,31 +147,8 @@ def fold_conv(
     TypeError, ValueError
         As `fold_linear`.
     """
-    return _fold_weight(weight, bias, mean, var, gamma, beta, eps, layout)
-
-
-def _fold_weight(
-    weight: Array,
-    bias: Array | None,
-    mean: Array,
-    var: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: float,
-    layout: str,
-) -> tuple[Array, Array]:
-    checks.namespace("weight", weight)
-    letters = set(layout) if isinstance(layout, str) else set()
-    if len(letters) != weight.ndim or len(layout) != weight.ndim or not {"O", "I"} <= letters:
-        expected = f"different letters, O and I among them, for the axes of {weight.ndim}-d weights"
-        checks.fail(ValueError, "layout", repr(layout), expected)
-    at = checks.subject(weight, layout.index("O"), "weight")
-    checks.vectors(at, bias=bias, mean=mean, var=var, gamma=gamma, beta=beta)
-    eps = checks.scalar("eps", eps, 0)
-    scale, shift = _fold(at, bias, mean, var, gamma, beta, eps)
-    folded = scale * at.xp.astype(weight, at.wide)
-    shift = at.squeeze(shift)
-    return at.xp.astype(folded, weight.dtype, copy=False), at.xp.astype(shift, weight.dtype, copy=False)
+    # A convolution is a linear layer whose weights have axes for space.
+    return fold_linear(weight, bias, mean, var, gamma, beta, eps=eps, layout=layout)
 
 
 def _fold(
@@ -172,9 +161,7 @@ def _fold(
     eps: float,
 ) -> tuple[Array, Array]:
     """Scale, and (bias - mean)·scale + beta, wide and in broadcast shape."""
-    scale = 1 / at.xp.sqrt(at.vector(var) + eps)
-    if gamma is not None:
-        scale = at.vector(gamma) * scale
+    _, scale = slope(at, var, gamma, eps)
     centred = -at.vector(mean) if bias is None else at.vector(bias) - at.vector(mean)
     shift = centred * scale
     return scale, shift if beta is None else shift + at.vector(beta)

@@ -156,7 +156,7 @@ def batch_norm_backward(
 
     n = at.vector(stats.count)  # (C)
     n = at.xp.where(n > 0, n, at.xp.ones_like(n))
-    rstd, a = _slope(at, stats.var, gamma, eps)  # (C), (C)
+    rstd, a = slope(at, stats.var, gamma, eps)  # (C), (C)
     dgamma = rstd * sum_dy_d  # (C)
     b = -rstd * (dgamma / n)  # (C)
     c = -sum_dy / n - b * mid.rest  # (C)
@@ -266,7 +266,7 @@ def normalize_backward(
     kernels = kernels_for(x)
     mid = _centre(at, Moments(1, mean, var))
     sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, None)
-    rstd, a = _slope(at, var, gamma, eps)  # (C), (C)
+    rstd, a = slope(at, var, gamma, eps)  # (C), (C)
     grads = _grad_params(at, gamma, rstd * sum_dy_d, sum_dy)
     if stats_grad:
         dmean = at.squeeze(-a * sum_dy)
@@ -320,7 +320,7 @@ def _centre(at: Layout, stats: Moments) -> _Centre:
     return _Centre(m, rest if stats.mean_lo is None else rest + at.vector(stats.mean_lo))
 
 
-def _slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Array, Array]:
+def slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Array, Array]:
     """Give 1/std and gamma/std."""
     rstd = 1 / at.xp.sqrt(at.vector(var) + eps)  # (C)
     return rstd, rstd if gamma is None else at.vector(gamma) * rstd  # (C), (C)
@@ -343,7 +343,7 @@ def _scale_shift(
     out: Array | None,
 ) -> Array:
     mid = _centre(at, stats)
-    _, a = _slope(at, stats.var, gamma, eps)  # (C)
+    _, a = slope(at, stats.var, gamma, eps)  # (C)
     b = -a * mid.rest  # (C)
     if beta is not None:
         b = b + at.vector(beta)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Self
 import array_api_compat as compat
 
 from batchnorm import checks
-from batchnorm import state as state_checks
 from batchnorm.functional import (
     batch_norm,
     batch_norm_backward,
@@ -22,6 +21,7 @@ from batchnorm.functional import (
 from batchnorm.layout import has_float64
 from batchnorm.moments import Moments, update_running
 from batchnorm.presets import PRESETS
+from batchnorm.state import checked, taken
 
 Array = Any
 
@@ -256,8 +256,8 @@ class BatchNorm:
                     alone = "none where the running statistics normalize"
                     checks.fail(ValueError, "group", "a group", alone)
                 note = moments(x, axis=self.axis, where=where)
-            elif self._pending is not None and isinstance(self.num_batches_tracked, int):
-                self._warn_uncommitted()
+            else:
+                self._warn_if_never_committed()
             stats = Moments(1, mean, var)
             y = normalize(x, mean, var, gamma, beta, **settings)
 
@@ -350,7 +350,7 @@ class BatchNorm:
         ValueError
             Missing or unknown keys, a shape that does not fit, a variance below zero.
         """
-        arrays, count = state_checks.checked(state, self.state_dict())
+        arrays, count = checked(state, self.state_dict())
         target = {name: self._arrays()[name] for name in arrays}
         ordered = (arrays[name] for name in PARAMETERS + RUNNING if name in arrays)
         first = next((v for v in ordered if not compat.is_numpy_array(v)), None)
@@ -358,9 +358,9 @@ class BatchNorm:
             at = checks.subject(first, tuple(range(first.ndim)))
             moved = self._moved(at.xp, at.device, self.dtype or at.compute)
             target = {name: moved[name] for name in arrays}
-        taken = {name: state_checks.taken(name, v, target[name]) for name, v in arrays.items()}
+        new = {name: taken(name, v, target[name]) for name, v in arrays.items()}
 
-        for name, v in taken.items():
+        for name, v in new.items():
             setattr(self, name, v)
         self._settled = self._settled or first is not None
         if self.track_running_stats:
@@ -408,8 +408,9 @@ class BatchNorm:
             setattr(self, name, v)
         self._settled = True
 
-    def _warn_uncommitted(self) -> None:
-        if self.num_batches_tracked == 0:
+    def _warn_if_never_committed(self) -> None:
+        count = self.num_batches_tracked
+        if self._pending is not None and isinstance(count, int) and count == 0:
             warnings.warn(
                 "inference with running statistics that were never updated, though a training pass "
                 "was made: call backward() or update() after each training pass",

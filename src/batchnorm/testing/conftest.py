@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "dtypes(*names): run with these dtypes only")
     config.addinivalue_line("markers", "large: needs 25 million values and up to 2 GB of memory")
     config.addinivalue_line("filterwarnings", "error")
-    # onnx's Python API, which ndonnx uses, and Dask's advice on chunk sizes are not ours to mend.
+    # How ndonnx uses onnx's Python API is not ours to mend.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:(spox|onnx|ndonnx)")
     named = config.getoption("--array-library")
     present: list[Target] = []
