@@ -8,7 +8,7 @@ from batchnorm.functional import (
     normalize,
     normalize_backward,
 )
-from batchnorm.kernels import KernelSet, kernels_for
+from batchnorm.kernels import KernelSet, get_kernels, kernels_for, set_kernels
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
 

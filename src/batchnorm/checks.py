@@ -171,6 +171,18 @@ def scalar(argument: str, value: Any, low: float, high: float = float("inf")) ->
     return value
 
 
+def whole(argument: str, value: Any, low: int) -> int:
+    """Check a whole number with a lower bound."""
+    expected = f"a whole number >= {low}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        fail(TypeError, argument, repr(value), expected)
+    if isinstance(value, bool) or number < low:
+        fail(ValueError, argument, repr(value), expected)
+    return number
+
+
 def joined(at: Layout, stats: Any, where: Array | None) -> None:
     """Check that the members of a group have enough values between them."""
     enough = stats.count >= 2 if where is None else stats.count > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from batchnorm import checks
-from batchnorm.kernels import KernelSet, kernels_for
+from batchnorm.kernels import KernelSet, kernels_for, written
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments, all_reduce, pool
 
@@ -82,7 +82,9 @@ def batch_norm(
         checks.enough_values(at, x, where)
     checks.output(at, x, out)
 
-    kernels = kernels_for(x)
+    kernels = kernels_for(x, gamma, beta, where, out)
+    if kernels.forward is not None and group is None:
+        return kernels.forward(x, _weights(where, x.ndim), gamma, beta, eps, at, out)
     stats = _moments(kernels, at, x, where)
     if group is not None:
         stats = pool([stats], group)
@@ -147,8 +149,13 @@ def batch_norm_backward(
     checks.group(group)
     checks.output(at, x, out)
 
-    kernels = kernels_for(x)
-    w = _weights(at, where, x.ndim)
+    kernels = kernels_for(dy, x, *stats[1:], gamma, where, out)
+    w = _weights(where, x.ndim)
+    if kernels.backward is not None and group is None:
+        dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)
+        dtype = at.compute if gamma is None else gamma.dtype
+        return dx, at.xp.astype(dgamma, dtype), at.xp.astype(dbeta, dtype)
+
     mid = _centre(at, stats)
     sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, w)
     if group is not None:
@@ -162,7 +169,7 @@ def batch_norm_backward(
     c = -sum_dy / n - b * mid.rest  # (C)
     a, b, c = (_compute(at, v) for v in (a, b, c))
     grads = _grad_params(at, gamma, dgamma, sum_dy)
-    return _write(kernels.grad_input(dy, x, mid.m, a, b, c, w, at), out), *grads
+    return kernels.grad_input(dy, x, mid.m, a, b, c, w, at, out), *grads
 
 
 def normalize(
@@ -210,7 +217,10 @@ def normalize(
     checks.vectors(at, mean=mean, var=var, gamma=gamma, beta=beta)
     eps = checks.scalar("eps", eps, 0)
     checks.output(at, x, out)
-    return _scale_shift(kernels_for(x), at, x, Moments(1, mean, var), gamma, beta, eps, out)
+    kernels = kernels_for(x, mean, var, gamma, beta, out)
+    if kernels.inference is not None:
+        return kernels.inference(x, mean, var, gamma, beta, eps, at, out)
+    return _scale_shift(kernels, at, x, Moments(1, mean, var), gamma, beta, eps, out)
 
 
 def normalize_backward(
@@ -263,7 +273,7 @@ def normalize_backward(
     eps = checks.scalar("eps", eps, 0)
     checks.output(at, x, out)
 
-    kernels = kernels_for(x)
+    kernels = kernels_for(dy, x, mean, var, gamma, out)
     mid = _centre(at, Moments(1, mean, var))
     sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, None)
     rstd, a = slope(at, var, gamma, eps)  # (C), (C)
@@ -272,9 +282,11 @@ def normalize_backward(
         dmean = at.squeeze(-a * sum_dy)
         dvar = at.squeeze(-0.5 * a * rstd * (rstd * sum_dy_d))
         grads = (*grads, at.xp.astype(dmean, mean.dtype), at.xp.astype(dvar, var.dtype))
-    zero = at.xp.zeros_like(mid.m)  # (C)
-    dx = kernels.scale_shift(_compute(at, dy), zero, _compute(at, a), zero, at)
-    return _write(at.xp.astype(dx, x.dtype, copy=False), out), *grads
+    zero, a = at.xp.zeros_like(mid.m), _compute(at, a)  # (C), (C)
+    if dy.dtype == x.dtype:
+        return kernels.scale_shift(dy, zero, a, zero, at, out), *grads
+    dx = kernels.scale_shift(_compute(at, dy), zero, a, zero, at, None)
+    return written(at.xp.astype(dx, x.dtype), out), *grads
 
 
 def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
@@ -303,7 +315,7 @@ def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     """
     at = checks.subject(x, axis)
     checks.weights(at, x, where)
-    return _moments(kernels_for(x), at, x, where)
+    return _moments(kernels_for(x, where), at, x, where)
 
 
 class _Centre(NamedTuple):
@@ -327,7 +339,7 @@ def slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Arra
 
 
 def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> Moments:
-    w = _weights(at, where, x.ndim)
+    w = _weights(where, x.ndim)
     count, mean, mean_lo, var = (at.squeeze(v) for v in kernels.moments(x, w, at))
     return Moments(count, mean, var, mean_lo)
 
@@ -347,7 +359,7 @@ def _scale_shift(
     b = -a * mid.rest  # (C)
     if beta is not None:
         b = b + at.vector(beta)
-    return _write(kernels.scale_shift(x, mid.m, _compute(at, a), _compute(at, b), at), out)
+    return kernels.scale_shift(x, mid.m, _compute(at, a), _compute(at, b), at, out)
 
 
 def _grad_sums(
@@ -368,16 +380,8 @@ def _compute(at: Layout, v: Array) -> Array:
     return at.xp.astype(v, at.compute, copy=False)
 
 
-def _weights(at: Layout, where: Array | None, ndim: int) -> Array | None:
-    """A mask or weights as real weights with as many axes as x, which is what kernels take."""
-    if where is None:
-        return None
-    return at.xp.astype(where, at.wide)[(None,) * (ndim - where.ndim) + (...,)]
-
-
-def _write(result: Array, out: Array | None) -> Array:
-    """Hand a result out, in the caller's array where there is one."""
-    if out is None:
-        return result
-    out[...] = result
-    return out
+def _weights(where: Array | None, ndim: int) -> Array | None:
+    """A mask or weights with as many axes as x, which is what kernels take."""
+    if where is None or where.ndim == ndim:
+        return where
+    return where[(None,) * (ndim - where.ndim) + (...,)]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,6 +15,9 @@ from batchnorm import checks
 from batchnorm.kernels import generic
 
 Array = Any
+
+VARIABLE = "BATCHNORM_KERNELS"
+NAMES = ("numba", "numpy", "generic")
 
 
 class KernelSet(NamedTuple):
@@ -24,39 +31,173 @@ class KernelSet(NamedTuple):
     scale_shift: Callable[..., Array]
     grad_sums: Callable[..., tuple[Array, Array]]
     grad_input: Callable[..., Array]
+    forward: Callable[..., Any] | None = None
+    """`moments` and `scale_shift` at once, with the arithmetic between them; None where there is none."""
+    backward: Callable[..., Any] | None = None
+    """`grad_sums` and `grad_input` at once."""
+    inference: Callable[..., Array] | None = None
+    """`scale_shift` from given statistics."""
 
     def __repr__(self) -> str:
         return f"<kernels {self.name}: {self.why}>"
 
 
-def kernels_for(x: Array) -> KernelSet:
+def kernels_for(x: Array, *others: Array | None) -> KernelSet:
     """Tell which kernel set runs for an array, and why.
 
     Parameters
     ----------
     x : array
         The array to be normalized, of any array API library.
+    *others : array or None
+        Other arrays of the same call: a kernel set has to be able to work on all of them.
 
     Returns
     -------
     KernelSet
-        Its `name` and `why` are for people; its other fields are the four kernels.
+        Its `name` and `why` are for people; its other fields are the kernels.
 
     Raises
     ------
     TypeError
-        `x` is not an array of an array API library.
+        `x` is not an array of an array API library, or kernels were asked for (with `set_kernels`)
+        that cannot run on it.
+    ValueError
+        ``BATCHNORM_KERNELS`` names no kernels.
     """
-    return _kernels(checks.namespace("x", x))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(x, numpy.ndarray):
+        return _for_numpy(get_kernels(), (x, *others))
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor) and x.device.type == "cpu":
+        from batchnorm.kernels import torch as adapter
+
+        why_not = adapter.refuses((x, *others))
+        if why_not is None:
+            views = tuple(None if v is None else adapter.view(v) for v in (x, *others))
+            host = _for_numpy(get_kernels(), views)
+            return host if host.name == "generic" else adapter.adapted(host)
+        return _generic(f"the arrays {why_not}")
+    library = checks.library(checks.namespace("x", x))
+    return _generic(f"{library} has no kernels of its own here")
+
+
+def set_kernels(name: str | None) -> None:
+    """Ask for one kernel set, and no other: for tests and comparisons.
+
+    Parameters
+    ----------
+    name : {"numba", "numpy", "generic"} or None
+        None for the default: the environment variable ``BATCHNORM_KERNELS``, or the fastest that can
+        run. Where the named one cannot run on an array, the call is an error.
+
+    Raises
+    ------
+    ValueError
+        `name` is not the name of a kernel set.
+    """
+    global _chosen
+    _chosen = _known("name", name) if name is not None else None
+
+
+def get_kernels() -> str | None:
+    """Tell which kernel set was asked for, with `set_kernels` or ``BATCHNORM_KERNELS``.
+
+    Returns
+    -------
+    str or None
+        None where the fastest that can run is picked.
+    """
+    return _chosen or _from_environment()
+
+
+_chosen: str | None = None
 
 
 @functools.cache
-def _kernels(xp: ModuleType) -> KernelSet:
+def _from_environment() -> str | None:
+    name = os.environ.get(VARIABLE, "")
+    return _known(VARIABLE, name) if name else None
+
+
+def _known(argument: str, name: str) -> str:
+    if name not in NAMES:
+        checks.fail(ValueError, argument, repr(name), f"one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+def _for_numpy(asked: str | None, arrays: tuple[Array | None, ...]) -> KernelSet:
+    """The kernel set for NumPy arrays."""
+    if asked in (None, "numba"):
+        compiled, why_not = _numba()
+        if compiled is not None:
+            for a in arrays:
+                if a is not None and (why_not := compiled.refuses(a)) is not None:
+                    break
+            else:
+                return _compiled()
+        if asked is not None:
+            checks.fail(TypeError, "kernels", f"'numba' asked for, but {why_not}", "arrays it can run on")
+        return _blocked(why_not)
+    return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
+
+
+@functools.cache
+def _numba() -> tuple[ModuleType | None, str]:
+    """The compiled kernels, or why there are none. Numba is imported here, for the first array."""
+    if importlib.util.find_spec("numba") is None:
+        return None, "Numba is not installed: pip install 'batchnorm[numba]'"
+    try:
+        return importlib.import_module("batchnorm.kernels.numba"), ""
+    except Exception as error:  # an installation that does not fit NumPy's, say
+        return None, f"Numba cannot be used: {type(error).__name__}: {error}"
+
+
+@functools.cache
+def _compiled() -> KernelSet:
+    from batchnorm.kernels import numba
+
+    why = "compiled loops for NumPy arrays and what shares their memory"
+    return _set("numba", why, numba)
+
+
+@functools.cache
+def _blocked(why: str) -> KernelSet:
+    from batchnorm.kernels import numpy
+
+    return _set("numpy", f"NumPy in blocks, on threads; {why}", numpy)
+
+
+def _set(name: str, why: str, module: Any) -> KernelSet:
+    functions = {f: getattr(module, f) for f in KernelSet._fields[2:] if hasattr(module, f)}
+    return KernelSet(name, why, **functions)
+
+
+@functools.cache
+def _generic(why: str) -> KernelSet:
     return KernelSet(
         "generic",
-        f"array API code that every library runs; {checks.library(xp)} has no kernels of its own here",
+        f"array API code that every library runs; {why}",
         generic.moments,
-        generic.scale_shift,
+        _writing(generic.scale_shift),
         generic.grad_sums,
-        generic.grad_input,
+        _writing(generic.grad_input),
     )
+
+
+def _writing(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel that hands its result out in the caller's array where there is one."""
+
+    def write(*arguments: Any) -> Array:
+        *rest, out = arguments
+        return written(kernel(*rest), out)
+
+    return write
+
+
+def written(result: Array, out: Array | None) -> Array:
+    """A result, in the caller's array where there is one."""
+    if out is None:
+        return result
+    out[...] = result
+    return out

@@ -55,7 +55,7 @@ def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tup
     dy = xp.astype(dy, at.wide, copy=False)  # (..., C, ...)
     d = xp.astype(x, at.wide, copy=False) - xp.astype(m, at.wide, copy=False)  # (..., C, ...)
     if w is not None:  # a value without weight and without gradient may be NaN
-        d = xp.where((w > 0) | (dy != 0), d, xp.zeros_like(d))
+        d = xp.where((xp.astype(w, at.wide) > 0) | (dy != 0), d, xp.zeros_like(d))
     return _total(dy, at), _total(dy * d, at)  # (C), (C)
 
 

@@ -1,0 +1,361 @@
+"""Compiled loops over planes: channels second or first, where one channel lies in long runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from batchnorm.kernels.compiled.lanes import (
+    WIDTH,
+    as_dtype_of,
+    either,
+    fetch_add,
+    load1,
+    narrow,
+    only,
+    splat,
+    store1,
+    stream,
+    streaming_size,
+    total,
+    wide,
+)
+from batchnorm.kernels.compiled.terms import (
+    SAMPLE,
+    SEGMENT,
+    backward_terms,
+    compiled,
+    finish_moments,
+    forward_terms,
+    lanes_at,
+    place,
+    put,
+    tile_bounds,
+    tile_count,
+    two_sum,
+)
+
+
+@compiled
+def run_moments(x, i, step, like, w, j, wstep, wlike, size, pivot):
+    """Σw, Σw·d and Σw·d² of a run, with d = x - pivot."""
+    k = splat(pivot)
+    n = s = q = r = p = splat(0.0)
+    t, whole = 0, size // WIDTH * WIDTH
+    if wlike is None:
+        while t + WIDTH < whole:  # two at a time: sums half as deep
+            d = wide(lanes_at(x, i + t * step, step, like)) - k
+            e = wide(lanes_at(x, i + (t + WIDTH) * step, step, like)) - k
+            s, r, q, p = s + d, r + e, q + d * d, p + e * e
+            t += 2 * WIDTH
+        s, q = s + r, q + p
+    while t < whole:
+        d = wide(lanes_at(x, i + t * step, step, like)) - k
+        if wlike is None:
+            s, q = s + d, q + d * d
+        else:
+            v = wide(lanes_at(w, j + t * wstep, wstep, wlike))
+            d = only(v, d)
+            vd = v * d
+            n, s, q = n + v, s + vd, q + vd * d
+        t += WIDTH
+    n1, s1, q1 = total(n), total(s), total(q)
+    for t in range(whole, size):
+        d1 = wide(load1(x, i + t * step, like)) - pivot
+        if wlike is None:
+            s1, q1 = s1 + d1, q1 + d1 * d1
+        else:
+            v1 = wide(load1(w, j + t * wstep, wlike))
+            d1 = only(v1, d1)
+            n1, s1, q1 = n1 + v1, s1 + v1 * d1, q1 + v1 * d1 * d1
+    return (np.float64(size) if wlike is None else n1), s1, q1
+
+
+@compiled
+def channel_pivot(x, ox, like, w, ow, wlike, rows):
+    """The mean of the first values of a channel, as the data's dtype rounds it."""
+    inner = rows.shape[1] - 1
+    size = min(SAMPLE, rows[0, inner])
+    n, s, _ = run_moments(x, ox, rows[1, inner], like, w, ow, rows[3, inner], wlike, size, 0.0)
+    return np.float64(narrow(s / n if n > 0 else 0.0, like))
+
+
+@compiled
+def channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivot):
+    """Σw, Σw·d and Σw·d² of segments of a channel."""
+    inner = rows.shape[1] - 1
+    length, step, wstep = rows[0, inner], rows[1, inner], rows[3, inner]
+    per = (length + SEGMENT - 1) // SEGMENT
+    n = n_lo = s = s_lo = q = q_lo = 0.0
+    for segment in range(first, last):
+        row = segment // per
+        start = (segment - row * per) * SEGMENT
+        i = ox + place(rows, 1, inner, row) + start * step
+        j = ow + (place(rows, 3, inner, row) + start * wstep if wlike is not None else 0)
+        size = min(SEGMENT, length - start)
+        dn, ds, dq = run_moments(x, i, step, like, w, j, wstep, wlike, size, pivot)
+        n, n_lo = two_sum(n, n_lo, dn)
+        s, s_lo = two_sum(s, s_lo, ds)
+        q, q_lo = two_sum(q, q_lo, dq)
+    return n + n_lo, s + s_lo, q + q_lo
+
+
+@compiled
+def run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming):
+    """y = a·(x - m) + b along a run."""
+    mm, aa, bb = splat(m), splat(a), splat(b)
+    t = 0
+    if streaming and ystep == 1:
+        boundary, bytes_each = streaming_size(like)
+        while t < size and (y + (j + t) * bytes_each) % boundary:
+            store1(y, j + t, a * (load1(x, i + t * step, like) - m) + b, like)
+            t += 1
+        while t + WIDTH <= size:
+            v = lanes_at(x, i + t * step, step, like)
+            stream(y, j + t, aa * (v - mm) + bb, like)
+            t += WIDTH
+    else:
+        while t + WIDTH <= size:
+            v = lanes_at(x, i + t * step, step, like)
+            put(y, j + t * ystep, ystep, aa * (v - mm) + bb, like)
+            t += WIDTH
+    while t < size:
+        store1(y, j + t * ystep, a * (load1(x, i + t * step, like) - m) + b, like)
+        t += 1
+
+
+@compiled
+def channel_output(x, ox, y, oy, like, rows, first, last, m, a, b, streaming):
+    """y of segments of a channel, from the last to the first: the last ones are still in cache."""
+    inner = rows.shape[1] - 1
+    length, step, ystep = rows[0, inner], rows[1, inner], rows[2, inner]
+    per = (length + SEGMENT - 1) // SEGMENT
+    for segment in range(last - 1, first - 1, -1):
+        row = segment // per
+        start = (segment - row * per) * SEGMENT
+        i = ox + place(rows, 1, inner, row) + start * step
+        j = oy + place(rows, 2, inner, row) + start * ystep
+        size = min(SEGMENT, length - start)
+        run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming)
+
+
+@compiled
+def planes_moments(counter, grid, x, w, like, wlike, rows, chan, pivots, given, parts):
+    """Σw, Σw·d and Σw·d² of each tile; pivots are worked out unless they are given."""
+    kept = chan.shape[1]
+    tiles = tile_count(grid)
+    while True:
+        tile = fetch_add(counter.ctypes.data)
+        if tile >= tiles:
+            return
+        block, first, last, c0, c1 = tile_bounds(tile, grid)
+        for c in range(c0, c1):
+            ox = place(chan, 1, kept, c)
+            ow = place(chan, 3, kept, c) if wlike is not None else 0
+            if not given:
+                pivots[c] = channel_pivot(x, ox, like, w, ow, wlike, rows)
+            n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivots[c])
+            parts[block, 0, c], parts[block, 1, c], parts[block, 2, c] = n, s, q
+
+
+@compiled
+def planes_output(counter, grid, x, y, like, rows, chan, m, a, b, streaming):
+    """y = a·(x - m) + b of each tile."""
+    kept = chan.shape[1]
+    tiles = tile_count(grid)
+    while True:
+        tile = fetch_add(counter.ctypes.data)
+        if tile >= tiles:
+            return
+        _, first, last, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
+        for c in range(c0, c1):
+            ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
+            channel_output(x, ox, y, oy, like, rows, first, last, m[c], a[c], b[c], streaming)
+
+
+@compiled
+def planes_forward(
+    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, streaming
+):
+    """Statistics and output of each tile of whole channels, a channel at a time."""
+    kept = chan.shape[1]
+    tiles = tile_count(grid)
+    while True:
+        tile = fetch_add(counter.ctypes.data)
+        if tile >= tiles:
+            return
+        _, first, last, c0, c1 = tile_bounds(tile, grid)
+        for c in range(c0, c1):
+            ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
+            ow = place(chan, 3, kept, c) if wlike is not None else 0
+            pivot = channel_pivot(x, ox, like, w, ow, wlike, rows)
+            n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivot)
+            if not finish_moments(n, pivot, s, q, c, stats):
+                pivot = np.float64(narrow(stats[1, c], like))
+                n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivot)
+                finish_moments(n, pivot, s, q, c, stats)
+            m, a, b = forward_terms(stats, c, gamma, beta, eps, like)
+            channel_output(x, ox, y, oy, like, rows, first, last, m, a, b, streaming)
+
+
+@compiled
+def run_grad_sums(dy, h, hstep, x, i, step, like, w, j, wstep, wlike, size, m):
+    """Σdy and Σdy·(x - m) of a run."""
+    mm = splat(np.float64(m))
+    s = q = splat(0.0)
+    whole = size // WIDTH * WIDTH
+    for t in range(0, whole, WIDTH):
+        g = wide(lanes_at(dy, h + t * hstep, hstep, like))
+        d = wide(lanes_at(x, i + t * step, step, like)) - mm
+        if wlike is not None:  # a value without weight and without gradient may be NaN
+            v = wide(lanes_at(w, j + t * wstep, wstep, wlike))
+            d = either(v, g, d)
+        s, q = s + g, q + g * d
+    s1, q1 = total(s), total(q)
+    for t in range(whole, size):
+        g1 = wide(load1(dy, h + t * hstep, like))
+        d1 = wide(load1(x, i + t * step, like)) - np.float64(m)
+        if wlike is not None:
+            d1 = either(wide(load1(w, j + t * wstep, wlike)), g1, d1)
+        s1, q1 = s1 + g1, q1 + g1 * d1
+    return s1, q1
+
+
+@compiled
+def channel_grad_sums(dy, og, x, ox, like, w, ow, wlike, rows, first, last, m):
+    """Σdy and Σdy·(x - m) of segments of a channel."""
+    inner = rows.shape[1] - 1
+    length, hstep, step, wstep = rows[0, inner], rows[1, inner], rows[2, inner], rows[4, inner]
+    per = (length + SEGMENT - 1) // SEGMENT
+    s = s_lo = q = q_lo = 0.0
+    for segment in range(first, last):
+        row = segment // per
+        start = (segment - row * per) * SEGMENT
+        h = og + place(rows, 1, inner, row) + start * hstep
+        i = ox + place(rows, 2, inner, row) + start * step
+        j = ow + (place(rows, 4, inner, row) + start * wstep if wlike is not None else 0)
+        size = min(SEGMENT, length - start)
+        ds, dq = run_grad_sums(dy, h, hstep, x, i, step, like, w, j, wstep, wlike, size, m)
+        s, s_lo = two_sum(s, s_lo, ds)
+        q, q_lo = two_sum(q, q_lo, dq)
+    return s + s_lo, q + q_lo
+
+
+@compiled
+def run_grad_input(
+    dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, c, streaming
+):
+    """dx = a·(dy + w·(b·(x - m) + c)) along a run."""
+    mm, aa, bb, cc = splat(m), splat(a), splat(b), splat(c)
+    boundary, bytes_each = streaming_size(like)
+    past = streaming and kstep == 1
+    t = 0
+    while t < size:
+        aligned = not past or (dx + (k + t) * bytes_each) % boundary == 0
+        if aligned and t + WIDTH <= size:
+            g = lanes_at(dy, h + t * hstep, hstep, like)
+            d = bb * (lanes_at(x, i + t * step, step, like) - mm) + cc
+            if wlike is not None:
+                v = lanes_at(w, j + t * wstep, wstep, wlike)
+                d = only(v, as_dtype_of(v, d) * d)
+            if past:
+                stream(dx, k + t, aa * (g + d), like)
+            else:
+                put(dx, k + t * kstep, kstep, aa * (g + d), like)
+            t += WIDTH
+        else:
+            d1 = b * (load1(x, i + t * step, like) - m) + c
+            if wlike is not None:
+                v1 = load1(w, j + t * wstep, wlike)
+                d1 = only(v1, as_dtype_of(v1, d1) * d1)
+            store1(dx, k + t * kstep, a * (load1(dy, h + t * hstep, like) + d1), like)
+            t += 1
+
+
+@compiled
+def channel_grad_input(
+    dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, m, a, b, c, streaming
+):
+    """dx of segments of a channel, from the last to the first: the last ones are still in cache."""
+    inner = rows.shape[1] - 1
+    length, hstep, step = rows[0, inner], rows[1, inner], rows[2, inner]
+    kstep, wstep = rows[3, inner], rows[4, inner]
+    per = (length + SEGMENT - 1) // SEGMENT
+    for segment in range(last - 1, first - 1, -1):
+        row = segment // per
+        start = (segment - row * per) * SEGMENT
+        h = og + place(rows, 1, inner, row) + start * hstep
+        i = ox + place(rows, 2, inner, row) + start * step
+        k = oo + place(rows, 3, inner, row) + start * kstep
+        j = ow + (place(rows, 4, inner, row) + start * wstep if wlike is not None else 0)
+        size = min(SEGMENT, length - start)
+        run_grad_input(
+            dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, c, streaming
+        )
+
+
+@compiled
+def planes_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, m, parts):
+    """Σdy and Σdy·(x - m) of each tile."""
+    kept = chan.shape[1]
+    tiles = tile_count(grid)
+    while True:
+        tile = fetch_add(counter.ctypes.data)
+        if tile >= tiles:
+            return
+        block, first, last, c0, c1 = tile_bounds(tile, grid)
+        for c in range(c0, c1):
+            og, ox = place(chan, 1, kept, c), place(chan, 2, kept, c)
+            ow = place(chan, 4, kept, c) if wlike is not None else 0
+            parts[block, 0, c], parts[block, 1, c] = channel_grad_sums(
+                dy, og, x, ox, like, w, ow, wlike, rows, first, last, m[c]
+            )
+
+
+@compiled
+def planes_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, m, a, b, c_, streaming):
+    """dx = a·(dy + w·(b·(x - m) + c)) of each tile."""
+    kept = chan.shape[1]
+    tiles = tile_count(grid)
+    while True:
+        tile = fetch_add(counter.ctypes.data)
+        if tile >= tiles:
+            return
+        _, first, last, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
+        for c in range(c0, c1):
+            og, ox, oo = (
+                place(chan, 1, kept, c),
+                place(chan, 2, kept, c),
+                place(chan, 3, kept, c),
+            )
+            ow = place(chan, 4, kept, c) if wlike is not None else 0
+            channel_grad_input(
+                dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last,
+                m[c], a[c], b[c], c_[c], streaming,
+            )
+
+
+@compiled
+def planes_backward(
+    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, streaming
+):
+    """Gradients of each tile of whole channels, a channel at a time."""
+    kept = chan.shape[1]
+    tiles = tile_count(grid)
+    while True:
+        tile = fetch_add(counter.ctypes.data)
+        if tile >= tiles:
+            return
+        _, first, last, c0, c1 = tile_bounds(tile, grid)
+        for c in range(c0, c1):
+            og, ox, oo = (
+                place(chan, 1, kept, c),
+                place(chan, 2, kept, c),
+                place(chan, 3, kept, c),
+            )
+            ow = place(chan, 4, kept, c) if wlike is not None else 0
+            m = narrow(stats[1, c], like)
+            s, q = channel_grad_sums(dy, og, x, ox, like, w, ow, wlike, rows, first, last, m)
+            a, b, shift = backward_terms(stats, c, gamma, eps, s, q, grads, like)
+            channel_grad_input(
+                dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, m, a, b, shift, streaming
+            )

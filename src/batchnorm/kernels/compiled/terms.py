@@ -1,0 +1,188 @@
+"""What all compiled loops share: where an axis leads, tiles, and the arithmetic of one channel.
+
+A tile is a block of the reduced axes by a block of channels; threads take tiles from a shared counter
+until none is left. What a tile computes depends on its number alone, so that results are the same to
+the bit for any number of threads.
+
+`rows` and `chan` describe the axes: row 0 their lengths, row 1 + k the steps of operand k, counted in
+values. The last column of `rows` is the inner axis, along a run. Operands are in the order of the
+arguments (x, y, w or dy, x, dx, w). A `grid` is (size, block) of the reduced axes, then of channels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numba import njit
+
+from batchnorm.kernels.compiled.lanes import gather, load, narrow, scatter, store
+
+# Values that are added before their sum joins the next level: bounds the error of a sum.
+SEGMENT = 1024
+# Values that a pivot is the mean of. It only has to be within a standard deviation of the mean.
+SAMPLE = 64
+
+compiled = njit(
+    nogil=True,
+    error_model="numpy",  # 1/0 is infinity
+    fastmath={"contract"},
+    cache=os.environ.get("BATCHNORM_CACHE_COMPILED", "0") == "1",
+)
+
+
+# Where things are.
+
+
+@compiled
+def place(axes, operand, count, index):
+    """Offset of an index over the first `count` axes."""
+    offset = 0
+    for k in range(count - 1, 0, -1):
+        n = axes[0, k]
+        up = index // n
+        offset += (index - up * n) * axes[operand, k]
+        index = up
+    return offset + index * axes[operand, 0] if count else offset
+
+
+@compiled
+def lanes_at(address, index, step, like):
+    """Sixteen values that lie a step apart."""
+    if step == 1:
+        return load(address, index, like)
+    return gather(address, index, step, like)
+
+
+@compiled
+def put(address, index, step, value, like):
+    """Write sixteen values that lie a step apart."""
+    if step == 1:
+        store(address, index, value, like)
+    else:
+        scatter(address, index, step, value, like)
+
+
+@compiled
+def two_sum(high, low, term):
+    """Add a term to a sum in two parts (Knuth 1969)."""
+    s = high + term
+    back = s - high
+    return s, low + ((high - (s - back)) + (term - back))
+
+
+# From sums to vectors, one channel at a time.
+
+
+@compiled
+def finish_moments(n, pivot, s, q, c, stats):
+    """Write count, mean, variance and mean_lo; tell whether the pivot was near enough.
+
+    With d = mean - pivot, var = q/n - d²: where d is below two standard deviations, next to nothing cancels.
+    """
+    some = n if n > 0 else 1.0
+    d = s / some
+    var = q / some - d * d
+    mean = pivot + d
+    back = mean - pivot
+    stats[0, c] = n
+    stats[1, c] = mean
+    stats[2, c] = 0.0 if var < 0 else var
+    stats[3, c] = (pivot - (mean - back)) + (d - back)
+    return not d * d > 4.0 * var
+
+
+@compiled
+def forward_terms(stats, c, gamma, beta, eps, like):
+    """m, a and b of y = a·(x - m) + b."""
+    mean = stats[1, c]
+    m = narrow(mean, like)
+    a = gamma[c] / np.sqrt(stats[2, c] + eps)
+    b = beta[c] - a * ((mean - np.float64(m)) + stats[3, c])
+    return m, narrow(a, like), narrow(b, like)
+
+
+@compiled
+def backward_terms(stats, c, gamma, eps, sum_dy, sum_dy_d, grads, like):
+    """Write dgamma and dbeta; a, b and c of dx = a·(dy + w·(b·(x - m) + c))."""
+    n, mean = stats[0, c], stats[1, c]
+    some = n if n > 0 else 1.0
+    rest = (mean - np.float64(narrow(mean, like))) + stats[3, c]
+    rstd = 1.0 / np.sqrt(stats[2, c] + eps)
+    dgamma = rstd * (sum_dy_d - rest * sum_dy)
+    grads[0, c], grads[1, c] = dgamma, sum_dy
+    b = -rstd * (dgamma / some)
+    shift = -sum_dy / some - b * rest
+    return narrow(rstd * gamma[c], like), narrow(b, like), narrow(shift, like)
+
+
+# The same for all channels, between two passes over the tiles.
+
+
+@compiled
+def added(parts):
+    """The sums of all blocks, added in their order."""
+    sums = parts[0].copy()
+    for block in range(1, parts.shape[0]):
+        sums += parts[block]
+    return sums
+
+
+@compiled
+def all_moments(parts, pivots, stats, like):
+    """Moments from the sums of all blocks; False leaves better pivots for another try."""
+    sums = added(parts)
+    near = True
+    for c in range(pivots.size):
+        near &= finish_moments(sums[0, c], pivots[c], sums[1, c], sums[2, c], c, stats)
+        pivots[c] = np.float64(narrow(stats[1, c], like))
+    return near
+
+
+@compiled
+def all_centres(stats, like):
+    """The means as the data's dtype rounds them."""
+    m = np.full(stats.shape[1], narrow(0.0, like))
+    for c in range(m.size):
+        m[c] = narrow(stats[1, c], like)
+    return m
+
+
+@compiled
+def all_forward_terms(stats, gamma, beta, eps, like):
+    """m, a and b of y = a·(x - m) + b."""
+    channels, zero = stats.shape[1], narrow(0.0, like)
+    m, a, b = np.full(channels, zero), np.full(channels, zero), np.full(channels, zero)
+    for c in range(channels):
+        m[c], a[c], b[c] = forward_terms(stats, c, gamma, beta, eps, like)
+    return m, a, b
+
+
+@compiled
+def all_backward_terms(stats, gamma, eps, sums, grads, like):
+    """a, b and c of dx = a·(dy + w·(b·(x - m) + c))."""
+    channels, zero = stats.shape[1], narrow(0.0, like)
+    a, b, shift = np.full(channels, zero), np.full(channels, zero), np.full(channels, zero)
+    for c in range(channels):
+        a[c], b[c], shift[c] = backward_terms(
+            stats, c, gamma, eps, sums[0, c], sums[1, c], grads, like
+        )
+    return a, b, shift
+
+
+# Tiles.
+
+
+@compiled
+def tile_bounds(tile, grid):
+    """First and last of the reduced blocks and channels of a tile."""
+    across = (grid[2] + grid[3] - 1) // grid[3]
+    block = tile // across
+    c0 = (tile - block * across) * grid[3]
+    r0 = block * grid[1]
+    return block, r0, min(grid[0], r0 + grid[1]), c0, min(grid[2], c0 + grid[3])
+
+
+@compiled
+def tile_count(grid):
+    return ((grid[0] + grid[1] - 1) // grid[1]) * ((grid[2] + grid[3] - 1) // grid[3])

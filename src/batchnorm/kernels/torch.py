@@ -1,0 +1,111 @@
+"""PyTorch's CPU tensors on the kernels for NumPy: both look at the same memory."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from batchnorm.kernels import KernelSet
+from batchnorm.layout import Layout
+from batchnorm.moments import Moments
+
+Array = Any
+
+
+def refuses(arrays: tuple[Array | None, ...]) -> str | None:
+    """Why NumPy cannot look at some tensors, or None."""
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "are traced or transformed"
+    gradients = torch.is_grad_enabled()
+    for a in arrays:
+        if a is None:
+            continue
+        if type(a) not in (torch.Tensor, torch.nn.Parameter):
+            return f"include a {type(a).__name__}"
+        if gradients and a.requires_grad:
+            return "require gradients, which are PyTorch's to record"
+        if a.device.type != "cpu" or a.layout is not torch.strided:
+            return "are not strided memory of the CPU"
+        if a.dtype is torch.bfloat16 and _bfloat16() is None:
+            return "are bfloat16, for which ml_dtypes is not installed"
+    return None
+
+
+@functools.cache
+def _bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        return None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def view(a: Array) -> Array:
+    """A NumPy array of the same memory."""
+    torch = sys.modules["torch"]
+    if a.dtype is torch.bfloat16:
+        return a.detach().view(torch.uint16).numpy().view(_bfloat16())
+    return a.detach().numpy()
+
+
+def tensor(a: Array) -> Array:
+    """A tensor of the same memory."""
+    torch = sys.modules["torch"]
+    if a.dtype == _bfloat16():
+        return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+@functools.cache
+def _layout(at: Layout) -> Layout:
+    """A tensor's layout as that of the array that looks at it."""
+    torch = sys.modules["torch"]
+    return at._replace(
+        xp=np,
+        device="cpu",
+        compute=np.float64 if at.compute is torch.float64 else np.float32,
+        wide=np.float64,
+    )
+
+
+def _into(value: Any) -> Any:
+    torch = sys.modules["torch"]
+    if isinstance(value, torch.Tensor):
+        return view(value)
+    if isinstance(value, Moments):
+        return Moments(*(_into(v) for v in value))
+    return _layout(value) if isinstance(value, Layout) else value
+
+
+def _out_of(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return tensor(value)
+    if isinstance(value, Moments):
+        return Moments(*(_out_of(v) for v in value))
+    return tuple(_out_of(v) for v in value) if isinstance(value, tuple) else value
+
+
+def _through(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that takes and gives tensors; an `out`, the last argument, comes back itself."""
+
+    @functools.wraps(kernel)
+    def call(*arguments: Any) -> Any:
+        result = kernel(*(_into(a) for a in arguments))
+        out = arguments[-1]
+        if out is None or isinstance(out, Layout):
+            return _out_of(result)
+        return (out, *_out_of(result[1:])) if isinstance(result, tuple) else out
+
+    return call
+
+
+@functools.cache
+def adapted(host: KernelSet) -> KernelSet:
+    """A kernel set for NumPy arrays as one for tensors."""
+    kernels = {f: _through(k) for f, k in host._asdict().items() if callable(k)}
+    return host._replace(**kernels)

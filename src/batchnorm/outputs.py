@@ -1,0 +1,145 @@
+"""Memory for large outputs, kept for the next one.
+
+A fresh output of 100 MB costs as much as the rest of a forward pass: the system zeroes each page when
+it is first written to. So an output's memory comes back here once nothing refers to the output or
+to a view of it, and the next output of the same size takes it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from batchnorm import checks
+
+Array = Any
+
+VARIABLE = "BATCHNORM_OUTPUT_POOL"
+DEFAULT_BYTES = 256 * 2**20
+# Smaller arrays are left to NumPy: the allocator keeps their pages anyway.
+SMALLEST = 2**20
+ALIGNMENT = 64  # a cache line, and the widest vector
+
+
+class _Lease:
+    """An output's memory on loan: what NumPy keeps as the base of the output and of its views."""
+
+    def __init__(self, memory: Array) -> None:
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        if give_back is not None:  # None when the interpreter ends
+            give_back(self.memory)
+
+
+_lock = threading.Lock()
+_limit: int | None = None
+_free: list[Array] = []  # the most recently returned one last
+
+
+def set_output_pool(max_bytes: int | None) -> None:
+    """Set how much memory of past outputs is kept for the next ones.
+
+    Only NumPy arrays and PyTorch's CPU tensors of a MiB and more take part. Memory is reused for
+    an output of the same size, and only when nothing refers to the earlier output any more.
+
+    Parameters
+    ----------
+    max_bytes : int or None
+        The most that is kept, in bytes; 0 keeps nothing and frees what was kept. None for the default:
+        the environment variable ``BATCHNORM_OUTPUT_POOL``, or 256 MiB.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `max_bytes` is not a whole number of at least 0.
+    """
+    global _limit
+    max_bytes = None if max_bytes is None else checks.whole("max_bytes", max_bytes, 0)
+    with _lock:
+        _limit = max_bytes
+        dropped = _trim()
+    del dropped  # outside of the lock
+
+
+def get_output_pool() -> int:
+    """How much memory of past outputs is kept at most, in bytes.
+
+    Returns
+    -------
+    int
+        What `set_output_pool` set, or its default.
+
+    Raises
+    ------
+    ValueError
+        ``BATCHNORM_OUTPUT_POOL`` is set to something else than a whole number.
+    """
+    global _limit
+    if _limit is None:
+        text = os.environ.get(VARIABLE, "")
+        if text and not text.isdecimal():
+            checks.fail(ValueError, VARIABLE, repr(text), "a whole number of bytes")
+        _limit = int(text) if text else DEFAULT_BYTES
+    return _limit
+
+
+def empty_like(x: Array) -> Array:
+    """An array of the shape, dtype and order of axes of x, with any values."""
+    if x.nbytes < SMALLEST:
+        return np.empty_like(x, subok=False)
+    raw = np.asarray(_Lease(_take(x.nbytes)))
+    # Largest stride first, as NumPy orders the axes of an elementwise result.
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    ordered = raw.view(x.dtype).reshape([x.shape[axis] for axis in order])
+    return ordered.transpose(np.argsort(order))
+
+
+def _take(size: int) -> Array:
+    """Aligned memory: some that came back, or new."""
+    get_output_pool()  # a wrong setting is an error here, not in a finalizer
+    with _lock:
+        for i in range(len(_free) - 1, -1, -1):
+            if _free[i].size == size:
+                return _free.pop(i)
+    raw = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def give_back(memory: Array) -> None:
+    """Keep memory for the next output. Called by finalizers: at any time, on any thread."""
+    # Where the lock is held (perhaps further up in this very thread) the memory is simply freed.
+    if memory.size > get_output_pool() or not _lock.acquire(blocking=False):
+        return
+    try:
+        _free.append(memory)
+        dropped = _trim()
+    finally:
+        _lock.release()
+    del dropped
+
+
+def _trim() -> list[Array]:
+    """Take out the oldest until the rest is within the limit."""
+    limit, kept = get_output_pool(), sum(memory.size for memory in _free)
+    dropped = []
+    while kept > limit:
+        dropped.append(_free.pop(0))
+        kept -= dropped[-1].size
+    return dropped
+
+
+def _forget_after_fork() -> None:
+    """A forked child's lock may be held for ever, and the pages are the parent's."""
+    global _lock
+    _lock = threading.Lock()
+    _free.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
