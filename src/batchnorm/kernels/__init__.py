@@ -65,21 +65,43 @@ def kernels_for(x: Array, *others: Array | None) -> KernelSet:
     ValueError
         ``BATCHNORM_KERNELS`` names no kernels.
     """
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(x, numpy.ndarray):
-        return _for_numpy(get_kernels(), (x, *others))
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor) and x.device.type == "cpu":
-        from batchnorm.kernels import torch as adapter
+    for module, ndarray, rule in _HOSTS:
+        library = sys.modules.get(module)
+        if library is not None and isinstance(x, getattr(library, ndarray)):
+            return rule((x, *others))
+    return _generic(f"{checks.library(checks.namespace('x', x))} has no kernels of its own here")
 
-        why_not = adapter.refuses((x, *others))
-        if why_not is None:
-            views = tuple(None if v is None else adapter.view(v) for v in (x, *others))
-            host = _for_numpy(get_kernels(), views)
-            return host if host.name == "generic" else adapter.adapted(host)
-        return _generic(f"the arrays {why_not}")
-    library = checks.library(checks.namespace("x", x))
-    return _generic(f"{library} has no kernels of its own here")
+
+def _for_numpy(arrays: tuple[Array | None, ...]) -> KernelSet:
+    """The kernel set for NumPy arrays: the first that can run on all."""
+    asked = get_kernels()
+    if asked is None or asked == "numba":
+        compiled, why_not = _numba()
+        if compiled is not None:
+            why_not = compiled.refuses(arrays)
+            if why_not is None:
+                return _compiled()
+        if asked is not None:
+            checks.fail(TypeError, "kernels", f"'numba' asked for, but {why_not}", "arrays it can run on")
+        return _blocked(why_not)
+    return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
+
+
+def _for_torch(arrays: tuple[Array | None, ...]) -> KernelSet:
+    """The kernel set for PyTorch's tensors: those of NumPy, where it can look at their memory."""
+    from batchnorm.kernels import torch as adapter
+
+    asked = get_kernels()
+    if asked == "generic":
+        return _generic("it was asked for")
+    why_not = adapter.refuses(arrays)
+    if why_not is None:
+        return adapter.adapted(_for_numpy(tuple(a if a is None else adapter.view(a) for a in arrays)))
+    return _generic(f"the tensors {why_not}")
+
+
+# Libraries whose arrays have kernels of their own: module, class, rule.
+_HOSTS = (("numpy", "ndarray", _for_numpy), ("torch", "Tensor", _for_torch))
 
 
 def set_kernels(name: str | None) -> None:
@@ -124,22 +146,6 @@ def _known(argument: str, name: str) -> str:
     if name not in NAMES:
         checks.fail(ValueError, argument, repr(name), f"one of {', '.join(map(repr, NAMES))}")
     return name
-
-
-def _for_numpy(asked: str | None, arrays: tuple[Array | None, ...]) -> KernelSet:
-    """The kernel set for NumPy arrays."""
-    if asked in (None, "numba"):
-        compiled, why_not = _numba()
-        if compiled is not None:
-            for a in arrays:
-                if a is not None and (why_not := compiled.refuses(a)) is not None:
-                    break
-            else:
-                return _compiled()
-        if asked is not None:
-            checks.fail(TypeError, "kernels", f"'numba' asked for, but {why_not}", "arrays it can run on")
-        return _blocked(why_not)
-    return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
 
 
 @functools.cache

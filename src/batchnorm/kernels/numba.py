@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import platform
 from typing import Any, NamedTuple
 
@@ -40,14 +41,21 @@ STREAM_BYTES = 2**23
 _sentinels: dict[Any, Any] = {}
 
 
-def refuses(x: Array) -> str | None:
-    """Why an array cannot be worked on, or None."""
-    if sentinel(x.dtype) is None:
-        return f"dtype {x.dtype} in this byte order"
-    if not x.flags.aligned or any(step % x.itemsize for step in x.strides):
-        return "values that are not aligned in memory"
-    if x.dtype == np.float16 and not _has_half():
-        return "float16 on a processor that cannot convert it"
+def refuses(arrays: tuple[Array | None, ...]) -> str | None:
+    """Why the arrays of a call cannot be worked on, or None. Its vectors always can: they are copied."""
+    shape = arrays[0].shape  # type: ignore[union-attr]
+    for a in arrays:
+        if a is None or a.shape != shape:
+            continue
+        if sentinel(a.dtype) is None:
+            return f"dtype {a.dtype} is not one that it reads"
+        flags = a.flags
+        if not (flags.c_contiguous and flags.aligned) and (
+            not flags.aligned or any(step % a.itemsize for step in a.strides)
+        ):
+            return "values are not aligned in memory"
+        if a.dtype == np.float16 and not _has_half():
+            return "this processor cannot convert float16"
     return None
 
 
@@ -123,6 +131,8 @@ def _plan(
     steps = tuple(tuple(s // size for s in a) for a, size in zip(strides, sizes, strict=True))
     at = axes.merged(shape, kept, steps, data)
     size = sizes[0]
+    nbytes = math.prod(shape) * size
+    alone = nbytes * data < ALONE_BYTES
     values = at.outer * at.length  # of a channel
     read = values * size * max(1, data - 1)  # bytes of a channel that are read twice
 
@@ -144,13 +154,13 @@ def _plan(
         if across > 1:
             block = reduced
     if whole:  # even shares, a few for each thread
-        whole = _even(at.channels, min(whole, max(fewest if at.columns else 1, at.channels // 8)))
+        share = max(fewest if at.columns else 1, at.channels // 8)
+        whole = _even(at.channels, whole if alone else min(whole, share))
     block = min(block, max(1, reduced))
 
     def grid(block: int, across: int) -> Grid:
         return np.array([reduced, max(1, block), at.channels, max(1, across)], np.int64)
 
-    nbytes = values * at.channels * size
     return Plan(
         rows=at.rows,
         chan=at.chan,
@@ -159,7 +169,7 @@ def _plan(
         whole=grid(reduced, whole) if whole else None,
         grid=grid(block, across),
         blocks=max(1, -(-reduced // max(1, block))),
-        alone=nbytes * data < ALONE_BYTES,
+        alone=alone,
         streaming=nbytes >= STREAM_BYTES,
     )
 
@@ -205,10 +215,14 @@ def _vector(v: Array | None, channels: int, default: float) -> Array:
     return np.full(channels, default) if v is None else np.array(v, np.float64).reshape(-1)
 
 
-def _vectors(x: Array, *given: Array) -> tuple[Array, ...]:
-    """Per-channel vectors in the dtype that values of x are worked on in."""
-    dtype = np.float64 if x.dtype == np.float64 else np.float32
-    return tuple(np.array(v, dtype).reshape(-1) for v in given)
+def _compute(x: Array) -> Any:
+    """The dtype that values of x are worked on in."""
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def _table(x: Array, *vectors: Array) -> Array:
+    """Per-channel vectors as the rows of a table, in the dtype that values of x are worked on in."""
+    return np.array([v.reshape(-1) for v in vectors], _compute(x))
 
 
 def _alike(dy: Array, x: Array) -> tuple[Array, Array]:
@@ -240,15 +254,15 @@ def forward(
     w, w_like = _weights(w, x)
     p = plan(x, at.kept, y, w=w)
     like, channels = sentinel(x.dtype), p.channels
-    gamma, beta = _vector(gamma, channels, 1.0), _vector(beta, channels, 0.0)
+    gamma, beta, eps = _vector(gamma, channels, 1.0), _vector(beta, channels, 0.0), float(eps)
+    vectors = np.empty((4, channels), _compute(x))
     if p.whole is None:
         stats = _moments(p, x, w, like, w_like)
-        m, a, b = terms.all_forward_terms(stats, gamma, beta, eps, like)
-        _output(p, x, y, like, m, a, b)
+        terms.all_forward_terms(stats, gamma, beta, eps, vectors, like)
+        _output(p, x, y, like, vectors)
     else:
         stats = np.empty((4, channels))
-        axes = (p.rows, p.chan)
-        rest = (like, w_like, *axes, gamma, beta, float(eps), stats, p.streaming)
+        rest = (like, w_like, p.rows, p.chan, gamma, beta, eps, stats, vectors, p.streaming)
         _run(p.loops.forward, p.whole, p.alone, (x, y, w), *rest)
     return y, Moments(*_split(stats, at))
 
@@ -275,14 +289,14 @@ def backward(
     known = np.empty((4, channels))
     for row, v in zip(known, (stats.count, stats.mean, stats.var, stats.mean_lo), strict=True):
         row[:] = 0.0 if v is None else v.reshape(-1) if hasattr(v, "shape") else v
-    grads = np.empty((2, channels))
+    grads, vectors, eps = np.empty((2, channels)), np.empty((4, channels), _compute(x)), float(eps)
     if p.whole is None:
-        m = terms.all_centres(known, like)
-        sums = _grad_sums(p, dy, x, w, like, w_like, m)
-        a, b, c = terms.all_backward_terms(known, gamma, float(eps), sums, grads, like)
-        _grad_input(p, dy, x, dx, w, like, w_like, m, a, b, c)
+        terms.all_centres(known, vectors, like)
+        sums = _grad_sums(p, dy, x, w, like, w_like, vectors)
+        terms.all_backward_terms(known, gamma, eps, sums, grads, vectors, like)
+        _grad_input(p, dy, x, dx, w, like, w_like, vectors)
     else:
-        rest = (like, w_like, p.rows, p.chan, gamma, float(eps), known, grads, p.streaming)
+        rest = (like, w_like, p.rows, p.chan, gamma, eps, known, grads, vectors, p.streaming)
         _run(p.loops.backward, p.whole, p.alone, (dy, x, dx, w), *rest)
     dgamma, dbeta = _split(grads, at)
     return dx, dgamma, dbeta
@@ -313,8 +327,9 @@ def inference(
     gamma, beta = _vector(gamma, channels, 1.0), _vector(beta, channels, 0.0)
     stats = np.zeros((4, channels))
     stats[1], stats[2] = mean.reshape(-1), var.reshape(-1)
-    m, a, b = terms.all_forward_terms(stats, gamma, beta, float(eps), like)
-    _output(p, x, y, like, m, a, b)
+    vectors = np.empty((4, channels), _compute(x))
+    terms.all_forward_terms(stats, gamma, beta, float(eps), vectors, like)
+    _output(p, x, y, like, vectors)
     return y
 
 
@@ -322,33 +337,34 @@ def inference(
 
 
 def _moments(p: Plan, x: Array, w: Array | None, like: Any, w_like: Any) -> Array:
-    pivots, stats = np.zeros(p.channels), np.empty((4, p.channels))
-    parts = np.zeros((p.blocks, 3, p.channels))  # of an empty batch there are no tiles
+    stats, parts = np.empty((4, p.channels)), np.zeros((p.blocks, 4, p.channels))
     for given in (False, True):  # a second time where a pivot was too far from the mean
-        rest = (like, w_like, p.rows, p.chan, pivots, given, parts)
+        rest = (like, w_like, p.rows, p.chan, parts, given)
         _run(p.loops.moments, p.grid, p.alone, (x, w), *rest)
-        if terms.all_moments(parts, pivots, stats, like):
+        if terms.all_moments(parts, stats, like):
             break
     return stats
 
 
-def _output(p: Plan, x: Array, y: Array, like: Any, m: Array, a: Array, b: Array) -> None:
-    rest = (like, p.rows, p.chan, m, a, b, p.streaming)
+def _output(p: Plan, x: Array, y: Array, like: Any, vectors: Array) -> None:
+    rest = (like, p.rows, p.chan, vectors, p.streaming)
     _run(p.loops.output, p.grid, p.alone, (x, y), *rest)
 
 
 def _grad_sums(
-    p: Plan, dy: Array, x: Array, w: Array | None, like: Any, w_like: Any, m: Array
+    p: Plan, dy: Array, x: Array, w: Array | None, like: Any, w_like: Any, vectors: Array
 ) -> Array:
     parts = np.zeros((p.blocks, 2, p.channels))
-    _run(p.loops.grad_sums, p.grid, p.alone, (dy, x, w), like, w_like, p.rows, p.chan, m, parts)
-    return terms.added(parts)
+    rest = (like, w_like, p.rows, p.chan, vectors, parts)
+    _run(p.loops.grad_sums, p.grid, p.alone, (dy, x, w), *rest)
+    terms.added(parts, 2)
+    return parts[0]
 
 
 def _grad_input(
-    p: Plan, dy: Array, x: Array, dx: Array, w: Array | None, like: Any, w_like: Any, *vectors: Array
+    p: Plan, dy: Array, x: Array, dx: Array, w: Array | None, like: Any, w_like: Any, vectors: Array
 ) -> None:
-    rest = (like, w_like, p.rows, p.chan, *vectors, p.streaming)
+    rest = (like, w_like, p.rows, p.chan, vectors, p.streaming)
     _run(p.loops.grad_input, p.grid, p.alone, (dy, x, dx, w), *rest)
 
 
@@ -366,7 +382,7 @@ def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array,
 def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: Array | None) -> Array:
     """Give y = a·(x - m) + b."""
     y = outputs.empty_like(x) if out is None else out
-    _output(plan(x, at.kept, y), x, y, sentinel(x.dtype), *_vectors(x, m, a, b))
+    _output(plan(x, at.kept, y), x, y, sentinel(x.dtype), _table(x, m, a, b))
     return y
 
 
@@ -376,7 +392,7 @@ def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tup
         dy, x = _alike(dy, x)
     w, w_like = _weights(w, x)
     p = plan(dy, at.kept, x, x, w=w)  # as the loops of a backward pass have it, with dx = x
-    sums = _grad_sums(p, dy, x, w, sentinel(x.dtype), w_like, *_vectors(x, m))
+    sums = _grad_sums(p, dy, x, w, sentinel(x.dtype), w_like, _table(x, m))
     sum_dy, sum_dy_d = sums.reshape(2, *at.broadcast)
     return sum_dy, sum_dy_d
 
@@ -397,6 +413,6 @@ def grad_input(
         return written(grad_input(*_alike(dy, x), m, a, b, c, w, at, None).astype(x.dtype), out)
     dx = outputs.empty_like(x) if out is None else out
     w, w_like = _weights(w, x)
-    vectors = _vectors(x, m, a, b, c)
-    _grad_input(plan(dy, at.kept, x, dx, w=w), dy, x, dx, w, sentinel(x.dtype), w_like, *vectors)
+    p, vectors = plan(dy, at.kept, x, dx, w=w), _table(x, m, a, b, c)
+    _grad_input(p, dy, x, dx, w, sentinel(x.dtype), w_like, vectors)
     return dx

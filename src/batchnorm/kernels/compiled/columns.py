@@ -11,6 +11,7 @@ import numpy as np
 
 from batchnorm.kernels.compiled.lanes import (
     WIDTH,
+    address_of,
     as_dtype_of,
     either,
     fetch_add,
@@ -27,6 +28,7 @@ from batchnorm.kernels.compiled.lanes import (
 from batchnorm.kernels.compiled.terms import (
     backward_terms,
     compiled,
+    entrance,
     finish_moments,
     forward_terms,
     lanes_at,
@@ -43,32 +45,47 @@ F64 = np.float64(0)
 
 
 @compiled
-def repeated(vector, c0, c1, length, like):
-    """A channel's value in each of its columns, in the dtype that values are worked on."""
-    columns = np.full((c1 - c0) * length, narrow(0.0, like))
+def row_of(table, row, first):
+    """The address of a place in a table."""
+    return address_of(table) + (row * table.shape[1] + first) * table.itemsize
+
+
+@compiled
+def repeated(vectors, row, c0, c1, length, room, place_in_room):
+    """The address of a channel's value in each of its columns; written to `room` where it must be."""
+    if length == 1:
+        return row_of(vectors, row, c0)
     for c in range(c0, c1):
         for t in range((c - c0) * length, (c - c0 + 1) * length):
-            columns[t] = vector[c]
-    return columns
+            room[place_in_room, t] = vectors[row, c]
+    return row_of(room, place_in_room, 0)
 
 
 @compiled
-def carry(part, high, low):
+def carry(sums, part, high, low, size):
     """Move partial sums of columns to their totals, which are kept in two parts."""
-    for t in range(part.size):
-        high[t], low[t] = two_sum(high[t], low[t], part[t])
-        part[t] = 0.0
+    for t in range(size):
+        sums[high, t], sums[low, t] = two_sum(sums[high, t], sums[low, t], sums[part, t])
+        sums[part, t] = 0.0
 
 
 @compiled
-def folded(high, low, c0, c1, length, out):
+def folded(sums, high, low, c0, c1, length, out, row):
     """The sum of each channel's columns."""
     for c in range(c0, c1):
         s = rest = 0.0
         for t in range((c - c0) * length, (c - c0 + 1) * length):
-            s, rest = two_sum(s, rest, high[t])
-            rest += low[t]
-        out[c] = s + rest
+            s, rest = two_sum(s, rest, sums[high, t])
+            rest += sums[low, t]
+        out[row, c] = s + rest
+
+
+@compiled
+def cleared(sums, count, size):
+    """Set the first rows of a table to zero."""
+    for k in range(count):
+        for t in range(size):
+            sums[k, t] = 0.0
 
 
 # Moments.
@@ -123,150 +140,166 @@ def row_moments(x, o, like, w, j, wstep, wlike, pivot, n, s, q, size):
 
 
 @compiled
-def tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, pivots, out):
-    """Σw, Σw·d and Σw·d² of a tile's channels."""
+def tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, sums, out):
+    """Σw, Σw·d and Σw·d² of a tile's channels, to rows 0 to 2 of out; its row 3 has the pivots."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
     size = (c1 - c0) * length
-    pivot = repeated(pivots, c0, c1, length, F64)
+    pivot = repeated(out, 3, c0, c1, length, sums, 9)
     # Sums of n, s and q, each: of a batch, and of the tile in two parts.
-    sums = np.zeros((9, size))
-    n, s, q = sums[0].ctypes.data, sums[1].ctypes.data, sums[2].ctypes.data
+    cleared(sums, 9, size)
+    n, s, q = row_of(sums, 0, 0), row_of(sums, 1, 0), row_of(sums, 2, 0)
     for batch in range(r0, r1, BATCH):
         r, last = batch, min(r1, batch + BATCH)
         if wlike is None:
             while r + 4 <= last:
                 o0, o1 = ox + place(rows, 1, inner, r), ox + place(rows, 1, inner, r + 1)
                 o2, o3 = ox + place(rows, 1, inner, r + 2), ox + place(rows, 1, inner, r + 3)
-                four_rows_moments(x, o0, o1, o2, o3, like, pivot.ctypes.data, s, q, size)
+                four_rows_moments(x, o0, o1, o2, o3, like, pivot, s, q, size)
                 r += 4
         while r < last:
             o = ox + place(rows, 1, inner, r)
             j = ow + place(rows, 3, inner, r) if wlike is not None else 0
-            row_moments(x, o, like, w, j, wstep, wlike, pivot.ctypes.data, n, s, q, size)
+            row_moments(x, o, like, w, j, wstep, wlike, pivot, n, s, q, size)
             r += 1
         for k in range(1 if wlike is None else 0, 3):
-            carry(sums[k], sums[3 + k], sums[6 + k])
+            carry(sums, k, 3 + k, 6 + k, size)
     for k in range(3):
-        folded(sums[3 + k], sums[6 + k], c0, c1, length, out[k])
+        folded(sums, 3 + k, 6 + k, c0, c1, length, out, k)
     if wlike is None:
-        out[0, c0:c1] = np.float64((r1 - r0) * length)
+        for c in range(c0, c1):
+            out[0, c] = np.float64((r1 - r0) * length)
 
 
 @compiled
-def tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, total_rows, c0, c1, pivots, out):
-    """The mean of each channel's first rows, as the data's dtype rounds it."""
-    pivots[c0:c1] = 0.0
-    sample = min(SAMPLE_ROWS, total_rows)
-    tile_moments(x, ox, like, w, ow, wstep, wlike, rows, 0, sample, c0, c1, pivots, out)
-    for c in range(c0, c1):
-        n = out[0, c]
-        pivots[c] = np.float64(narrow(out[1, c] / n if n > 0 else 0.0, like))
+def tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, total_rows, c0, c1, sums, out):
+    """The mean of each channel's first rows as the data's dtype rounds it, to row 3 of out."""
+    inner = rows.shape[1] - 1
+    length = rows[0, inner]
+    sample, width = min(SAMPLE_ROWS, total_rows), min(SAMPLE_ROWS, length)
+    cleared(sums, 4, c1 - c0)
+    n, s, q, zero = row_of(sums, 0, 0), row_of(sums, 1, 0), row_of(sums, 2, 0), row_of(sums, 3, 0)
+    for r in range(sample):
+        i = ox + place(rows, 1, inner, r)
+        if length == 1:
+            j = ow + place(rows, 3, inner, r) if wlike is not None else 0
+            row_moments(x, i, like, w, j, wstep, wlike, zero, n, s, q, c1 - c0)
+        else:
+            for c in range(c1 - c0):
+                for t in range(i + c * length, i + c * length + width):
+                    sums[1, c] += wide(load1(x, t, like))
+    for c in range(c1 - c0):
+        some = np.float64(sample * width) if wlike is None else sums[0, c]
+        out[3, c0 + c] = np.float64(narrow(sums[1, c] / some if some > 0 else 0.0, like))
 
 
-@compiled
-def columns_moments(counter, grid, x, w, like, wlike, rows, chan, pivots, given, parts):
-    """Σw, Σw·d and Σw·d² of each tile; pivots are worked out unless they are given."""
+@entrance
+def columns_moments(counter, grid, x, w, like, wlike, rows, chan, parts, given):
+    """Σw, Σw·d and Σw·d² of each tile; pivots, row 3, are worked out unless they are given."""
     tiles = tile_count(grid)
     wstep = chan[3, 0] if wlike is not None else 0
+    sums = np.empty((10, grid[3] * rows[0, rows.shape[1] - 1]))
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         block, r0, r1, c0, c1 = tile_bounds(tile, grid)
-        ox, ow = c0 * chan[1, 0], c0 * wstep
-        out = parts[block]
-        # Each tile works out the same pivots, so that none has to wait for another.
-        mine = pivots if given else np.empty(pivots.size)
-        if not given:
-            tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, grid[0], c0, c1, mine, out)
-            if block == 0:
-                pivots[c0:c1] = mine[c0:c1]
-        tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, mine, out)
+        ox, ow, out = c0 * chan[1, 0], c0 * wstep, parts[block]
+        if not given:  # the same in each tile, so that none has to wait for another
+            tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, grid[0], c0, c1, sums, out)
+        tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, sums, out)
 
 
 # Output.
 
 
 @compiled
+def one_output(x, i, y, j, like, m, a, b, t):
+    """The same for one column; how many it was."""
+    zero = narrow(0.0, like)
+    d = load1(x, i + t, like) - load1(m, t, zero)
+    store1(y, j + t, load1(a, t, zero) * d + load1(b, t, zero), like)
+    return 1
+
+
+@compiled
 def row_output(x, i, y, j, like, m, a, b, size, streaming):
     """y = a·(x - m) + b along a row."""
     zero = narrow(0.0, like)
-    boundary, bytes_each = streaming_size(like)
     t = 0
-    while t < size:
-        aligned = not streaming or (y + (j + t) * bytes_each) % boundary == 0
-        if aligned and t + WIDTH <= size:
+    if streaming:
+        boundary, bytes_each = streaming_size(like)
+        while t < size and (y + (j + t) * bytes_each) % boundary:
+            t += one_output(x, i, y, j, like, m, a, b, t)
+        while t + WIDTH <= size:
             d = load(x, i + t, like) - load(m, t, zero)
-            v = load(a, t, zero) * d + load(b, t, zero)
-            if streaming:
-                stream(y, j + t, v, like)
-            else:
-                store(y, j + t, v, like)
+            stream(y, j + t, load(a, t, zero) * d + load(b, t, zero), like)
             t += WIDTH
-        else:
-            d1 = load1(x, i + t, like) - load1(m, t, zero)
-            store1(y, j + t, load1(a, t, zero) * d1 + load1(b, t, zero), like)
-            t += 1
+    else:
+        while t + WIDTH <= size:
+            d = load(x, i + t, like) - load(m, t, zero)
+            store(y, j + t, load(a, t, zero) * d + load(b, t, zero), like)
+            t += WIDTH
+    while t < size:
+        t += one_output(x, i, y, j, like, m, a, b, t)
 
 
 @compiled
-def tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, m, a, b, streaming):
+def tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming):
     """y of a tile, from the last row to the first: the last ones are still in cache."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
-    mm = repeated(m, c0, c1, length, like)
-    aa = repeated(a, c0, c1, length, like)
-    bb = repeated(b, c0, c1, length, like)
+    m = repeated(vectors, 0, c0, c1, length, room, 0)
+    a = repeated(vectors, 1, c0, c1, length, room, 1)
+    b = repeated(vectors, 2, c0, c1, length, room, 2)
     for r in range(r1 - 1, r0 - 1, -1):
         i, j = ox + place(rows, 1, inner, r), oy + place(rows, 2, inner, r)
-        row_output(
-            x, i, y, j, like, mm.ctypes.data, aa.ctypes.data, bb.ctypes.data, mm.size, streaming
-        )
+        row_output(x, i, y, j, like, m, a, b, (c1 - c0) * length, streaming)
 
 
-@compiled
-def columns_output(counter, grid, x, y, like, rows, chan, m, a, b, streaming):
-    """y = a·(x - m) + b of each tile."""
+@entrance
+def columns_output(counter, grid, x, y, like, rows, chan, vectors, streaming):
+    """y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
     tiles = tile_count(grid)
+    room = np.empty((4, grid[3] * rows[0, rows.shape[1] - 1]), vectors.dtype)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, r0, r1, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
         ox, oy = c0 * chan[1, 0], c0 * chan[2, 0]
-        tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, m, a, b, streaming)
+        tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming)
 
 
-@compiled
+@entrance
 def columns_forward(
-    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, streaming
+    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, vectors, streaming
 ):
     """Statistics and output of each tile of whole channels."""
     tiles = tile_count(grid)
     wstep = chan[3, 0] if wlike is not None else 0
+    columns = grid[3] * rows[0, rows.shape[1] - 1]
+    sums, room = np.empty((10, columns)), np.empty((4, columns), vectors.dtype)
+    out = np.empty((4, grid[2]))
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         ox, oy, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * wstep
-        pivots, sums = np.empty(c1), np.empty((3, c1))
-        tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, r1, c0, c1, pivots, sums)
+        tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, r1, c0, c1, sums, out)
         for _ in range(2):  # a second time where the pivot was too far from the mean
             near = True
-            tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, pivots, sums)
+            tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, sums, out)
             for c in range(c0, c1):
-                near &= finish_moments(sums[0, c], pivots[c], sums[1, c], sums[2, c], c, stats)
+                near &= finish_moments(out, c, stats, like)
             if near:
                 break
-            for c in range(c0, c1):
-                pivots[c] = np.float64(narrow(stats[1, c], like))
-        zero = narrow(0.0, like)
-        m, a, b = np.full(c1, zero), np.full(c1, zero), np.full(c1, zero)
         for c in range(c0, c1):
-            m[c], a[c], b[c] = forward_terms(stats, c, gamma, beta, eps, like)
-        tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, m, a, b, streaming)
+            vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(
+                stats, c, gamma, beta, eps, like
+            )
+        tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming)
 
 
 # Gradients.
@@ -317,15 +350,15 @@ def row_grad_sums(dy, g, x, o, like, w, j, wstep, wlike, m, s, q, size):
 
 
 @compiled
-def tile_grad_sums(dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, m, out):
-    """Σdy and Σdy·(x - m) of a tile's channels."""
+def tile_grad_sums(dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, sums, out):
+    """Σdy and Σdy·(x - m) of a tile's channels, to the rows of out; m is row 0 of `vectors`."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
     size = (c1 - c0) * length
-    mm = repeated(m, c0, c1, length, like)
+    m = repeated(vectors, 0, c0, c1, length, room, 0)
     # Sums of dy and of dy·(x - m), each: of a batch, and of the tile in two parts.
-    sums = np.zeros((6, size))
-    s, q = sums[0].ctypes.data, sums[1].ctypes.data
+    cleared(sums, 6, size)
+    s, q = row_of(sums, 0, 0), row_of(sums, 1, 0)
     for batch in range(r0, r1, BATCH):
         r, last = batch, min(r1, batch + BATCH)
         if wlike is None:
@@ -334,35 +367,61 @@ def tile_grad_sums(dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c
                 g2, g3 = og + place(rows, 1, inner, r + 2), og + place(rows, 1, inner, r + 3)
                 o0, o1 = ox + place(rows, 2, inner, r), ox + place(rows, 2, inner, r + 1)
                 o2, o3 = ox + place(rows, 2, inner, r + 2), ox + place(rows, 2, inner, r + 3)
-                four_rows_grad_sums(
-                    dy, g0, g1, g2, g3, x, o0, o1, o2, o3, like, mm.ctypes.data, s, q, size
-                )
+                four_rows_grad_sums(dy, g0, g1, g2, g3, x, o0, o1, o2, o3, like, m, s, q, size)
                 r += 4
         while r < last:
             g, o = og + place(rows, 1, inner, r), ox + place(rows, 2, inner, r)
             j = ow + place(rows, 4, inner, r) if wlike is not None else 0
-            row_grad_sums(dy, g, x, o, like, w, j, wstep, wlike, mm.ctypes.data, s, q, size)
+            row_grad_sums(dy, g, x, o, like, w, j, wstep, wlike, m, s, q, size)
             r += 1
         for k in range(2):
-            carry(sums[k], sums[2 + k], sums[4 + k])
+            carry(sums, k, 2 + k, 4 + k, size)
     for k in range(2):
-        folded(sums[2 + k], sums[4 + k], c0, c1, length, out[k])
+        folded(sums, 2 + k, 4 + k, c0, c1, length, out, k)
 
 
-@compiled
-def columns_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, m, parts):
-    """Σdy and Σdy·(x - m) of each tile."""
+@entrance
+def columns_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, vectors, parts):
+    """Σdy and Σdy·(x - m) of each tile; m is row 0 of `vectors`."""
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
+    columns = grid[3] * rows[0, rows.shape[1] - 1]
+    sums, room = np.empty((6, columns)), np.empty((4, columns), vectors.dtype)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         block, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * wstep
         tile_grad_sums(
-            dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, m, parts[block]
+            dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, sums,
+            parts[block],
         )
+
+
+@compiled
+def lanes_grad_input(dy, h, x, i, like, w, j, wstep, wlike, m, a, b, shift, t):
+    """dx = a·(dy + w·(b·(x - m) + c)) of sixteen columns."""
+    zero = narrow(0.0, like)
+    d = load(x, i + t, like) - load(m, t, zero)
+    d = load(b, t, zero) * d + load(shift, t, zero)
+    if wlike is not None:
+        v = lanes_at(w, j + t * wstep, wstep, wlike)
+        d = only(v, as_dtype_of(v, d) * d)
+    return load(a, t, zero) * (load(dy, h + t, like) + d)
+
+
+@compiled
+def one_grad_input(dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, t):
+    """The same for one column; how many it was."""
+    zero = narrow(0.0, like)
+    d = load1(x, i + t, like) - load1(m, t, zero)
+    d = load1(b, t, zero) * d + load1(shift, t, zero)
+    if wlike is not None:
+        v = load1(w, j + t * wstep, wlike)
+        d = only(v, as_dtype_of(v, d) * d)
+    store1(dx, k + t, load1(a, t, zero) * (load1(dy, h + t, like) + d), like)
+    return 1
 
 
 @compiled
@@ -370,97 +429,88 @@ def row_grad_input(
     dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, size, streaming
 ):
     """dx = a·(dy + w·(b·(x - m) + c)) along a row."""
-    zero = narrow(0.0, like)
-    boundary, bytes_each = streaming_size(like)
     t = 0
-    while t < size:
-        aligned = not streaming or (dx + (k + t) * bytes_each) % boundary == 0
-        if aligned and t + WIDTH <= size:
-            g = load(dy, h + t, like)
-            d = load(x, i + t, like) - load(m, t, zero)
-            d = load(b, t, zero) * d + load(shift, t, zero)
-            if wlike is not None:
-                v = lanes_at(w, j + t * wstep, wstep, wlike)
-                d = only(v, as_dtype_of(v, d) * d)
-            value = load(a, t, zero) * (g + d)
-            if streaming:
-                stream(dx, k + t, value, like)
-            else:
-                store(dx, k + t, value, like)
+    if streaming:
+        boundary, bytes_each = streaming_size(like)
+        while t < size and (dx + (k + t) * bytes_each) % boundary:
+            t += one_grad_input(dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, t)
+        while t + WIDTH <= size:
+            value = lanes_grad_input(dy, h, x, i, like, w, j, wstep, wlike, m, a, b, shift, t)
+            stream(dx, k + t, value, like)
             t += WIDTH
-        else:
-            d1 = load1(x, i + t, like) - load1(m, t, zero)
-            d1 = load1(b, t, zero) * d1 + load1(shift, t, zero)
-            if wlike is not None:
-                v1 = load1(w, j + t * wstep, wlike)
-                d1 = only(v1, as_dtype_of(v1, d1) * d1)
-            store1(dx, k + t, load1(a, t, zero) * (load1(dy, h + t, like) + d1), like)
-            t += 1
+    else:
+        while t + WIDTH <= size:
+            value = lanes_grad_input(dy, h, x, i, like, w, j, wstep, wlike, m, a, b, shift, t)
+            store(dx, k + t, value, like)
+            t += WIDTH
+    while t < size:
+        t += one_grad_input(dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, t)
 
 
 @compiled
 def tile_grad_input(
-    dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, m, a, b, shift, streaming
+    dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, streaming
 ):
     """dx of a tile, from the last row to the first: the last ones are still in cache."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
-    mm, aa = repeated(m, c0, c1, length, like), repeated(a, c0, c1, length, like)
-    bb, cc = repeated(b, c0, c1, length, like), repeated(shift, c0, c1, length, like)
+    m = repeated(vectors, 0, c0, c1, length, room, 0)
+    a = repeated(vectors, 1, c0, c1, length, room, 1)
+    b = repeated(vectors, 2, c0, c1, length, room, 2)
+    shift = repeated(vectors, 3, c0, c1, length, room, 3)
     for r in range(r1 - 1, r0 - 1, -1):
         h, i = og + place(rows, 1, inner, r), ox + place(rows, 2, inner, r)
         k = oo + place(rows, 3, inner, r)
         j = ow + place(rows, 4, inner, r) if wlike is not None else 0
         row_grad_input(
-            dy, h, x, i, dx, k, like, w, j, wstep, wlike, mm.ctypes.data, aa.ctypes.data,
-            bb.ctypes.data, cc.ctypes.data, mm.size, streaming,
+            dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, (c1 - c0) * length, streaming
         )
 
 
-@compiled
-def columns_grad_input(
-    counter, grid, dy, x, dx, w, like, wlike, rows, chan, m, a, b, shift, streaming
-):
-    """dx = a·(dy + w·(b·(x - m) + c)) of each tile."""
+@entrance
+def columns_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
+    """dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
+    room = np.empty((4, grid[3] * rows[0, rows.shape[1] - 1]), vectors.dtype)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, r0, r1, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
         og, ox, oo = c0 * chan[1, 0], c0 * chan[2, 0], c0 * chan[3, 0]
         tile_grad_input(
             dy, og, x, ox, dx, oo, like, w, c0 * wstep, wstep, wlike, rows, r0, r1, c0, c1,
-            m, a, b, shift, streaming,
+            vectors, room, streaming,
         )
 
 
-@compiled
+@entrance
 def columns_backward(
-    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, streaming
+    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
 ):
     """Gradients of each tile of whole channels."""
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
+    columns = grid[3] * rows[0, rows.shape[1] - 1]
+    sums, room = np.empty((6, columns)), np.empty((4, columns), vectors.dtype)
+    out = np.empty((2, grid[2]))
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, oo, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * chan[3, 0], c0 * wstep
-        zero = narrow(0.0, like)
-        m, a = np.full(c1, zero), np.full(c1, zero)
-        b, shift = np.full(c1, zero), np.full(c1, zero)
         for c in range(c0, c1):
-            m[c] = narrow(stats[1, c], like)
-        sums = np.empty((2, c1))
-        tile_grad_sums(dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, m, sums)
+            vectors[0, c] = narrow(stats[1, c], like)
+        tile_grad_sums(
+            dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, sums, out
+        )
         for c in range(c0, c1):
-            a[c], b[c], shift[c] = backward_terms(
-                stats, c, gamma, eps, sums[0, c], sums[1, c], grads, like
+            vectors[1, c], vectors[2, c], vectors[3, c] = backward_terms(
+                stats, c, gamma, eps, out, grads, like
             )
         tile_grad_input(
             dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1,
-            m, a, b, shift, streaming,
+            vectors, room, streaming,
         )

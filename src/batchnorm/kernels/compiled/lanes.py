@@ -237,6 +237,17 @@ def store1(typing: Any, address: Any, index: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
+def address_of(typing: Any, array: Any) -> Any:
+    """Where the data of an array begins."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        parts = context.make_array(array)(context, builder, args[0])
+        return builder.ptrtoint(parts.data, I64)
+
+    return types.int64(array), emit
+
+
+@intrinsic
 def streaming_size(typing: Any, like: Any) -> Any:
     """What the address of a streaming store has to be a multiple of, and the bytes of one value."""
     size = _size(_stored(like))
@@ -355,6 +366,7 @@ def fetch_add(typing: Any, address: Any) -> Any:
 __all__ = [
     "SENTINELS",
     "WIDTH",
+    "address_of",
     "as_dtype_of",
     "either",
     "fetch_add",

@@ -6,6 +6,7 @@ import numpy as np
 
 from batchnorm.kernels.compiled.lanes import (
     WIDTH,
+    address_of,
     as_dtype_of,
     either,
     fetch_add,
@@ -24,6 +25,7 @@ from batchnorm.kernels.compiled.terms import (
     SEGMENT,
     backward_terms,
     compiled,
+    entrance,
     finish_moments,
     forward_terms,
     lanes_at,
@@ -124,8 +126,9 @@ def run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming):
 
 
 @compiled
-def channel_output(x, ox, y, oy, like, rows, first, last, m, a, b, streaming):
+def channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming):
     """y of segments of a channel, from the last to the first: the last ones are still in cache."""
+    m, a, b = vectors[0, c], vectors[1, c], vectors[2, c]
     inner = rows.shape[1] - 1
     length, step, ystep = rows[0, inner], rows[1, inner], rows[2, inner]
     per = (length + SEGMENT - 1) // SEGMENT
@@ -139,62 +142,71 @@ def channel_output(x, ox, y, oy, like, rows, first, last, m, a, b, streaming):
 
 
 @compiled
-def planes_moments(counter, grid, x, w, like, wlike, rows, chan, pivots, given, parts):
-    """Σw, Σw·d and Σw·d² of each tile; pivots are worked out unless they are given."""
+def tile_channel_moments(x, ox, like, w, ow, wlike, rows, first, last, c, out):
+    """Σw, Σw·d and Σw·d² of segments of a channel, to rows 0 to 2 of out; its row 3 has the pivot."""
+    n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, out[3, c])
+    out[0, c], out[1, c], out[2, c] = n, s, q
+
+
+@entrance
+def planes_moments(counter, grid, x, w, like, wlike, rows, chan, parts, given):
+    """Σw, Σw·d and Σw·d² of each tile; pivots, row 3, are worked out unless they are given."""
     kept = chan.shape[1]
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         block, first, last, c0, c1 = tile_bounds(tile, grid)
+        out = parts[block]
         for c in range(c0, c1):
             ox = place(chan, 1, kept, c)
             ow = place(chan, 3, kept, c) if wlike is not None else 0
-            if not given:
-                pivots[c] = channel_pivot(x, ox, like, w, ow, wlike, rows)
-            n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivots[c])
-            parts[block, 0, c], parts[block, 1, c], parts[block, 2, c] = n, s, q
+            if not given:  # the same in each tile, so that none has to wait for another
+                out[3, c] = channel_pivot(x, ox, like, w, ow, wlike, rows)
+            tile_channel_moments(x, ox, like, w, ow, wlike, rows, first, last, c, out)
 
 
-@compiled
-def planes_output(counter, grid, x, y, like, rows, chan, m, a, b, streaming):
-    """y = a·(x - m) + b of each tile."""
+@entrance
+def planes_output(counter, grid, x, y, like, rows, chan, vectors, streaming):
+    """y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
     kept = chan.shape[1]
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, first, last, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
         for c in range(c0, c1):
             ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
-            channel_output(x, ox, y, oy, like, rows, first, last, m[c], a[c], b[c], streaming)
+            channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming)
 
 
-@compiled
+@entrance
 def planes_forward(
-    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, streaming
+    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, vectors, streaming
 ):
     """Statistics and output of each tile of whole channels, a channel at a time."""
     kept = chan.shape[1]
     tiles = tile_count(grid)
+    out = np.empty((4, grid[2]))
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, first, last, c0, c1 = tile_bounds(tile, grid)
         for c in range(c0, c1):
             ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
             ow = place(chan, 3, kept, c) if wlike is not None else 0
-            pivot = channel_pivot(x, ox, like, w, ow, wlike, rows)
-            n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivot)
-            if not finish_moments(n, pivot, s, q, c, stats):
-                pivot = np.float64(narrow(stats[1, c], like))
-                n, s, q = channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivot)
-                finish_moments(n, pivot, s, q, c, stats)
-            m, a, b = forward_terms(stats, c, gamma, beta, eps, like)
-            channel_output(x, ox, y, oy, like, rows, first, last, m, a, b, streaming)
+            out[3, c] = channel_pivot(x, ox, like, w, ow, wlike, rows)
+            for _ in range(2):  # a second time where the pivot was too far from the mean
+                tile_channel_moments(x, ox, like, w, ow, wlike, rows, first, last, c, out)
+                if finish_moments(out, c, stats, like):
+                    break
+            vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(
+                stats, c, gamma, beta, eps, like
+            )
+            channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming)
 
 
 @compiled
@@ -273,9 +285,10 @@ def run_grad_input(
 
 @compiled
 def channel_grad_input(
-    dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, m, a, b, c, streaming
+    dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
 ):
     """dx of segments of a channel, from the last to the first: the last ones are still in cache."""
+    m, a, b, shift = vectors[0, c], vectors[1, c], vectors[2, c], vectors[3, c]
     inner = rows.shape[1] - 1
     length, hstep, step = rows[0, inner], rows[1, inner], rows[2, inner]
     kstep, wstep = rows[3, inner], rows[4, inner]
@@ -289,73 +302,70 @@ def channel_grad_input(
         j = ow + (place(rows, 4, inner, row) + start * wstep if wlike is not None else 0)
         size = min(SEGMENT, length - start)
         run_grad_input(
-            dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, c, streaming
+            dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, shift, streaming
         )
 
 
-@compiled
-def planes_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, m, parts):
-    """Σdy and Σdy·(x - m) of each tile."""
+@entrance
+def planes_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, vectors, parts):
+    """Σdy and Σdy·(x - m) of each tile; m is row 0 of `vectors`."""
     kept = chan.shape[1]
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         block, first, last, c0, c1 = tile_bounds(tile, grid)
+        out = parts[block]
         for c in range(c0, c1):
             og, ox = place(chan, 1, kept, c), place(chan, 2, kept, c)
             ow = place(chan, 4, kept, c) if wlike is not None else 0
-            parts[block, 0, c], parts[block, 1, c] = channel_grad_sums(
-                dy, og, x, ox, like, w, ow, wlike, rows, first, last, m[c]
+            out[0, c], out[1, c] = channel_grad_sums(
+                dy, og, x, ox, like, w, ow, wlike, rows, first, last, vectors[0, c]
             )
 
 
-@compiled
-def planes_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, m, a, b, c_, streaming):
-    """dx = a·(dy + w·(b·(x - m) + c)) of each tile."""
+@entrance
+def planes_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
+    """dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
     kept = chan.shape[1]
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, first, last, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
         for c in range(c0, c1):
-            og, ox, oo = (
-                place(chan, 1, kept, c),
-                place(chan, 2, kept, c),
-                place(chan, 3, kept, c),
-            )
+            og, ox, oo = place(chan, 1, kept, c), place(chan, 2, kept, c), place(chan, 3, kept, c)
             ow = place(chan, 4, kept, c) if wlike is not None else 0
             channel_grad_input(
-                dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last,
-                m[c], a[c], b[c], c_[c], streaming,
+                dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
             )
 
 
-@compiled
+@entrance
 def planes_backward(
-    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, streaming
+    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
 ):
     """Gradients of each tile of whole channels, a channel at a time."""
     kept = chan.shape[1]
     tiles = tile_count(grid)
+    out = np.empty((2, grid[2]))
     while True:
-        tile = fetch_add(counter.ctypes.data)
+        tile = fetch_add(address_of(counter))
         if tile >= tiles:
             return
         _, first, last, c0, c1 = tile_bounds(tile, grid)
         for c in range(c0, c1):
-            og, ox, oo = (
-                place(chan, 1, kept, c),
-                place(chan, 2, kept, c),
-                place(chan, 3, kept, c),
-            )
+            og, ox, oo = place(chan, 1, kept, c), place(chan, 2, kept, c), place(chan, 3, kept, c)
             ow = place(chan, 4, kept, c) if wlike is not None else 0
-            m = narrow(stats[1, c], like)
-            s, q = channel_grad_sums(dy, og, x, ox, like, w, ow, wlike, rows, first, last, m)
-            a, b, shift = backward_terms(stats, c, gamma, eps, s, q, grads, like)
+            vectors[0, c] = narrow(stats[1, c], like)
+            out[0, c], out[1, c] = channel_grad_sums(
+                dy, og, x, ox, like, w, ow, wlike, rows, first, last, vectors[0, c]
+            )
+            vectors[1, c], vectors[2, c], vectors[3, c] = backward_terms(
+                stats, c, gamma, eps, out, grads, like
+            )
             channel_grad_input(
-                dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, m, a, b, shift, streaming
+                dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
             )

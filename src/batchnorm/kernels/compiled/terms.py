@@ -23,12 +23,15 @@ SEGMENT = 1024
 # Values that a pivot is the mean of. It only has to be within a standard deviation of the mean.
 SAMPLE = 64
 
-compiled = njit(
-    nogil=True,
-    error_model="numpy",  # 1/0 is infinity
-    fastmath={"contract"},
-    cache=os.environ.get("BATCHNORM_CACHE_COMPILED", "0") == "1",
-)
+OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",  # 1/0 is infinity
+    "fastmath": {"contract"},
+    "cache": os.environ.get("BATCHNORM_CACHE_COMPILED", "0") == "1",
+}
+# What Python calls, and what only other loops call: without an entrance it compiles faster.
+entrance = njit(**OPTIONS)
+compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 
 # Where things are.
@@ -75,20 +78,23 @@ def two_sum(high, low, term):
 
 
 @compiled
-def finish_moments(n, pivot, s, q, c, stats):
-    """Write count, mean, variance and mean_lo; tell whether the pivot was near enough.
+def finish_moments(sums, c, stats, like):
+    """Write count, mean, variance and mean_lo of a channel from its n, Σd, Σd² and pivot.
 
-    With d = mean - pivot, var = q/n - d²: where d is below two standard deviations, next to nothing cancels.
+    With d = mean - pivot, var = q/n - d²: where d is below two standard deviations, next to nothing
+    cancels. Where it is not, the mean is left as a better pivot for another try, and False returned.
     """
+    n, pivot = sums[0, c], sums[3, c]
     some = n if n > 0 else 1.0
-    d = s / some
-    var = q / some - d * d
+    d = sums[1, c] / some
+    var = sums[2, c] / some - d * d
     mean = pivot + d
     back = mean - pivot
     stats[0, c] = n
     stats[1, c] = mean
     stats[2, c] = 0.0 if var < 0 else var
     stats[3, c] = (pivot - (mean - back)) + (d - back)
+    sums[3, c] = np.float64(narrow(mean, like))
     return not d * d > 4.0 * var
 
 
@@ -103,13 +109,13 @@ def forward_terms(stats, c, gamma, beta, eps, like):
 
 
 @compiled
-def backward_terms(stats, c, gamma, eps, sum_dy, sum_dy_d, grads, like):
-    """Write dgamma and dbeta; a, b and c of dx = a·(dy + w·(b·(x - m) + c))."""
-    n, mean = stats[0, c], stats[1, c]
+def backward_terms(stats, c, gamma, eps, sums, grads, like):
+    """a, b and c of dx = a·(dy + w·(b·(x - m) + c)) from Σdy and Σdy·(x - m); writes dgamma, dbeta."""
+    n, mean, sum_dy = stats[0, c], stats[1, c], sums[0, c]
     some = n if n > 0 else 1.0
     rest = (mean - np.float64(narrow(mean, like))) + stats[3, c]
     rstd = 1.0 / np.sqrt(stats[2, c] + eps)
-    dgamma = rstd * (sum_dy_d - rest * sum_dy)
+    dgamma = rstd * (sums[1, c] - rest * sum_dy)
     grads[0, c], grads[1, c] = dgamma, sum_dy
     b = -rstd * (dgamma / some)
     shift = -sum_dy / some - b * rest
@@ -119,55 +125,49 @@ def backward_terms(stats, c, gamma, eps, sum_dy, sum_dy_d, grads, like):
 # The same for all channels, between two passes over the tiles.
 
 
-@compiled
-def added(parts):
-    """The sums of all blocks, added in their order."""
-    sums = parts[0].copy()
+@entrance
+def added(parts, count):
+    """Add the first rows of all blocks to those of the first block, in their order."""
     for block in range(1, parts.shape[0]):
-        sums += parts[block]
-    return sums
+        for k in range(count):
+            for c in range(parts.shape[2]):
+                parts[0, k, c] += parts[block, k, c]
 
 
-@compiled
-def all_moments(parts, pivots, stats, like):
-    """Moments from the sums of all blocks; False leaves better pivots for another try."""
-    sums = added(parts)
+@entrance
+def all_moments(parts, stats, like):
+    """Moments from the sums of all blocks; False leaves better pivots in them for another try."""
+    added(parts, 3)
     near = True
-    for c in range(pivots.size):
-        near &= finish_moments(sums[0, c], pivots[c], sums[1, c], sums[2, c], c, stats)
-        pivots[c] = np.float64(narrow(stats[1, c], like))
+    for c in range(parts.shape[2]):
+        near &= finish_moments(parts[0], c, stats, like)
+    for block in range(1, parts.shape[0]):
+        for c in range(parts.shape[2]):
+            parts[block, 3, c] = parts[0, 3, c]
     return near
 
 
-@compiled
-def all_centres(stats, like):
-    """The means as the data's dtype rounds them."""
-    m = np.full(stats.shape[1], narrow(0.0, like))
-    for c in range(m.size):
-        m[c] = narrow(stats[1, c], like)
-    return m
+@entrance
+def all_centres(stats, vectors, like):
+    """The means as the data's dtype rounds them, to row 0 of `vectors`."""
+    for c in range(stats.shape[1]):
+        vectors[0, c] = narrow(stats[1, c], like)
 
 
-@compiled
-def all_forward_terms(stats, gamma, beta, eps, like):
-    """m, a and b of y = a·(x - m) + b."""
-    channels, zero = stats.shape[1], narrow(0.0, like)
-    m, a, b = np.full(channels, zero), np.full(channels, zero), np.full(channels, zero)
-    for c in range(channels):
-        m[c], a[c], b[c] = forward_terms(stats, c, gamma, beta, eps, like)
-    return m, a, b
+@entrance
+def all_forward_terms(stats, gamma, beta, eps, vectors, like):
+    """m, a and b of y = a·(x - m) + b, to the rows of `vectors`."""
+    for c in range(stats.shape[1]):
+        vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(stats, c, gamma, beta, eps, like)
 
 
-@compiled
-def all_backward_terms(stats, gamma, eps, sums, grads, like):
-    """a, b and c of dx = a·(dy + w·(b·(x - m) + c))."""
-    channels, zero = stats.shape[1], narrow(0.0, like)
-    a, b, shift = np.full(channels, zero), np.full(channels, zero), np.full(channels, zero)
-    for c in range(channels):
-        a[c], b[c], shift[c] = backward_terms(
-            stats, c, gamma, eps, sums[0, c], sums[1, c], grads, like
+@entrance
+def all_backward_terms(stats, gamma, eps, sums, grads, vectors, like):
+    """a, b and c of dx = a·(dy + w·(b·(x - m) + c)), to rows 1 to 3 of `vectors`."""
+    for c in range(stats.shape[1]):
+        vectors[1, c], vectors[2, c], vectors[3, c] = backward_terms(
+            stats, c, gamma, eps, sums, grads, like
         )
-    return a, b, shift
 
 
 # Tiles.
