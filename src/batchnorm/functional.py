@@ -164,6 +164,8 @@ def batch_norm_backward(
     if kernels.backward is not None and group is None:
         dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)
         dtype = at.compute if gamma is None else gamma.dtype
+        if dgamma.dtype == dtype:
+            return dx, dgamma, dbeta
         return dx, at.xp.astype(dgamma, dtype), at.xp.astype(dbeta, dtype)
 
     mid = _centre(at, stats)

@@ -65,14 +65,29 @@ def kernels_for(x: Array, *others: Array | None) -> KernelSet:
     ValueError
         ``BATCHNORM_KERNELS`` names no kernels.
     """
+    return _rule(type(x))(x, *others)
+
+
+@functools.lru_cache(maxsize=64)
+def _rule(kind: type) -> Callable[..., KernelSet]:
+    """The rule for a class of arrays."""
     for module, ndarray, rule in _HOSTS:
         library = sys.modules.get(module)
-        if library is not None and isinstance(x, getattr(library, ndarray)):
-            return rule((x, *others))
-    return _generic(f"{checks.library(checks.namespace('x', x))} has no kernels of its own here")
+        if library is not None and issubclass(kind, getattr(library, ndarray)):
+            return rule
+    return _for_others
 
 
-def _for_numpy(arrays: tuple[Array | None, ...]) -> KernelSet:
+def _for_others(x: Array, *others: Array | None) -> KernelSet:
+    """The kernel set for a library that has none of its own: array API code."""
+    library = checks.library(checks.namespace("x", x))
+    if get_kernels() not in (None, "generic"):
+        got = f"{get_kernels()!r} asked for, but x is an array of {library}"
+        checks.fail(TypeError, "kernels", got, "arrays it can run on")
+    return _generic(f"{library} has no kernels of its own here")
+
+
+def _for_numpy(*arrays: Array | None) -> KernelSet:
     """The kernel set for NumPy arrays: the first that can run on all."""
     asked = get_kernels()
     if asked is None or asked == "numba":
@@ -87,7 +102,7 @@ def _for_numpy(arrays: tuple[Array | None, ...]) -> KernelSet:
     return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
 
 
-def _for_torch(arrays: tuple[Array | None, ...]) -> KernelSet:
+def _for_torch(*arrays: Array | None) -> KernelSet:
     """The kernel set for PyTorch's tensors: those of NumPy, where it can look at their memory."""
     from batchnorm.kernels import torch as adapter
 
@@ -96,7 +111,10 @@ def _for_torch(arrays: tuple[Array | None, ...]) -> KernelSet:
         return _generic("it was asked for")
     why_not = adapter.refuses(arrays)
     if why_not is None:
-        return adapter.adapted(_for_numpy(tuple(a if a is None else adapter.view(a) for a in arrays)))
+        return adapter.adapted(_for_numpy(*(a if a is None else adapter.view(a) for a in arrays)))
+    if asked is not None:
+        got = f"{asked!r} asked for, but the tensors {why_not}"
+        checks.fail(TypeError, "kernels", got, "arrays it can run on")
     return _generic(f"the tensors {why_not}")
 
 

@@ -116,8 +116,17 @@ class Plan(NamedTuple):
 def plan(x: Array, kept: tuple[int, ...], *others: Array, w: Array | None = None) -> Plan:
     """The plan for arrays of the shape of x, and weights."""
     arrays = (x, *others) if w is None else (x, *others, w)
+    if all([a.flags.c_contiguous for a in arrays]) and w is None:
+        return _contiguous_plan(x.shape, kept, x.itemsize, len(arrays))
     strides = tuple(a.strides for a in arrays)
     return _plan(x.shape, kept, strides, tuple(a.itemsize for a in arrays), 1 + len(others))
+
+
+@functools.lru_cache(maxsize=4096)
+def _contiguous_plan(shape: tuple[int, ...], kept: tuple[int, ...], size: int, data: int) -> Plan:
+    """The plan for arrays that all lie in the order of their axes: a shorter key."""
+    strides = tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return _plan(shape, kept, (strides,) * data, (size,) * data, data)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -287,8 +296,9 @@ def backward(
     like, channels = sentinel(x.dtype), p.channels
     gamma = _vector(gamma, channels, 1.0)
     known = np.empty((4, channels))
-    for row, v in zip(known, (stats.count, stats.mean, stats.var, stats.mean_lo), strict=True):
-        row[:] = 0.0 if v is None else v.reshape(-1) if hasattr(v, "shape") else v
+    flat = len(at.kept) == 1
+    for row, v in enumerate((stats.count, stats.mean, stats.var, stats.mean_lo)):
+        known[row] = 0.0 if v is None else v if flat or not hasattr(v, "shape") else v.reshape(-1)
     grads, vectors, eps = np.empty((2, channels)), np.empty((4, channels), _compute(x)), float(eps)
     if p.whole is None:
         terms.all_centres(known, vectors, like)
@@ -326,7 +336,7 @@ def inference(
     like, channels = sentinel(x.dtype), p.channels
     gamma, beta = _vector(gamma, channels, 1.0), _vector(beta, channels, 0.0)
     stats = np.zeros((4, channels))
-    stats[1], stats[2] = mean.reshape(-1), var.reshape(-1)
+    stats[1], stats[2] = (mean, var) if len(at.kept) == 1 else (mean.reshape(-1), var.reshape(-1))
     vectors = np.empty((4, channels), _compute(x))
     terms.all_forward_terms(stats, gamma, beta, float(eps), vectors, like)
     _output(p, x, y, like, vectors)
