@@ -11,6 +11,8 @@ from batchnorm.functional import (
 from batchnorm.kernels import KernelSet, get_kernels, kernels_for, set_kernels
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
+from batchnorm.outputs import get_output_pool, set_output_pool
+from batchnorm.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -23,9 +25,15 @@ __all__ = [
     "fold",
     "fold_conv",
     "fold_linear",
+    "get_kernels",
+    "get_num_threads",
+    "get_output_pool",
     "kernels_for",
     "moments",
     "normalize",
     "normalize_backward",
+    "set_kernels",
+    "set_num_threads",
+    "set_output_pool",
     "update_running",
 ]

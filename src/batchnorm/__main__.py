@@ -13,6 +13,7 @@ from batchnorm import __version__, kernels_for
 from batchnorm.capabilities import LIBRARIES
 
 DEMO_LIBRARIES = ("numpy", "torch", "jax", "cupy")
+BENCH_NEEDS = {"matplotlib": "demo", "rich": "demo"}
 DEMO_NEEDS = {"matplotlib": "demo", "rich": "demo", "sklearn": "demo"}
 
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     parser = OneLineParser(prog="python -m batchnorm", description="Batch norm for any array library.")
     parser.add_argument("--version", action="version", version=f"batchnorm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,info}")
 
     demo = commands.add_parser("demo", help="train the paper's first experiment on handwritten digits")
     demo.add_argument("--array-library", choices=DEMO_LIBRARIES, default="numpy", help="default: numpy")
@@ -40,19 +41,34 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path("batchnorm-demo.png"),
         help="the picture (default: %(default)s)",
     )
+    bench = commands.add_parser("bench", help="measure this machine: this package, its peers, a copy")
+    bench.add_argument("--all", action="store_true", help="all shapes of the published table (minutes)")
+    bench.add_argument(
+        "--output",
+        type=Path,
+        default=Path("batchnorm-bench.png"),
+        help="the chart (default: %(default)s)",
+    )
     commands.add_parser("info", help="list the array libraries found, and the kernels each would run")
 
     chosen = parser.parse_args(arguments)
     if chosen.command == "info":
         return info()
-    needed = {**DEMO_NEEDS, chosen.array_library: LIBRARIES[chosen.array_library].extra}
+    command, needed = (demo, DEMO_NEEDS) if chosen.command == "demo" else (bench, BENCH_NEEDS)
+    if command is demo:
+        needed = {**needed, chosen.array_library: LIBRARIES[chosen.array_library].extra}
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
-            demo.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")
+            command.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")
     if not chosen.output.parent.is_dir():
-        demo.error(f"argument --output: no folder {chosen.output.parent}")
+        command.error(f"argument --output: no folder {chosen.output.parent}")
     if chosen.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        demo.error(f"argument --output: got {chosen.output}, expected a .png, .pdf or .svg file")
+        command.error(f"argument --output: got {chosen.output}, expected a .png, .pdf or .svg file")
+
+    if command is bench:
+        from batchnorm.bench import run as measure
+
+        return measure(chosen.all, chosen.output)
 
     from batchnorm.demo import run
 

@@ -53,12 +53,12 @@ _PLAIN = {("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Par
 _plain: dict[type, bool] = {}
 
 
-def key(call: str, axis: Any, *arrays: Array | None) -> Any:
+def key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> Any:
     """What decides whether a call passes, or None where that is more than shapes, dtypes, devices."""
     if type(axis) is not int:
         return None
-    parts: list[Any] = [call, axis]
-    for a in arrays:
+    parts: list[Any] = [call, axis, out is None or _writable(out)]
+    for a in (out, *arrays):
         if a is None:
             parts.append(None)
             continue
@@ -186,9 +186,12 @@ def output(at: Layout, x: Array, out: Array | None) -> None:
         fail(TypeError, "out", f"dtype {out.dtype}", f"{x.dtype}, as x")
     if compat.is_lazy_array(out) or not hasattr(type(out), "__setitem__"):  # JAX's count as lazy
         fail(TypeError, "out", f"an array of {library(at.xp)}", "an array that can be written to")
-    flags = getattr(out, "flags", None)
-    if flags is not None and not getattr(flags, "writeable", True):
+    if not _writable(out):
         fail(ValueError, "out", "a read-only array", "one that can be written to")
+
+
+def _writable(out: Array) -> bool:
+    return bool(getattr(getattr(out, "flags", None), "writeable", True))
 
 
 def scalar(argument: str, value: Any, low: float, high: float = float("inf")) -> Any:

@@ -73,8 +73,8 @@ def batch_norm(
     Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift, Algorithm 1.
     """
-    plain = where is None and group is None and out is None
-    key = checks.key("batch_norm", axis, x, gamma, beta) if plain else None
+    plain = where is None and group is None
+    key = checks.key("batch_norm", axis, out, x, gamma, beta) if plain else None
     at = checks.passed(key)
     if at is None:
         at = checks.subject(x, axis)
@@ -145,8 +145,8 @@ def batch_norm_backward(
     ----------
     Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
     """
-    plain = where is None and group is None and out is None and isinstance(stats, Moments)
-    key = checks.key("batch_norm_backward", axis, dy, x, gamma, *stats) if plain else None
+    plain = where is None and group is None and isinstance(stats, Moments)
+    key = checks.key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
     at = checks.passed(key)
     if at is None:
         at = checks.subject(x, axis)
@@ -225,7 +225,7 @@ def normalize(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    key = checks.key("normalize", axis, x, mean, var, gamma, beta) if out is None else None
+    key = checks.key("normalize", axis, out, x, mean, var, gamma, beta)
     at = checks.passed(key)
     if at is None:
         at = checks.subject(x, axis)

@@ -7,15 +7,18 @@ to a view of it, and the next output of the same size takes it.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from batchnorm import checks
 
 Array = Any
+Memory: TypeAlias = tuple[Array, int]
 
 VARIABLE = "BATCHNORM_OUTPUT_POOL"
 DEFAULT_BYTES = 256 * 2**20
@@ -24,21 +27,26 @@ SMALLEST = 2**20
 ALIGNMENT = 64  # a cache line, and the widest vector
 
 
-class _Lease:
-    """An output's memory on loan: what NumPy keeps as the base of the output and of its views."""
+@functools.lru_cache(maxsize=256)
+def _lease(size: int) -> Any:
+    """A class whose instances lend memory of a size: what NumPy keeps as the base of an output.
 
-    def __init__(self, memory: Array) -> None:
-        self.memory = memory
-        self.__array_interface__ = memory.__array_interface__
+    NumPy shortens chains of bases, but only those of arrays; this is a buffer of ctypes.
+    """
 
-    def __del__(self) -> None:
-        if give_back is not None:  # None when the interpreter ends
-            give_back(self.memory)
+    class Lease(ctypes.c_char * size):  # type: ignore[misc]
+        memory: Memory
+
+        def __del__(self) -> None:
+            if give_back is not None:  # None when the interpreter ends
+                give_back(self.memory)
+
+    return Lease
 
 
 _lock = threading.Lock()
 _limit: int | None = None
-_free: list[Array] = []  # the most recently returned one last
+_free: list[Memory] = []  # the most recently returned one last
 
 
 def set_output_pool(max_bytes: int | None) -> None:
@@ -92,29 +100,32 @@ def empty_like(x: Array) -> Array:
     """An array of the shape, dtype and order of axes of x, with any values."""
     if x.nbytes < SMALLEST:
         return np.empty_like(x, subok=False)
-    raw = np.asarray(_Lease(_take(x.nbytes)))
+    memory, address = _take(x.nbytes)
+    lease = _lease(x.nbytes).from_address(address)
+    lease.memory = memory, address
+    if x.flags.c_contiguous:
+        return np.ndarray(x.shape, x.dtype, lease)
     # Largest stride first, as NumPy orders the axes of an elementwise result.
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-    ordered = raw.view(x.dtype).reshape([x.shape[axis] for axis in order])
-    return ordered.transpose(np.argsort(order))
+    return np.ndarray([x.shape[i] for i in order], x.dtype, lease).transpose(np.argsort(order))
 
 
-def _take(size: int) -> Array:
-    """Aligned memory: some that came back, or new."""
+def _take(size: int) -> Memory:
+    """Aligned memory, and its address: some that came back, or new."""
     get_output_pool()  # a wrong setting is an error here, not in a finalizer
     with _lock:
         for i in range(len(_free) - 1, -1, -1):
-            if _free[i].size == size:
+            if _free[i][0].size == size + ALIGNMENT:
                 return _free.pop(i)
     raw = np.empty(size + ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
+    address = raw.ctypes.data
+    return raw, address + -address % ALIGNMENT
 
 
-def give_back(memory: Array) -> None:
+def give_back(memory: Memory) -> None:
     """Keep memory for the next output. Called by finalizers: at any time, on any thread."""
     # Where the lock is held (perhaps further up in this very thread) the memory is simply freed.
-    if memory.size > get_output_pool() or not _lock.acquire(blocking=False):
+    if memory[0].size > get_output_pool() or not _lock.acquire(blocking=False):
         return
     try:
         _free.append(memory)
@@ -124,13 +135,13 @@ def give_back(memory: Array) -> None:
     del dropped
 
 
-def _trim() -> list[Array]:
+def _trim() -> list[Memory]:
     """Take out the oldest until the rest is within the limit."""
-    limit, kept = get_output_pool(), sum(memory.size for memory in _free)
+    limit, kept = get_output_pool(), sum(raw.size for raw, _ in _free)
     dropped = []
     while kept > limit:
         dropped.append(_free.pop(0))
-        kept -= dropped[-1].size
+        kept -= dropped[-1][0].size
     return dropped
 
 

@@ -32,13 +32,15 @@ CHANNEL_BYTES = 2**22
 # Parts that a sum is cut into, at most: they are kept until they are added.
 PARTS = 128
 # Columns of a tile: fewer are slow to read, more do not leave their sums in the first-level cache.
-FEWEST_COLUMNS, MOST_COLUMNS = 64, 4096
+FEWEST_COLUMNS, MOST_COLUMNS = 512, 1024
 # Below this, waking a second thread costs more than it saves.
 ALONE_BYTES = 2**19
 # From this size on, output is stored past the caches, which it would only flush.
 STREAM_BYTES = 2**23
 
 _sentinels: dict[Any, Any] = {}
+
+threads.watch = terms.watch
 
 
 def refuses(arrays: tuple[Array | None, ...]) -> str | None:
@@ -146,13 +148,15 @@ def _plan(
     read = values * size * max(1, data - 1)  # bytes of a channel that are read twice
 
     if at.columns:
-        fewest = min(at.channels, -(-FEWEST_COLUMNS // at.length))
-        most = max(1, MOST_COLUMNS // at.length)
+        most, fewest = (max(1, columns // at.length) for columns in (MOST_COLUMNS, FEWEST_COLUMNS))
         reduced = at.outer
-        whole = min(most, TILE_BYTES // max(1, read))
-        whole = whole if whole >= fewest else 0
-        across = min(at.channels, most if most < at.channels // 2 else at.channels)
-        block = max(4, TILE_BYTES // 2 // (across * at.length * size), -(-reduced // PARTS))
+        whole = min(most, at.channels, TILE_BYTES // max(1, read))
+        if whole < min(fewest, at.channels):
+            whole = 0
+        elif not alone:  # a share for each thread
+            whole = min(whole, max(fewest, at.channels // 8))
+        across = min(most, at.channels)
+        block = max(4, TILE_BYTES // 4 // (across * at.length * size), -(-reduced // PARTS))
     else:
         reduced = at.outer * -(-at.length // terms.SEGMENT)
         whole = max(1, TILE_BYTES // 4 // max(1, read)) if read <= CHANNEL_BYTES else 0
@@ -162,9 +166,8 @@ def _plan(
         block = max(TILE_BYTES // 2 // (terms.SEGMENT * size), -(-reduced // PARTS))
         if across > 1:
             block = reduced
-    if whole:  # even shares, a few for each thread
-        share = max(fewest if at.columns else 1, at.channels // 8)
-        whole = _even(at.channels, whole if alone else min(whole, share))
+    whole = _even(at.channels, whole) if whole else 0
+    across = _even(at.channels, min(across, at.channels))
     block = min(block, max(1, reduced))
 
     def grid(block: int, across: int) -> Grid:
@@ -206,17 +209,20 @@ def _address(a: Array) -> int:
 
 def _run(loop: Any, grid: Grid, alone: bool, arrays: tuple[Array | None, ...], *rest: Any) -> None:
     """Run a loop over arrays, which it takes by their addresses, on as many threads as pay."""
-    counter = np.zeros(1, np.int64)
     addresses = [0 if a is None else _address(a) for a in arrays]
     if alone:
-        loop(counter, grid, *addresses, *rest)
+        loop(np.zeros((2, 1), np.int64), 0, grid, *addresses, *rest)
         return
 
-    def task() -> None:
-        loop(counter, grid, *addresses, *rest)
+    def task(me: int, bells: threads.Bells) -> None:
+        for helper, bell in enumerate(bells):
+            counter[1, helper] = ctypes.addressof(bell)
+        loop(counter, me, grid, *addresses, *rest)
 
     reduced, block, channels, across = grid.tolist()
-    threads.run(task, -(-reduced // block) * -(-channels // across))
+    count = threads.count(-(-reduced // block) * -(-channels // across))
+    counter = np.zeros((2, count), np.int64)
+    threads.run(task, count)
 
 
 def _vector(v: Array | None, channels: int, default: float) -> Array:

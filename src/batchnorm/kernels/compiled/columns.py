@@ -14,15 +14,16 @@ from batchnorm.kernels.compiled.lanes import (
     address_of,
     as_dtype_of,
     either,
-    fetch_add,
     load,
     load1,
     narrow,
     only,
+    splat,
     store,
     store1,
     stream,
     streaming_size,
+    total,
     wide,
 )
 from batchnorm.kernels.compiled.terms import (
@@ -32,7 +33,9 @@ from batchnorm.kernels.compiled.terms import (
     finish_moments,
     forward_terms,
     lanes_at,
+    next_tile,
     place,
+    ring_bells,
     tile_bounds,
     tile_count,
     two_sum,
@@ -72,12 +75,16 @@ def carry(sums, part, high, low, size):
 @compiled
 def folded(sums, high, low, c0, c1, length, out, row):
     """The sum of each channel's columns."""
+    whole = length // WIDTH * WIDTH
     for c in range(c0, c1):
-        s = rest = 0.0
-        for t in range((c - c0) * length, (c - c0 + 1) * length):
-            s, rest = two_sum(s, rest, sums[high, t])
-            rest += sums[low, t]
-        out[row, c] = s + rest
+        first = (c - c0) * length
+        lanes = splat(0.0)
+        for t in range(first, first + whole, WIDTH):
+            lanes = lanes + (load(row_of(sums, high, 0), t, F64) + load(row_of(sums, low, 0), t, F64))
+        s = total(lanes) if whole else 0.0
+        for t in range(first + whole, first + length):
+            s += sums[high, t] + sums[low, t]
+        out[row, c] = s
 
 
 @compiled
@@ -164,7 +171,7 @@ def tile_moments(x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, sums, o
             r += 1
         for k in range(1 if wlike is None else 0, 3):
             carry(sums, k, 3 + k, 6 + k, size)
-    for k in range(3):
+    for k in range(1 if wlike is None else 0, 3):
         folded(sums, 3 + k, 6 + k, c0, c1, length, out, k)
     if wlike is None:
         for c in range(c0, c1):
@@ -194,14 +201,15 @@ def tile_pivots(x, ox, like, w, ow, wstep, wlike, rows, total_rows, c0, c1, sums
 
 
 @entrance
-def columns_moments(counter, grid, x, w, like, wlike, rows, chan, parts, given):
+def columns_moments(counter, me, grid, x, w, like, wlike, rows, chan, parts, given):
     """Σw, Σw·d and Σw·d² of each tile; pivots, row 3, are worked out unless they are given."""
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     wstep = chan[3, 0] if wlike is not None else 0
     sums = np.empty((10, grid[3] * rows[0, rows.shape[1] - 1]))
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         block, r0, r1, c0, c1 = tile_bounds(tile, grid)
         ox, ow, out = c0 * chan[1, 0], c0 * wstep, parts[block]
@@ -246,44 +254,46 @@ def row_output(x, i, y, j, like, m, a, b, size, streaming):
 
 @compiled
 def tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming):
-    """y of a tile, from the last row to the first: the last ones are still in cache."""
+    """y of a tile."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
     m = repeated(vectors, 0, c0, c1, length, room, 0)
     a = repeated(vectors, 1, c0, c1, length, room, 1)
     b = repeated(vectors, 2, c0, c1, length, room, 2)
-    for r in range(r1 - 1, r0 - 1, -1):
+    for r in range(r0, r1):
         i, j = ox + place(rows, 1, inner, r), oy + place(rows, 2, inner, r)
         row_output(x, i, y, j, like, m, a, b, (c1 - c0) * length, streaming)
 
 
 @entrance
-def columns_output(counter, grid, x, y, like, rows, chan, vectors, streaming):
+def columns_output(counter, me, grid, x, y, like, rows, chan, vectors, streaming):
     """y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     room = np.empty((4, grid[3] * rows[0, rows.shape[1] - 1]), vectors.dtype)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, True)
+        if tile < 0:
             return
-        _, r0, r1, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
+        _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         ox, oy = c0 * chan[1, 0], c0 * chan[2, 0]
         tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming)
 
 
 @entrance
 def columns_forward(
-    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, vectors, streaming
+    counter, me, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, vectors, streaming
 ):
     """Statistics and output of each tile of whole channels."""
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     wstep = chan[3, 0] if wlike is not None else 0
     columns = grid[3] * rows[0, rows.shape[1] - 1]
     sums, room = np.empty((10, columns)), np.empty((4, columns), vectors.dtype)
     out = np.empty((4, grid[2]))
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         ox, oy, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * wstep
@@ -381,15 +391,16 @@ def tile_grad_sums(dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c
 
 
 @entrance
-def columns_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, vectors, parts):
+def columns_grad_sums(counter, me, grid, dy, x, w, like, wlike, rows, chan, vectors, parts):
     """Σdy and Σdy·(x - m) of each tile; m is row 0 of `vectors`."""
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
     columns = grid[3] * rows[0, rows.shape[1] - 1]
     sums, room = np.empty((6, columns)), np.empty((4, columns), vectors.dtype)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         block, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * wstep
@@ -451,14 +462,14 @@ def row_grad_input(
 def tile_grad_input(
     dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, streaming
 ):
-    """dx of a tile, from the last row to the first: the last ones are still in cache."""
+    """dx of a tile."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
     m = repeated(vectors, 0, c0, c1, length, room, 0)
     a = repeated(vectors, 1, c0, c1, length, room, 1)
     b = repeated(vectors, 2, c0, c1, length, room, 2)
     shift = repeated(vectors, 3, c0, c1, length, room, 3)
-    for r in range(r1 - 1, r0 - 1, -1):
+    for r in range(r0, r1):
         h, i = og + place(rows, 1, inner, r), ox + place(rows, 2, inner, r)
         k = oo + place(rows, 3, inner, r)
         j = ow + place(rows, 4, inner, r) if wlike is not None else 0
@@ -468,16 +479,17 @@ def tile_grad_input(
 
 
 @entrance
-def columns_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
+def columns_grad_input(counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
     """dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
     room = np.empty((4, grid[3] * rows[0, rows.shape[1] - 1]), vectors.dtype)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, True)
+        if tile < 0:
             return
-        _, r0, r1, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
+        _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, oo = c0 * chan[1, 0], c0 * chan[2, 0], c0 * chan[3, 0]
         tile_grad_input(
             dy, og, x, ox, dx, oo, like, w, c0 * wstep, wstep, wlike, rows, r0, r1, c0, c1,
@@ -487,17 +499,18 @@ def columns_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, vec
 
 @entrance
 def columns_backward(
-    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
+    counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
 ):
     """Gradients of each tile of whole channels."""
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
     columns = grid[3] * rows[0, rows.shape[1] - 1]
     sums, room = np.empty((6, columns)), np.empty((4, columns), vectors.dtype)
     out = np.empty((2, grid[2]))
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, oo, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * chan[3, 0], c0 * wstep

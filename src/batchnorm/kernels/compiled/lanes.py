@@ -353,6 +353,16 @@ def total(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
+def peek(typing: Any, address: Any) -> Any:
+    """Read a number that another thread may change."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "monotonic", 8)
+
+    return types.int64(address), emit
+
+
+@intrinsic
 def fetch_add(typing: Any, address: Any) -> Any:
     """Take a number from a counter that threads share, and leave the next one there."""
 
@@ -375,6 +385,7 @@ __all__ = [
     "load1",
     "narrow",
     "only",
+    "peek",
     "scatter",
     "splat",
     "store",

@@ -6,10 +6,8 @@ import numpy as np
 
 from batchnorm.kernels.compiled.lanes import (
     WIDTH,
-    address_of,
     as_dtype_of,
     either,
-    fetch_add,
     load1,
     narrow,
     only,
@@ -29,8 +27,10 @@ from batchnorm.kernels.compiled.terms import (
     finish_moments,
     forward_terms,
     lanes_at,
+    next_tile,
     place,
     put,
+    ring_bells,
     tile_bounds,
     tile_count,
     two_sum,
@@ -127,12 +127,12 @@ def run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming):
 
 @compiled
 def channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming):
-    """y of segments of a channel, from the last to the first: the last ones are still in cache."""
+    """y of segments of a channel."""
     m, a, b = vectors[0, c], vectors[1, c], vectors[2, c]
     inner = rows.shape[1] - 1
     length, step, ystep = rows[0, inner], rows[1, inner], rows[2, inner]
     per = (length + SEGMENT - 1) // SEGMENT
-    for segment in range(last - 1, first - 1, -1):
+    for segment in range(first, last):
         row = segment // per
         start = (segment - row * per) * SEGMENT
         i = ox + place(rows, 1, inner, row) + start * step
@@ -149,13 +149,14 @@ def tile_channel_moments(x, ox, like, w, ow, wlike, rows, first, last, c, out):
 
 
 @entrance
-def planes_moments(counter, grid, x, w, like, wlike, rows, chan, parts, given):
+def planes_moments(counter, me, grid, x, w, like, wlike, rows, chan, parts, given):
     """Σw, Σw·d and Σw·d² of each tile; pivots, row 3, are worked out unless they are given."""
     kept = chan.shape[1]
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         block, first, last, c0, c1 = tile_bounds(tile, grid)
         out = parts[block]
@@ -168,15 +169,16 @@ def planes_moments(counter, grid, x, w, like, wlike, rows, chan, parts, given):
 
 
 @entrance
-def planes_output(counter, grid, x, y, like, rows, chan, vectors, streaming):
+def planes_output(counter, me, grid, x, y, like, rows, chan, vectors, streaming):
     """y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
     kept = chan.shape[1]
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, True)
+        if tile < 0:
             return
-        _, first, last, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
+        _, first, last, c0, c1 = tile_bounds(tile, grid)
         for c in range(c0, c1):
             ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
             channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming)
@@ -184,15 +186,16 @@ def planes_output(counter, grid, x, y, like, rows, chan, vectors, streaming):
 
 @entrance
 def planes_forward(
-    counter, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, vectors, streaming
+    counter, me, grid, x, y, w, like, wlike, rows, chan, gamma, beta, eps, stats, vectors, streaming
 ):
     """Statistics and output of each tile of whole channels, a channel at a time."""
     kept = chan.shape[1]
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     out = np.empty((4, grid[2]))
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         _, first, last, c0, c1 = tile_bounds(tile, grid)
         for c in range(c0, c1):
@@ -287,13 +290,13 @@ def run_grad_input(
 def channel_grad_input(
     dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
 ):
-    """dx of segments of a channel, from the last to the first: the last ones are still in cache."""
+    """dx of segments of a channel."""
     m, a, b, shift = vectors[0, c], vectors[1, c], vectors[2, c], vectors[3, c]
     inner = rows.shape[1] - 1
     length, hstep, step = rows[0, inner], rows[1, inner], rows[2, inner]
     kstep, wstep = rows[3, inner], rows[4, inner]
     per = (length + SEGMENT - 1) // SEGMENT
-    for segment in range(last - 1, first - 1, -1):
+    for segment in range(first, last):
         row = segment // per
         start = (segment - row * per) * SEGMENT
         h = og + place(rows, 1, inner, row) + start * hstep
@@ -307,13 +310,14 @@ def channel_grad_input(
 
 
 @entrance
-def planes_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, vectors, parts):
+def planes_grad_sums(counter, me, grid, dy, x, w, like, wlike, rows, chan, vectors, parts):
     """Σdy and Σdy·(x - m) of each tile; m is row 0 of `vectors`."""
     kept = chan.shape[1]
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         block, first, last, c0, c1 = tile_bounds(tile, grid)
         out = parts[block]
@@ -326,15 +330,16 @@ def planes_grad_sums(counter, grid, dy, x, w, like, wlike, rows, chan, vectors, 
 
 
 @entrance
-def planes_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
+def planes_grad_input(counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
     """dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
     kept = chan.shape[1]
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, True)
+        if tile < 0:
             return
-        _, first, last, c0, c1 = tile_bounds(tiles - 1 - tile, grid)
+        _, first, last, c0, c1 = tile_bounds(tile, grid)
         for c in range(c0, c1):
             og, ox, oo = place(chan, 1, kept, c), place(chan, 2, kept, c), place(chan, 3, kept, c)
             ow = place(chan, 4, kept, c) if wlike is not None else 0
@@ -345,15 +350,16 @@ def planes_grad_input(counter, grid, dy, x, dx, w, like, wlike, rows, chan, vect
 
 @entrance
 def planes_backward(
-    counter, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
+    counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
 ):
     """Gradients of each tile of whole channels, a channel at a time."""
     kept = chan.shape[1]
+    ring_bells(counter, me)
     tiles = tile_count(grid)
     out = np.empty((2, grid[2]))
     while True:
-        tile = fetch_add(address_of(counter))
-        if tile >= tiles:
+        tile = next_tile(counter, me, tiles, False)
+        if tile < 0:
             return
         _, first, last, c0, c1 = tile_bounds(tile, grid)
         for c in range(c0, c1):

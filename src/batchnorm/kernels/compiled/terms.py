@@ -16,7 +16,16 @@ import os
 import numpy as np
 from numba import njit
 
-from batchnorm.kernels.compiled.lanes import gather, load, narrow, scatter, store
+from batchnorm.kernels.compiled.lanes import (
+    address_of,
+    fetch_add,
+    gather,
+    load,
+    narrow,
+    peek,
+    scatter,
+    store,
+)
 
 # Values that are added before their sum joins the next level: bounds the error of a sum.
 SEGMENT = 1024
@@ -171,6 +180,43 @@ def all_backward_terms(stats, gamma, eps, sums, grads, vectors, like):
 
 
 # Tiles.
+
+
+@entrance
+def watch(ring, address, known, tries):
+    """See `threads.watch`."""
+    if ring:
+        fetch_add(ring)
+    for _ in range(tries):
+        if peek(address) != known:
+            return
+
+
+@compiled
+def ring_bells(counter, me):
+    """Tell the helpers, whose bells' addresses are row 1, that the interpreter is free."""
+    if me == 0:
+        for helper in range(counter.shape[1]):
+            if counter[1, helper]:
+                fetch_add(counter[1, helper])
+
+
+@compiled
+def next_tile(counter, me, tiles, backwards):
+    """The next tile for a thread: of its own share, then of another's; -1 when none is left.
+
+    A share is the same from pass to pass and from call to call, so that a thread finds in its cache
+    what it left there: a second pass goes through it backwards.
+    """
+    threads = counter.shape[1]
+    for j in range(threads):
+        share = (me + j) % threads
+        first, end = share * tiles // threads, (share + 1) * tiles // threads
+        if counter[0, share] < end - first:
+            taken = fetch_add(address_of(counter) + 8 * share)
+            if taken < end - first:
+                return end - 1 - taken if backwards else first + taken
+    return -1
 
 
 @compiled

@@ -1,0 +1,191 @@
+"""Who is measured: a function per contestant that prepares one pass and returns what to time.
+
+Each call that is timed returns its result as the library's users get it: a new output where the
+library makes one. None stands for what a library does not have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import batchnorm as bn
+from batchnorm.bench.cases import Case
+
+Array = Any
+Timed = Callable[[], Any]
+EPS = 1e-5
+
+
+class Contestant(NamedTuple):
+    """Someone who runs batch norm."""
+
+    prepare: Callable[[Case, str], Timed | None]
+    needs: str
+    """The module without which there is nothing to measure."""
+    ours: bool
+    kernels: str | None = None
+    """The kernels of this package that it runs on."""
+
+
+def _package(convert: Callable[[Array], Array], after: Callable[[Any], Any] = lambda r: r) -> Any:
+    """This package on the arrays of some library."""
+
+    def prepare(case: Case, which: str) -> Timed:
+        x, dy, gamma, beta, mean, var = (convert(a) for a in case[:6])
+        axis = case.axis
+        if which == "forward":
+            return lambda: after(bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS))
+        if which == "inference":
+            return lambda: after(bn.normalize(x, mean, var, gamma, beta, axis=axis, eps=EPS))
+        _, stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)
+        return lambda: after(bn.batch_norm_backward(dy, x, stats, gamma, axis=axis, eps=EPS))
+
+    return prepare
+
+
+def _on_torch(a: Array) -> Array:
+    import torch
+
+    return torch.from_numpy(a)
+
+
+def _on_jax(case: Case, which: str) -> Timed:
+    """This package on JAX arrays, compiled by XLA."""
+    import jax
+    import jax.numpy as jnp
+
+    x, dy, gamma, beta, mean, var = (jnp.asarray(a) for a in case[:6])
+    axis = case.axis
+    if which == "forward":
+        f = jax.jit(lambda x, g, b: bn.batch_norm(x, g, b, axis=axis, eps=EPS))
+        return lambda: jax.block_until_ready(f(x, gamma, beta))
+    if which == "inference":
+        f = jax.jit(lambda x, m, v, g, b: bn.normalize(x, m, v, g, b, axis=axis, eps=EPS))
+        return lambda: jax.block_until_ready(f(x, mean, var, gamma, beta))
+    stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)[1]
+    f = jax.jit(lambda dy, x, s, g: bn.batch_norm_backward(dy, x, s, g, axis=axis, eps=EPS))
+    return lambda: jax.block_until_ready(f(dy, x, stats, gamma))
+
+
+def _torch_itself(case: Case, which: str) -> Timed:
+    """PyTorch's own operators, on its own memory formats."""
+    import torch
+
+    def tensor(a: Array) -> Array:
+        t = torch.from_numpy(a)
+        return t.permute(0, t.ndim - 1, *range(1, t.ndim - 1)) if case.last and t.ndim > 1 else t
+
+    x, dy, gamma, beta, mean, var = (tensor(a) for a in case[:6])
+    norm = torch.nn.functional.batch_norm
+    if which == "forward":
+        return lambda: norm(x, None, None, gamma, beta, training=True, eps=EPS)
+    if which == "inference":
+        return lambda: norm(x, mean, var, gamma, beta, training=False, eps=EPS)
+    _, m, rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
+    operator = torch.ops.aten.native_batch_norm_backward
+    return lambda: operator(dy, x, gamma, None, None, m, rstd, True, EPS, [True, True, True])
+
+
+def _tensorflow(case: Case, which: str) -> Timed | None:
+    """TensorFlow's fused batch norm: channels last on a CPU."""
+    import tensorflow as tf
+
+    if not case.last or case.x.ndim > 4:
+        return None
+    shape = (case.x.shape[0], *(case.x.shape[1:-1] or (1,)), case.x.shape[-1])
+    shape = shape if len(shape) == 4 else (*shape[:-1], 1, shape[-1])
+    x, dy = (tf.constant(a.reshape(shape)) for a in (case.x, case.dy))
+    gamma, beta, mean, var = (tf.constant(a) for a in case[2:6])
+    raw = tf.raw_ops
+    none = tf.constant([], tf.float32)
+    if which == "forward":
+        return lambda: raw.FusedBatchNormV3(
+            x=x, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPS, is_training=True
+        ).y.numpy
+    if which == "inference":
+        return lambda: raw.FusedBatchNormV3(
+            x=x, scale=gamma, offset=beta, mean=mean, variance=var, epsilon=EPS, is_training=False
+        ).y.numpy
+    made = raw.FusedBatchNormV3(
+        x=x, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPS, is_training=True
+    )
+    return lambda: raw.FusedBatchNormGradV3(
+        y_backprop=dy, x=x, scale=gamma, reserve_space_1=made.reserve_space_1,
+        reserve_space_2=made.reserve_space_2, reserve_space_3=made.reserve_space_3,
+        epsilon=EPS, is_training=True,
+    ).x_backprop.numpy  # fmt: skip
+
+
+def _textbook(case: Case, which: str) -> Timed | None:
+    """The formula as a textbook has it, in NumPy."""
+    if which != "forward":
+        return None
+    x, axes = case.x, tuple(i for i in range(case.x.ndim) if i != case.axis % case.x.ndim)
+    vectors = tuple(np.expand_dims(v, axes) for v in (case.gamma, case.beta))
+
+    def formula() -> Array:
+        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        return vectors[0] * (x - mean) / np.sqrt(var + EPS) + vectors[1]
+
+    return formula
+
+
+_copiers: dict[int, ThreadPoolExecutor] = {}
+
+
+def copy(case: Case, which: str) -> Timed:
+    """The limit: as many bytes as the pass has to move, copied by as many threads.
+
+    Into memory that has been written to before: a copy to fresh memory takes twice as long.
+    """
+    threads = bn.get_num_threads()
+    pool = _copiers.setdefault(threads, ThreadPoolExecutor(threads))
+    # A backward pass reads two arrays and writes one: three halves of a copy's bytes.
+    count = case.x.size * 3 // 2 if which == "backward" else case.x.size
+    source, target = np.ones(count, case.x.dtype), np.ones(count, case.x.dtype)
+    if source.nbytes < 2**20:
+        return lambda: np.copyto(target, source)
+    cuts = [count * i // threads for i in range(threads + 1)]
+    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    def run() -> None:
+        for done in [pool.submit(np.copyto, target[part], source[part]) for part in parts]:
+            done.result()
+
+    return run
+
+
+CONTESTANTS = {
+    "batchnorm (Numba)": Contestant(_package(lambda a: a), "numba", True, "numba"),
+    "batchnorm (NumPy)": Contestant(_package(lambda a: a), "numpy", True, "numpy"),
+    "batchnorm on PyTorch": Contestant(_package(_on_torch), "torch", True),
+    "batchnorm on JAX": Contestant(_on_jax, "jax", True),
+    "PyTorch": Contestant(_torch_itself, "torch", False),
+    "TensorFlow": Contestant(_tensorflow, "tensorflow", False),
+    "textbook NumPy": Contestant(_textbook, "numpy", False),
+    "copy": Contestant(copy, "numpy", False),
+}
+
+
+def present() -> dict[str, Contestant]:
+    """The contestants that can run here, with as many threads each as this package uses."""
+    found = {n: c for n, c in CONTESTANTS.items() if importlib.util.find_spec(c.needs) is not None}
+    threads = bn.get_num_threads()
+    if "PyTorch" in found:
+        import torch
+
+        torch.set_num_threads(threads)
+    if "TensorFlow" in found:
+        import os
+
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+    return found

@@ -1,0 +1,80 @@
+"""How it is measured: medians over a few turns of each contestant, undisturbed by the others."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import batchnorm as bn
+from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES, Case, case
+from batchnorm.bench.contestants import Contestant
+
+# Each contestant has three turns of three rounds, so that a slow second of the machine hits all.
+TURNS, ROUNDS = 3, 3
+# A round lasts at least this long, for the clock and for small arrays.
+ROUND_SECONDS = 1e-3
+# Before a turn: a library's waiting threads spin for a while, on cores that the next one needs.
+PAUSE_SECONDS = 2e-2
+
+
+class Time(NamedTuple):
+    """One result."""
+
+    shape: str
+    layout: str
+    which: str
+    contestant: str
+    seconds: float
+    megabytes: float
+
+
+def times(
+    shapes: tuple[str, ...], contestants: dict[str, Contestant]
+) -> Iterator[list[Time]]:
+    """Measure shape after shape, layout after layout and pass after pass."""
+    for name in shapes:
+        for layout in LAYOUTS:
+            arrays = case(SHAPES[name], layout)
+            for which in PASSES:
+                medians = race(arrays, which, contestants)
+                size = arrays.x.nbytes / 1e6
+                yield [Time(name, layout, which, who, s, size) for who, s in medians.items()]
+
+
+def steps(shapes: tuple[str, ...]) -> int:
+    """How many lists `times` yields."""
+    return len(shapes) * len(LAYOUTS) * len(PASSES)
+
+
+def race(arrays: Case, which: str, contestants: dict[str, Contestant]) -> dict[str, float]:
+    """The median seconds of each contestant."""
+    asked = bn.get_kernels()
+    ready: dict[str, Any] = {}
+    try:
+        for name, contestant in contestants.items():
+            bn.set_kernels(contestant.kernels)
+            timed = contestant.prepare(arrays, which)
+            if timed is None:
+                continue
+            for _ in range(2):  # compile, fill caches and pools
+                timed()
+            once = _seconds(timed, 1)
+            ready[name] = timed, max(1, round(ROUND_SECONDS / max(once, 1e-7))), []
+        for _ in range(TURNS):
+            for name, (timed, repeats, seconds) in ready.items():
+                bn.set_kernels(contestants[name].kernels)
+                time.sleep(PAUSE_SECONDS)
+                timed()  # its own data in the caches, not its predecessor's
+                seconds += [_seconds(timed, repeats) for _ in range(ROUNDS)]
+    finally:
+        bn.set_kernels(asked)
+    return {name: statistics.median(seconds) for name, (_, _, seconds) in ready.items()}
+
+
+def _seconds(timed: Any, repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        timed()
+    return (time.perf_counter() - begin) / repeats

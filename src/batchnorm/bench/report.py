@@ -1,0 +1,125 @@
+"""What is said of it: a table, geometric means against the peers, and a bar chart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import batchnorm as bn
+from batchnorm.bench.cases import FEW, LAYOUTS, PASSES, SHAPES
+from batchnorm.bench.contestants import CONTESTANTS, present
+from batchnorm.bench.measure import Time, steps, times
+
+PEERS = tuple(name for name, c in CONTESTANTS.items() if not c.ours and name != "copy")
+
+
+def run(everything: bool, output: Path) -> int:
+    """Measure, print the table and draw the chart; returns the exit status."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    shapes = tuple(SHAPES) if everything else FEW
+    found = present()
+    console = Console(width=150)
+    results: list[Time] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=steps(shapes))
+        for step in times(shapes, found):
+            results += step
+            progress.update(task, advance=1, description=f"{step[0].shape}, {step[0].which}")
+    console.print(f"float32, {bn.get_num_threads()} threads each, medians, milliseconds")
+    console.print(table(results, tuple(found)))
+    for line in summary(results):
+        console.print(line, highlight=False)
+    draw(results, output)
+    console.print(f"chart: {output}")
+    return 0
+
+
+def table(results: list[Time], contestants: tuple[str, ...]) -> object:
+    """A row per shape, layout and pass, a column per contestant."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False)
+    for heading in ("shape", "channels", "pass", "MB"):
+        made.add_column(heading, justify="right" if heading == "MB" else "left", no_wrap=True)
+    for name in contestants:
+        made.add_column(name.replace("batchnorm", "bn"), justify="right")
+    for key, row in _rows(results).items():
+        shape, layout, which = key
+        size = next(r.megabytes for r in results if r.shape == shape)
+        cells = [_milliseconds(row[name]) if name in row else "-" for name in contestants]
+        text = " x ".join(map(str, SHAPES[shape]))
+        made.add_row(text, layout, which, f"{size:.1f}", *cells)
+    return made
+
+
+def summary(results: list[Time]) -> list[str]:
+    """Ratios to each peer at its best layout, in the geometric mean and at the worst shape."""
+    rows = _rows(results)
+    lines = ["times as fast as the peer at its best layout: geometric mean (worst shape)"]
+    ours = [name for name, c in CONTESTANTS.items() if c.ours]
+    for name in ours:
+        for peer in PEERS:
+            for which in PASSES:
+                for layout in LAYOUTS:
+                    ratios = []
+                    for (shape, at, p), row in rows.items():
+                        if at == layout and p == which and name in row:
+                            theirs = [rows[shape, any_, p].get(peer) for any_ in LAYOUTS]
+                            best = min((t for t in theirs if t is not None), default=None)
+                            if best is not None:
+                                ratios.append(best / row[name])
+                    if ratios:
+                        lines.append(
+                            f"  {name:22} vs {peer:15} {which:10} channels {layout:7}"
+                            f"{geometric(ratios):7.2f} ({min(ratios):.2f})"
+                        )
+    return lines
+
+
+def draw(results: list[Time], output: Path) -> None:
+    """Bars of the forward pass's speed as a share of the copy's, channels second."""
+    from matplotlib.figure import Figure
+
+    rows = {k[0]: r for k, r in _rows(results).items() if k[1:] == ("second", "forward")}
+    last = {k[0]: r for k, r in _rows(results).items() if k[1:] == ("last", "forward")}
+    for shape, row in rows.items():  # what has one layout only, and peers at their best
+        for name, seconds in last[shape].items():
+            if name in PEERS or name not in row:
+                row[name] = min(seconds, row.get(name, math.inf))
+    names = [n for n in CONTESTANTS if n != "copy" and any(n in r for r in rows.values())]
+    figure = Figure(figsize=(10, 1.2 + 0.55 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    colours = [f"C{i}" for i in range(len(names))]
+    for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        places = [y + i * height for y, row in enumerate(rows.values()) if name in row]
+        shares = [row["copy"] / row[name] for row in rows.values() if name in row]
+        axes.barh(places, shares, height, label=name, color=colour)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(
+        [y + 0.4 - height / 2 for y in range(len(rows))], [" × ".join(map(str, SHAPES[s])) for s in rows]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("speed of the training forward pass, as a share of a copy's (line)")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=150)
+
+
+def geometric(values: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def _rows(results: list[Time]) -> dict[tuple[str, str, str], dict[str, float]]:
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    for r in results:
+        rows.setdefault((r.shape, r.layout, r.which), {})[r.contestant] = r.seconds
+    return rows
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}" if seconds < 1e-2 else f"{seconds * 1e3:.1f}"
