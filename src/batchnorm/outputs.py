@@ -13,8 +13,6 @@ import os
 import threading
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from batchnorm import checks
 
 Array = Any
@@ -98,6 +96,8 @@ def get_output_pool() -> int:
 
 def empty_like(x: Array) -> Array:
     """An array of the shape, dtype and order of axes of x, with any values."""
+    import numpy as np  # here, not above: `import batchnorm` loads no array library
+
     if x.nbytes < SMALLEST:
         return np.empty_like(x, subok=False)
     memory, address = _take(x.nbytes)
@@ -117,6 +117,8 @@ def _take(size: int) -> Memory:
         for i in range(len(_free) - 1, -1, -1):
             if _free[i][0].size == size + ALIGNMENT:
                 return _free.pop(i)
+    import numpy as np
+
     raw = np.empty(size + ALIGNMENT, dtype=np.uint8)
     address = raw.ctypes.data
     return raw, address + -address % ALIGNMENT

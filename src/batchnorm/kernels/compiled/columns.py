@@ -32,6 +32,7 @@ from batchnorm.kernels.compiled.terms import (
     entrance,
     finish_moments,
     forward_terms,
+    inlined,
     lanes_at,
     next_tile,
     place,
@@ -47,7 +48,7 @@ BATCH = 128
 F64 = np.float64(0)
 
 
-@compiled
+@inlined
 def row_of(table, row, first):
     """The address of a place in a table."""
     return address_of(table) + (row * table.shape[1] + first) * table.itemsize
@@ -64,7 +65,7 @@ def repeated(vectors, row, c0, c1, length, room, place_in_room):
     return row_of(room, place_in_room, 0)
 
 
-@compiled
+@inlined
 def carry(sums, part, high, low, size):
     """Move partial sums of columns to their totals, which are kept in two parts."""
     for t in range(size):
@@ -87,7 +88,7 @@ def folded(sums, high, low, c0, c1, length, out, row):
         out[row, c] = s
 
 
-@compiled
+@inlined
 def cleared(sums, count, size):
     """Set the first rows of a table to zero."""
     for k in range(count):
@@ -221,7 +222,7 @@ def columns_moments(counter, me, grid, x, w, like, wlike, rows, chan, parts, giv
 # Output.
 
 
-@compiled
+@inlined
 def one_output(x, i, y, j, like, m, a, b, t):
     """The same for one column; how many it was."""
     zero = narrow(0.0, like)

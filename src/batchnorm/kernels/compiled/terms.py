@@ -41,6 +41,8 @@ OPTIONS = {
 # What Python calls, and what only other loops call: without an entrance it compiles faster.
 entrance = njit(**OPTIONS)
 compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+# What is too small to be compiled on its own.
+inlined = njit(inline="always", no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 
 # Where things are.
@@ -75,7 +77,7 @@ def put(address, index, step, value, like):
         scatter(address, index, step, value, like)
 
 
-@compiled
+@inlined
 def two_sum(high, low, term):
     """Add a term to a sum in two parts (Knuth 1969)."""
     s = high + term
@@ -192,7 +194,7 @@ def watch(ring, address, known, tries):
             return
 
 
-@compiled
+@inlined
 def ring_bells(counter, me):
     """Tell the helpers, whose bells' addresses are row 1, that the interpreter is free."""
     if me == 0:
@@ -219,7 +221,7 @@ def next_tile(counter, me, tiles, backwards):
     return -1
 
 
-@compiled
+@inlined
 def tile_bounds(tile, grid):
     """First and last of the reduced blocks and channels of a tile."""
     across = (grid[2] + grid[3] - 1) // grid[3]
@@ -229,6 +231,6 @@ def tile_bounds(tile, grid):
     return block, r0, min(grid[0], r0 + grid[1]), c0, min(grid[2], c0 + grid[3])
 
 
-@compiled
+@inlined
 def tile_count(grid):
     return ((grid[0] + grid[1] - 1) // grid[1]) * ((grid[2] + grid[3] - 1) // grid[3])

@@ -1,0 +1,1 @@
+"""Benchmarks of batchnorm over time, for airspeed velocity."""
