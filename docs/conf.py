@@ -24,4 +24,8 @@ exclude_patterns = ["_build", "generated", "examples"]
 html_theme = "furo"
 html_title = f"batchnorm {version}"
 
+# The benchmarks' pages, as airspeed velocity makes them from the results in the repository.
+html_extra_path = ["generated/extra"]
+
+tables.benchmark_pages(pathlib.Path(__file__).parent / "generated" / "extra" / "benchmarks")
 tables.write(pathlib.Path(__file__).parent / "generated")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 
 from batchnorm.capabilities import GAPS, LIBRARIES, OPERATIONS, works
@@ -42,6 +44,13 @@ def conventions() -> str:
     ]
     headings = ["`like`", "layer", "`axis`", "`eps`", "`momentum`", "`correction`", "its own words"]
     return markdown(headings, rows)
+
+
+def benchmark_pages(folder: pathlib.Path) -> None:
+    """Let airspeed velocity make its pages from the results in the repository."""
+    suite = pathlib.Path(__file__).parents[1] / "asv_benchmarks"
+    command = [sys.executable, "-m", "asv", "publish", "--html-dir", str(folder.resolve())]
+    subprocess.run(command, cwd=suite, check=True, stdout=subprocess.DEVNULL)
 
 
 def write(folder: pathlib.Path) -> None:

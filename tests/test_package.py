@@ -30,10 +30,12 @@ def test_public_names():
 
 
 def test_imports_point_one_way():
-    """layer -> functional -> kernels -> checks -> layout; moments below functional."""
+    """layer -> functional -> kernels -> checks -> layout; moments, threads and outputs below kernels."""
     order = [
         "layout",
         "checks",
+        "threads",
+        "outputs",
         "moments",
         "kernels",
         "functional",
@@ -45,7 +47,7 @@ def test_imports_point_one_way():
     source = ROOT / "src" / "batchnorm"
     for height, room in enumerate(order):
         path = source / room
-        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("batchnorm."):
                     imported = node.module.split(".")[1]

@@ -5,10 +5,9 @@ Each name maps to a function (case, pass) -> callable that does the pass once an
 
 import importlib.util
 
+import batchnorm as bn
 from batchnorm.bench.cases import Case
 from batchnorm.bench.contestants import CONTESTANTS, EPS, present
-
-import batchnorm as bn
 
 
 def _on_device(module, to_device, wait):
@@ -45,8 +44,6 @@ if _has_device("cupy", lambda cupy: cupy.cuda.runtime.getDeviceCount()):
     )
 if _has_device("torch", lambda torch: torch.cuda.device_count()):
     LIBRARIES["batchnorm on PyTorch CUDA"] = (
-        _on_device(
-            "torch", lambda t, a: t.from_numpy(a).to("cuda"), lambda t: t.cuda.synchronize()
-        ),
+        _on_device("torch", lambda t, a: t.from_numpy(a).to("cuda"), lambda t: t.cuda.synchronize()),
         None,
     )

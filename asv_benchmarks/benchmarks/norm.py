@@ -4,9 +4,9 @@ import statistics
 import time
 
 import numpy as np
-from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES, case
 
 import batchnorm as bn
+from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES, case
 
 from .libraries import LIBRARIES
 

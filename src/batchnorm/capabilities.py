@@ -41,14 +41,18 @@ class Library(NamedTuple):
 
 
 LIBRARIES = {
-    "numpy": Library("numpy", ("cpu",), "", "bfloat16 from ml_dtypes"),
+    "numpy": Library(
+        "numpy", ("numba", "numpy", "generic"), "", "each kernel set; bfloat16 from ml_dtypes"
+    ),
     "array_api_strict": Library(
         "array_api_strict",
         ("CPU_DEVICE", "device1", "device2", "no_float64", "no_x64"),
         "test",
         "with boolean indexing and data-dependent shapes off",
     ),
-    "torch": Library("torch", ("cpu", "cuda"), "torch", "cuda: not run yet"),
+    "torch": Library(
+        "torch", ("cpu-numba", "cpu-numpy", "cpu-generic", "cuda"), "torch", "cuda: not run yet"
+    ),
     "jax": Library("jax.numpy", ("eager", "eager-x64", "jit", "jit-x64"), "jax"),
     "dask": Library("dask.array", ("lazy",), "dask", "`compute` is never called"),
     "cupy": Library("cupy", ("cuda",), "cupy-cuda12x", "not run yet"),

@@ -89,7 +89,8 @@ def batch_norm(
 
     kernels = kernels_for(x, gamma, beta, where, out)
     if kernels.forward is not None and group is None:
-        return kernels.forward(x, _weights(where, x.ndim), gamma, beta, eps, at, out)
+        y, stats = kernels.forward(x, _weights(where, x.ndim), gamma, beta, eps, at, out)
+        return y, stats
     stats = _moments(kernels, at, x, where)
     if group is not None:
         stats = pool([stats], group)

@@ -74,10 +74,9 @@ def get_num_threads() -> int:
 
 def usable_cpus() -> int:
     """CPUs that this process may use: its affinity, or its container's quota where that is less."""
+    cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
     try:  # "max 100000" or "200000 100000": microseconds of CPU in each period
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cpus = min(cpus, -(-int(quota) // int(period)))

@@ -73,5 +73,7 @@ def case(shape: tuple[int, ...], layout: str, dtype: Any = np.float32, seed: int
         order = (0, *range(2, len(shape)), 1)
         x, dy = (np.ascontiguousarray(a.transpose(order)) for a in (x, dy))
     gamma, beta = rng.uniform(0.5, 2, channels), rng.standard_normal(channels)
-    vectors = (v.astype(np.float32) for v in (gamma, beta, np.full(channels, 3.0), np.ones(channels)))
-    return Case(x.astype(dtype), dy.astype(dtype), *vectors, axis=1 if layout == "second" else -1)
+    given = (gamma, beta, np.full(channels, 3.0), np.ones(channels))
+    vectors: list[Array] = [v.astype(np.float32) for v in given]
+    axis = 1 if layout == "second" else -1
+    return Case(x.astype(dtype), dy.astype(dtype), *vectors, axis)

@@ -7,6 +7,7 @@ library makes one. None stands for what a library does not have.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ class Contestant(NamedTuple):
 
 
 def _package(convert: Callable[[Array], Array], after: Callable[[Any], Any] = lambda r: r) -> Any:
-    """This package on the arrays of some library."""
+    """Run this package on the arrays of some library."""
 
     def prepare(case: Case, which: str) -> Timed:
         x, dy, gamma, beta, mean, var = (convert(a) for a in case[:6])
@@ -55,21 +56,22 @@ def _on_torch(a: Array) -> Array:
 
 
 def _on_jax(case: Case, which: str) -> Timed:
-    """This package on JAX arrays, compiled by XLA."""
+    """Run this package on JAX arrays, compiled by XLA."""
     import jax
     import jax.numpy as jnp
 
     x, dy, gamma, beta, mean, var = (jnp.asarray(a) for a in case[:6])
     axis = case.axis
+    wait: Callable[[Any], Any] = jax.block_until_ready
     if which == "forward":
         f = jax.jit(lambda x, g, b: bn.batch_norm(x, g, b, axis=axis, eps=EPS))
-        return lambda: jax.block_until_ready(f(x, gamma, beta))
+        return lambda: wait(f(x, gamma, beta))
     if which == "inference":
         f = jax.jit(lambda x, m, v, g, b: bn.normalize(x, m, v, g, b, axis=axis, eps=EPS))
-        return lambda: jax.block_until_ready(f(x, mean, var, gamma, beta))
+        return lambda: wait(f(x, mean, var, gamma, beta))
     stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)[1]
     f = jax.jit(lambda dy, x, s, g: bn.batch_norm_backward(dy, x, s, g, axis=axis, eps=EPS))
-    return lambda: jax.block_until_ready(f(dy, x, stats, gamma))
+    return lambda: wait(f(dy, x, stats, gamma))
 
 
 def _torch_itself(case: Case, which: str) -> Timed:
@@ -104,13 +106,17 @@ def _tensorflow(case: Case, which: str) -> Timed | None:
     raw = tf.raw_ops
     none = tf.constant([], tf.float32)
     if which == "forward":
-        return lambda: raw.FusedBatchNormV3(
-            x=x, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPS, is_training=True
-        ).y.numpy
+        return lambda: (
+            raw.FusedBatchNormV3(
+                x=x, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPS, is_training=True
+            ).y.numpy
+        )
     if which == "inference":
-        return lambda: raw.FusedBatchNormV3(
-            x=x, scale=gamma, offset=beta, mean=mean, variance=var, epsilon=EPS, is_training=False
-        ).y.numpy
+        return lambda: (
+            raw.FusedBatchNormV3(
+                x=x, scale=gamma, offset=beta, mean=mean, variance=var, epsilon=EPS, is_training=False
+            ).y.numpy
+        )
     made = raw.FusedBatchNormV3(
         x=x, scale=gamma, offset=beta, mean=none, variance=none, epsilon=EPS, is_training=True
     )
@@ -151,7 +157,7 @@ def copy(case: Case, which: str) -> Timed:
     if source.nbytes < 2**20:
         return lambda: np.copyto(target, source)
     cuts = [count * i // threads for i in range(threads + 1)]
-    parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
     def run() -> None:
         for done in [pool.submit(np.copyto, target[part], source[part]) for part in parts]:

@@ -30,9 +30,7 @@ class Time(NamedTuple):
     megabytes: float
 
 
-def times(
-    shapes: tuple[str, ...], contestants: dict[str, Contestant]
-) -> Iterator[list[Time]]:
+def times(shapes: tuple[str, ...], contestants: dict[str, Contestant]) -> Iterator[list[Time]]:
     """Measure shape after shape, layout after layout and pass after pass."""
     for name in shapes:
         for layout in LAYOUTS:

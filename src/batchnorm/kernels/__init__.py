@@ -32,7 +32,7 @@ class KernelSet(NamedTuple):
     grad_sums: Callable[..., tuple[Array, Array]]
     grad_input: Callable[..., Array]
     forward: Callable[..., Any] | None = None
-    """`moments` and `scale_shift` at once, with the arithmetic between them; None where there is none."""
+    """`moments` and `scale_shift` at once, with the arithmetic between them, where there is such."""
     backward: Callable[..., Any] | None = None
     """`grad_sums` and `grad_input` at once."""
     inference: Callable[..., Array] | None = None
@@ -65,7 +65,8 @@ def kernels_for(x: Array, *others: Array | None) -> KernelSet:
     ValueError
         ``BATCHNORM_KERNELS`` names no kernels.
     """
-    return _rule(type(x))(x, *others)
+    kind: Any = type(x)
+    return _rule(kind)(x, *others)
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,7 +98,9 @@ def _for_numpy(*arrays: Array | None) -> KernelSet:
             if why_not is None:
                 return _compiled()
         if asked is not None:
-            checks.fail(TypeError, "kernels", f"'numba' asked for, but {why_not}", "arrays it can run on")
+            checks.fail(
+                TypeError, "kernels", f"'numba' asked for, but {why_not}", "arrays it can run on"
+            )
         return _blocked(why_not)
     return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
 

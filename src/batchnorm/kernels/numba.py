@@ -118,7 +118,7 @@ class Plan(NamedTuple):
 def plan(x: Array, kept: tuple[int, ...], *others: Array, w: Array | None = None) -> Plan:
     """The plan for arrays of the shape of x, and weights."""
     arrays = (x, *others) if w is None else (x, *others, w)
-    if all([a.flags.c_contiguous for a in arrays]) and w is None:
+    if w is None and all(a.flags.c_contiguous for a in arrays):
         return _contiguous_plan(x.shape, kept, x.itemsize, len(arrays))
     strides = tuple(a.strides for a in arrays)
     return _plan(x.shape, kept, strides, tuple(a.itemsize for a in arrays), 1 + len(others))

@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ LONG = 2**10
 # Values of a dot product, at most: longer ones wake the threads of NumPy's own BLAS.
 DOT = 2**13
 # Values that are added one after the other where a sum runs across memory.
-LEAF = 64
+LEAF = 16
 # Values of a channel that its pivot is the mean of.
 SAMPLE = 64
 
@@ -202,14 +202,13 @@ class _View:
         length = math.prod(v.shape[last:])
         channels = tuple(n if kept else 1 for n, kept in zip(v.shape, self.kept, strict=True))
         if length >= 32:  # runs of one channel
-            run, other = (
-                None if u is None else u.reshape((*v.shape[:last], length)) for u in (v, factor)
-            )
+            runs = v.reshape((*v.shape[:last], length))
+            factors = None if factor is None else factor.reshape(runs.shape)
             total = np.zeros(v.shape[:last])
             for start in range(0, length, DOT):
-                piece = run[..., start : start + DOT]
-                other_piece = _ones()[: piece.shape[-1]] if other is None else other[..., start : start + DOT]
-                total += np.vecdot(piece, other_piece)
+                run = runs[..., start : start + DOT]
+                other = _ones()[: run.shape[-1]]
+                total += np.vecdot(run, other if factors is None else factors[..., start : start + DOT])
             v = total.reshape((*v.shape[:last], *[1] * (len(channels) - last)))
         elif factor is not None:
             v = np.multiply(v, factor, out=_scratch(v.shape, np.float64, 2))
@@ -258,7 +257,7 @@ class _View:
 def _sum(v: Array, axis: int) -> Array:
     """Sum over an axis, which is kept with length 1; no more than `LEAF` values in a row."""
     n = v.shape[axis]
-    if n <= 2 * LEAF:
+    if n <= LEAF:
         return np.add.reduce(v, axis=axis, keepdims=True)
     before, after, whole = v.shape[:axis], v.shape[axis + 1 :], n // LEAF * LEAF
     pick = (slice(None),) * axis
@@ -292,11 +291,10 @@ _memory = threading.local()
 def _scratch(shape: tuple[int, ...], dtype: Any, number: int = 0) -> Array:
     """Memory of this thread's own that the next call of the same number takes again."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    held = _memory.__dict__.get(number)
-    if held is None or held.size < size:
-        held = np.empty(size, np.uint8)
-        _memory.__dict__[number] = held
-    return held[:size].view(dtype).reshape(shape)
+    held = _memory.__dict__.setdefault("held", {})
+    if number not in held or held[number].size < size:
+        held[number] = np.empty(size, np.uint8)
+    return held[number][:size].view(dtype).reshape(shape)
 
 
 @functools.cache

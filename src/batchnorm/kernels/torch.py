@@ -107,5 +107,5 @@ def _through(kernel: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def adapted(host: KernelSet) -> KernelSet:
     """A kernel set for NumPy arrays as one for tensors."""
-    kernels = {f: _through(k) for f, k in host._asdict().items() if callable(k)}
+    kernels: dict[str, Any] = {f: _through(k) for f, k in host._asdict().items() if callable(k)}
     return host._replace(**kernels)

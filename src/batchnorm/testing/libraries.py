@@ -15,6 +15,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
+import batchnorm as bn
 from batchnorm.capabilities import LIBRARIES
 
 Array = Any
@@ -109,7 +110,30 @@ class Target:
         return self.to_numpy(a)
 
 
+@contextlib.contextmanager
+def kernels(name: str | None) -> Iterator[None]:
+    """Run on one kernel set: a case that it cannot run fails, instead of passing on another."""
+    asked = bn.get_kernels()
+    bn.set_kernels(name)
+    try:
+        yield
+    finally:
+        bn.set_kernels(asked)
+
+
 class NumPy(Target):
+    """NumPy's arrays; the mode is a kernel set."""
+
+    def missing(self) -> str | None:
+        if self.device_name == "numba" and importlib.util.find_spec("numba") is None:
+            return "Numba is not installed"
+        return super().missing()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with kernels(self.device_name):
+            yield
+
     def asarray(self, a: Array) -> Array:
         return a  # as it is, with its strides and flags
 
@@ -136,9 +160,25 @@ class Strict(Target):
 
 
 class Torch(Target):
+    """PyTorch's tensors on a device, as in "cuda", or on a kernel set for the CPU, as in "cpu-numba"."""
+
+    def __init__(self, library: str, module: str, device: str) -> None:
+        super().__init__(library, module, device)
+        self.kind, _, self.kernels = device.partition("-")
+
+    def missing(self) -> str | None:
+        if self.kernels == "numba" and importlib.util.find_spec("numba") is None:
+            return "Numba is not installed"
+        return super().missing()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with kernels(self.kernels or None):
+            yield
+
     @property
     def device(self) -> Any:
-        return importlib.import_module("torch").device(self.device_name)
+        return importlib.import_module("torch").device(self.kind)
 
     def asarray(self, a: Array) -> Array:
         torch = importlib.import_module("torch")
@@ -146,7 +186,7 @@ class Torch(Target):
             return self.asarray(a.astype(np.float32)).to(torch.bfloat16)
         if not a.flags.writeable or any(s < 0 for s in a.strides):
             a = a.copy(order="K")  # torch has neither read-only memory nor negative strides
-        return torch.from_numpy(np.asarray(a)).to(self.device_name)
+        return torch.from_numpy(np.asarray(a)).to(self.kind)
 
     def to_numpy(self, a: Array) -> Array:
         torch = importlib.import_module("torch")
@@ -158,7 +198,7 @@ class Torch(Target):
         if not hasattr(a, "dtype"):
             return a
         assert compat.is_torch_array(a), f"got an array of {type(a)}, not of {self}"
-        assert a.device.type == self.device_name
+        assert a.device.type == self.kind
         return self.to_numpy(a)
 
 

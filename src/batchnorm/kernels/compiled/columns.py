@@ -44,7 +44,7 @@ from batchnorm.kernels.compiled.terms import (
 
 SAMPLE_ROWS = 8
 # Rows that are added before their sums join the tile's: bounds the error of a sum.
-BATCH = 128
+BATCH = 64
 F64 = np.float64(0)
 
 
@@ -79,13 +79,15 @@ def folded(sums, high, low, c0, c1, length, out, row):
     whole = length // WIDTH * WIDTH
     for c in range(c0, c1):
         first = (c - c0) * length
-        lanes = splat(0.0)
+        lanes = rest = splat(0.0)
         for t in range(first, first + whole, WIDTH):
-            lanes = lanes + (load(row_of(sums, high, 0), t, F64) + load(row_of(sums, low, 0), t, F64))
-        s = total(lanes) if whole else 0.0
+            lanes, rest = two_sum(lanes, rest, load(row_of(sums, high, 0), t, F64))
+            rest = rest + load(row_of(sums, low, 0), t, F64)
+        s, s_rest = total(lanes), total(rest)
         for t in range(first + whole, first + length):
-            s += sums[high, t] + sums[low, t]
-        out[row, c] = s
+            s, s_rest = two_sum(s, s_rest, sums[high, t])
+            s_rest += sums[low, t]
+        out[row, c] = s + s_rest
 
 
 @inlined
@@ -233,7 +235,7 @@ def one_output(x, i, y, j, like, m, a, b, t):
 
 @compiled
 def row_output(x, i, y, j, like, m, a, b, size, streaming):
-    """y = a·(x - m) + b along a row."""
+    """Y = a·(x - m) + b along a row."""
     zero = narrow(0.0, like)
     t = 0
     if streaming:
@@ -255,7 +257,7 @@ def row_output(x, i, y, j, like, m, a, b, size, streaming):
 
 @compiled
 def tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming):
-    """y of a tile."""
+    """Y of a tile."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
     m = repeated(vectors, 0, c0, c1, length, room, 0)
@@ -268,7 +270,7 @@ def tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streami
 
 @entrance
 def columns_output(counter, me, grid, x, y, like, rows, chan, vectors, streaming):
-    """y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
+    """Y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
     ring_bells(counter, me)
     tiles = tile_count(grid)
     room = np.empty((4, grid[3] * rows[0, rows.shape[1] - 1]), vectors.dtype)
@@ -307,9 +309,7 @@ def columns_forward(
             if near:
                 break
         for c in range(c0, c1):
-            vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(
-                stats, c, gamma, beta, eps, like
-            )
+            vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(stats, c, gamma, beta, eps, like)
         tile_output(x, ox, y, oy, like, rows, r0, r1, c0, c1, vectors, room, streaming)
 
 
@@ -361,7 +361,9 @@ def row_grad_sums(dy, g, x, o, like, w, j, wstep, wlike, m, s, q, size):
 
 
 @compiled
-def tile_grad_sums(dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, sums, out):
+def tile_grad_sums(
+    dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, sums, out
+):
     """Σdy and Σdy·(x - m) of a tile's channels, to the rows of out; m is row 0 of `vectors`."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
@@ -406,14 +408,30 @@ def columns_grad_sums(counter, me, grid, dy, x, w, like, wlike, rows, chan, vect
         block, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * wstep
         tile_grad_sums(
-            dy, og, x, ox, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, sums,
+            dy,
+            og,
+            x,
+            ox,
+            like,
+            w,
+            ow,
+            wstep,
+            wlike,
+            rows,
+            r0,
+            r1,
+            c0,
+            c1,
+            vectors,
+            room,
+            sums,
             parts[block],
         )
 
 
 @compiled
 def lanes_grad_input(dy, h, x, i, like, w, j, wstep, wlike, m, a, b, shift, t):
-    """dx = a·(dy + w·(b·(x - m) + c)) of sixteen columns."""
+    """Dx = a·(dy + w·(b·(x - m) + c)) of sixteen columns."""
     zero = narrow(0.0, like)
     d = load(x, i + t, like) - load(m, t, zero)
     d = load(b, t, zero) * d + load(shift, t, zero)
@@ -437,10 +455,8 @@ def one_grad_input(dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift,
 
 
 @compiled
-def row_grad_input(
-    dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, size, streaming
-):
-    """dx = a·(dy + w·(b·(x - m) + c)) along a row."""
+def row_grad_input(dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift, size, streaming):
+    """Dx = a·(dy + w·(b·(x - m) + c)) along a row."""
     t = 0
     if streaming:
         boundary, bytes_each = streaming_size(like)
@@ -463,7 +479,7 @@ def row_grad_input(
 def tile_grad_input(
     dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1, vectors, room, streaming
 ):
-    """dx of a tile."""
+    """Dx of a tile."""
     inner = rows.shape[1] - 1
     length = rows[0, inner]
     m = repeated(vectors, 0, c0, c1, length, room, 0)
@@ -481,7 +497,7 @@ def tile_grad_input(
 
 @entrance
 def columns_grad_input(counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
-    """dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
+    """Dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
     ring_bells(counter, me)
     tiles = tile_count(grid)
     wstep = chan[4, 0] if wlike is not None else 0
@@ -493,14 +509,47 @@ def columns_grad_input(counter, me, grid, dy, x, dx, w, like, wlike, rows, chan,
         _, r0, r1, c0, c1 = tile_bounds(tile, grid)
         og, ox, oo = c0 * chan[1, 0], c0 * chan[2, 0], c0 * chan[3, 0]
         tile_grad_input(
-            dy, og, x, ox, dx, oo, like, w, c0 * wstep, wstep, wlike, rows, r0, r1, c0, c1,
-            vectors, room, streaming,
+            dy,
+            og,
+            x,
+            ox,
+            dx,
+            oo,
+            like,
+            w,
+            c0 * wstep,
+            wstep,
+            wlike,
+            rows,
+            r0,
+            r1,
+            c0,
+            c1,
+            vectors,
+            room,
+            streaming,
         )
 
 
 @entrance
 def columns_backward(
-    counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
+    counter,
+    me,
+    grid,
+    dy,
+    x,
+    dx,
+    w,
+    like,
+    wlike,
+    rows,
+    chan,
+    gamma,
+    eps,
+    stats,
+    grads,
+    vectors,
+    streaming,
 ):
     """Gradients of each tile of whole channels."""
     ring_bells(counter, me)
@@ -525,6 +574,23 @@ def columns_backward(
                 stats, c, gamma, eps, out, grads, like
             )
         tile_grad_input(
-            dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, r0, r1, c0, c1,
-            vectors, room, streaming,
+            dy,
+            og,
+            x,
+            ox,
+            dx,
+            oo,
+            like,
+            w,
+            ow,
+            wstep,
+            wlike,
+            rows,
+            r0,
+            r1,
+            c0,
+            c1,
+            vectors,
+            room,
+            streaming,
         )

@@ -103,7 +103,7 @@ def channel_moments(x, ox, like, w, ow, wlike, rows, first, last, pivot):
 
 @compiled
 def run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming):
-    """y = a·(x - m) + b along a run."""
+    """Y = a·(x - m) + b along a run."""
     mm, aa, bb = splat(m), splat(a), splat(b)
     t = 0
     if streaming and ystep == 1:
@@ -127,7 +127,7 @@ def run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming):
 
 @compiled
 def channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming):
-    """y of segments of a channel."""
+    """Y of segments of a channel."""
     m, a, b = vectors[0, c], vectors[1, c], vectors[2, c]
     inner = rows.shape[1] - 1
     length, step, ystep = rows[0, inner], rows[1, inner], rows[2, inner]
@@ -170,7 +170,7 @@ def planes_moments(counter, me, grid, x, w, like, wlike, rows, chan, parts, give
 
 @entrance
 def planes_output(counter, me, grid, x, y, like, rows, chan, vectors, streaming):
-    """y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
+    """Y = a·(x - m) + b of each tile; m, a and b are the rows of `vectors`."""
     kept = chan.shape[1]
     ring_bells(counter, me)
     tiles = tile_count(grid)
@@ -206,9 +206,7 @@ def planes_forward(
                 tile_channel_moments(x, ox, like, w, ow, wlike, rows, first, last, c, out)
                 if finish_moments(out, c, stats, like):
                     break
-            vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(
-                stats, c, gamma, beta, eps, like
-            )
+            vectors[0, c], vectors[1, c], vectors[2, c] = forward_terms(stats, c, gamma, beta, eps, like)
             channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming)
 
 
@@ -259,7 +257,7 @@ def channel_grad_sums(dy, og, x, ox, like, w, ow, wlike, rows, first, last, m):
 def run_grad_input(
     dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, c, streaming
 ):
-    """dx = a·(dy + w·(b·(x - m) + c)) along a run."""
+    """Dx = a·(dy + w·(b·(x - m) + c)) along a run."""
     mm, aa, bb, cc = splat(m), splat(a), splat(b), splat(c)
     boundary, bytes_each = streaming_size(like)
     past = streaming and kstep == 1
@@ -290,7 +288,7 @@ def run_grad_input(
 def channel_grad_input(
     dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
 ):
-    """dx of segments of a channel."""
+    """Dx of segments of a channel."""
     m, a, b, shift = vectors[0, c], vectors[1, c], vectors[2, c], vectors[3, c]
     inner = rows.shape[1] - 1
     length, hstep, step = rows[0, inner], rows[1, inner], rows[2, inner]
@@ -305,7 +303,26 @@ def channel_grad_input(
         j = ow + (place(rows, 4, inner, row) + start * wstep if wlike is not None else 0)
         size = min(SEGMENT, length - start)
         run_grad_input(
-            dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, shift, streaming
+            dy,
+            h,
+            hstep,
+            x,
+            i,
+            step,
+            dx,
+            k,
+            kstep,
+            like,
+            w,
+            j,
+            wstep,
+            wlike,
+            size,
+            m,
+            a,
+            b,
+            shift,
+            streaming,
         )
 
 
@@ -331,7 +348,7 @@ def planes_grad_sums(counter, me, grid, dy, x, w, like, wlike, rows, chan, vecto
 
 @entrance
 def planes_grad_input(counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, vectors, streaming):
-    """dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
+    """Dx = a·(dy + w·(b·(x - m) + c)) of each tile; m, a, b and c are the rows of `vectors`."""
     kept = chan.shape[1]
     ring_bells(counter, me)
     tiles = tile_count(grid)
@@ -350,7 +367,23 @@ def planes_grad_input(counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, 
 
 @entrance
 def planes_backward(
-    counter, me, grid, dy, x, dx, w, like, wlike, rows, chan, gamma, eps, stats, grads, vectors, streaming
+    counter,
+    me,
+    grid,
+    dy,
+    x,
+    dx,
+    w,
+    like,
+    wlike,
+    rows,
+    chan,
+    gamma,
+    eps,
+    stats,
+    grads,
+    vectors,
+    streaming,
 ):
     """Gradients of each tile of whole channels, a channel at a time."""
     kept = chan.shape[1]

@@ -233,4 +233,5 @@ def tile_bounds(tile, grid):
 
 @inlined
 def tile_count(grid):
+    """How many tiles a grid has."""
     return ((grid[0] + grid[1] - 1) // grid[1]) * ((grid[2] + grid[3] - 1) // grid[3])

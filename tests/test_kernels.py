@@ -1,0 +1,257 @@
+"""The kernel sets: which one runs and why, any strides, any number of threads, bad input."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm.testing import data, oracle, verdict
+from batchnorm.testing.libraries import kernels
+from batchnorm.testing.oracle import Problem
+
+pytest.importorskip("numba")
+SETS = ("numba", "numpy", "generic")
+
+
+@pytest.fixture(params=SETS)
+def chosen(request):
+    with kernels(request.param):
+        yield request.param
+
+
+def float64_oracle(x, gamma, beta, axes, where=None, eps=1e-5):
+    """y, moments and the pieces of a gradient, in float64 by the formula."""
+    x = x.astype(np.float64)
+    w = np.ones(x.shape) if where is None else np.broadcast_to(where, x.shape).astype(np.float64)
+    n = w.sum(axes, keepdims=True)
+    mean = (w * np.where(w > 0, x, 0)).sum(axes, keepdims=True) / n
+    var = (w * np.where(w > 0, x - mean, 0) ** 2).sum(axes, keepdims=True) / n
+    return (
+        gamma.reshape(n.shape) * (x - mean) / np.sqrt(var + eps) + beta.reshape(n.shape),
+        mean,
+        var,
+        w,
+        n,
+    )
+
+
+def strided(shape, step, order, reverse):
+    """An array whose axes lie in some order, some steps apart, perhaps backwards."""
+    rng = np.random.default_rng(sum(shape))
+    whole = [n * step for n in shape]
+    x = rng.standard_normal([whole[i] for i in order]).astype(np.float32) + 3
+    x = x.transpose(np.argsort(order))[(slice(None, None, step),) * len(shape)]
+    return x[(slice(None, None, -1),) * len(shape)] if reverse else x
+
+
+@pytest.mark.parametrize("axis", [0, 1, 3, (1, 3), (0, 2), ()])
+@pytest.mark.parametrize(
+    ("step", "reverse"), [(1, False), (2, False), (1, True)], ids=["dense", "strided", "reversed"]
+)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_any_strides(chosen, axis, step, reverse, weighted):
+    """x, dy and out each lie in another order; values against float64."""
+    shape = (5, 18, 7, 33)
+    x = strided(shape, step, (0, 2, 3, 1), reverse)
+    dy = strided(shape, 1, (3, 1, 0, 2), not reverse) - 3
+    kept = axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(i for i in range(4) if i not in kept)
+    channels = tuple(shape[i] for i in kept)
+    rng = np.random.default_rng(0)
+    gamma, beta = rng.uniform(0.5, 2, channels), rng.standard_normal(channels)
+    where = rng.uniform(0, 1, (5, 1, 7, 33)) * (rng.random((5, 1, 7, 33)) > 0.3) if weighted else None
+
+    expected, mean, var, w, n = float64_oracle(x, gamma, beta, axes, where)
+    out = strided(shape, 2, (1, 0, 3, 2), False)
+    y, stats = bn.batch_norm(x, gamma, beta, axis=axis, where=where, out=out)
+    assert y is out
+    np.testing.assert_allclose(y, expected, rtol=0, atol=4e-6)
+    np.testing.assert_allclose(stats.mean, mean.reshape(channels), rtol=1e-13)
+    np.testing.assert_allclose(stats.var, var.reshape(channels), rtol=1e-12)
+
+    rstd = 1 / np.sqrt(var + 1e-5)
+    scaled, g = (x - mean) * rstd, dy.astype(np.float64)
+    dgamma, dbeta = (g * scaled).sum(axes, keepdims=True), g.sum(axes, keepdims=True)
+    dx = gamma.reshape(n.shape) * rstd * (g - w * (dbeta + scaled * dgamma) / n)
+    grads = bn.batch_norm_backward(dy, x, stats, gamma, axis=axis, where=where)
+    np.testing.assert_allclose(grads[0], dx, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(grads[1], dgamma.reshape(channels), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(grads[2], dbeta.reshape(channels), rtol=1e-9, atol=1e-9)
+
+    into = dy.copy(order="K")
+    grads = bn.batch_norm_backward(into, x, stats, gamma, axis=axis, where=where, out=into)
+    assert grads[0] is into
+    np.testing.assert_allclose(into, dx, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["second", "last"])
+@pytest.mark.parametrize("shape", [(2, 3, 512, 600), (32, 64, 28, 28), (32, 512, 7, 7), (4096, 48)])
+def test_threads_change_nothing(chosen, shape, layout):
+    """Bit for bit, forward, backward and inference, with and without weights."""
+    if chosen == "generic":
+        pytest.skip("the generic kernels have no threads")
+    x = data.batch(shape, mean=100.0)
+    dy = data.batch(shape, seed=1)
+    axis = 1
+    if layout == "last":
+        order = (0, *range(2, len(shape)), 1)
+        x, dy, axis = (
+            np.ascontiguousarray(x.transpose(order)),
+            np.ascontiguousarray(dy.transpose(order)),
+            -1,
+        )
+    where = np.random.default_rng(0).random((shape[0], *[1] * (len(shape) - 1))) > 0.2
+    results = []
+    try:
+        for n in (1, 2, 3, 7):
+            bn.set_num_threads(n)
+            found = []
+            for w in (None, where):
+                y, stats = bn.batch_norm(x, axis=axis, where=w)
+                found += [y, *stats, *bn.batch_norm_backward(dy, x, stats, axis=axis, where=w)]
+            results.append([*found, bn.normalize(x, stats.mean, stats.var, axis=axis)])
+    finally:
+        bn.set_num_threads(None)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("first", [1e6, -3e4])
+def test_a_first_value_far_from_the_rest(chosen, first):
+    """The pivot is taken from the first values: a bad one must not cost digits."""
+    for shape, axis in (((3000, 4), 1), ((4, 3000), 0), ((40, 20, 60), 1)):
+        x = data.batch(shape, mean=1.0)
+        head = [slice(None) if i == axis else slice(0, 20) for i in range(len(shape))]
+        x[tuple(head)] += first
+        verdict.moments(bn.moments(x, axis=axis), Problem(x, axis=(axis,)))
+
+
+@pytest.mark.parametrize("gradient", ["float16", "float32", "float64"])
+def test_gradients_of_another_dtype(chosen, gradient):
+    x = data.batch((40, 6, 9), mean=2.0)
+    dy = data.batch((40, 6, 9), seed=3).astype(gradient)
+    _, stats = bn.batch_norm(x)
+    grads = bn.batch_norm_backward(dy, x, stats)
+    expected = bn.batch_norm_backward(dy.astype(np.float64), x.astype(np.float64), stats)
+    assert grads[0].dtype == np.float32
+    np.testing.assert_allclose(grads[0], expected[0], rtol=0, atol=2e-6)
+    fixed = bn.normalize_backward(dy, x, stats.mean, stats.var, out=np.empty_like(x))
+    np.testing.assert_allclose(fixed[0], dy / np.sqrt(stats.var + 1e-5)[:, None], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_round_to_nearest_even(dtype):
+    """Every 16-bit value, NaN and Inf included, and what lies between two, as NumPy rounds them."""
+    from batchnorm.testing.libraries import numpy_dtype
+
+    kind = numpy_dtype(dtype)
+    x = np.arange(2**16, dtype=np.uint16).view(kind).reshape(-1, 1)
+    shift = np.array([3.0])
+    with kernels("numba"), np.errstate(all="ignore"):
+        y = bn.normalize(x, np.zeros(1), np.ones(1), np.array([1.1]), shift, eps=0.0)
+        expected = (x.astype(np.float32) * np.float32(1.1) + np.float32(3.0)).astype(kind)
+    nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), nan)
+    off = abs(y.view(np.int16).astype(int) - expected.view(np.int16).astype(int))[~nan]
+    assert off.max() <= 1  # a product that is added unrounded, once in a while
+    assert (off != 0).mean() < 1e-3
+
+
+def test_special_values_pass_through(chosen):
+    x = data.batch((50, 3, 40))
+    x[0, 0, 0], x[1, 1, 1] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        y, stats = bn.batch_norm(x)
+    assert np.isnan(y[:, :2]).all()
+    assert np.isfinite(y[:, 2]).all()
+    verdict.moments(bn.moments(x[:, 2:]), Problem(x[:, 2:]))
+    assert np.isnan(stats.mean[0])
+
+
+def test_kernels_say_which_and_why():
+    x = np.zeros((4, 3), np.float32)
+    assert bn.kernels_for(x).name == "numba"
+    swapped = x.astype(">f4")
+    assert bn.kernels_for(swapped).name == "numpy"
+    assert ">f4" in bn.kernels_for(swapped).why
+    bytes_ = np.zeros(4 * 3 * 4 + 1, np.uint8)
+    odd = bytes_[1:].view(np.float32).reshape(4, 3)
+    assert "aligned" in bn.kernels_for(odd).why
+    odd[...] = data.batch((4, 3))
+    y, _ = bn.batch_norm(odd)
+    np.testing.assert_array_equal(y, bn.batch_norm(odd, out=y)[0])
+    with kernels("numba"), pytest.raises(TypeError, match=r"kernels: got 'numba' asked for, but values"):
+        bn.batch_norm(odd)
+
+
+def test_torch_keeps_its_gradients():
+    torch = pytest.importorskip("torch")
+    x = torch.randn(6, 3)
+    assert bn.kernels_for(x).name == "numba"
+    gamma = torch.ones(3, requires_grad=True)
+    assert "gradients" in bn.kernels_for(x, gamma).why
+    y, _ = bn.batch_norm(x, gamma)
+    y.square().sum().backward()
+    assert gamma.grad is not None
+    with torch.no_grad():
+        assert bn.kernels_for(x, gamma).name == "numba"
+    assert bn.kernels_for(torch.randn(6, 3, device="meta")).name == "generic"
+
+
+def test_torch_shares_its_memory():
+    torch = pytest.importorskip("torch")
+    x = torch.randn(8, 4, 5, 5).to(memory_format=torch.channels_last)
+    y, stats = bn.batch_norm(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    assert bn.batch_norm(x, out=out)[0] is out
+    torch.testing.assert_close(out, torch.nn.functional.batch_norm(x, None, None, training=True))
+    dx, *_ = bn.batch_norm_backward(out, x, stats, out=out)
+    assert dx is out
+
+
+def test_errors_name_what_was_asked():
+    with pytest.raises(
+        ValueError, match=r"name: got 'fast', expected one of 'numba', 'numpy', 'generic'"
+    ):
+        bn.set_kernels("fast")
+    jax = pytest.importorskip("jax.numpy")
+    with kernels("numpy"), pytest.raises(TypeError, match="x is an array of jax"):
+        bn.batch_norm(jax.ones((4, 3)))
+    code = "import numpy as np, batchnorm as bn; bn.batch_norm(np.ones((4, 3)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"BATCHNORM_KERNELS": "quick"}, capture_output=True, text=True
+    )
+    assert "BATCHNORM_KERNELS: got 'quick', expected one of" in done.stderr
+
+
+def test_every_plan_covers_every_value_once():
+    """Tiles of all grids, for shapes around the sizes at which plans change."""
+    from batchnorm.kernels import numba
+
+    for shape in itertools.product((1, 3, 300), (1, 15, 16, 17, 1100), (1, 7, 600)):
+        x = np.empty(shape, np.float32)
+        for axis in range(3):
+            plan = numba.plan(x, (axis,), x)
+            for grid in (plan.grid, plan.whole):
+                if grid is None:
+                    continue
+                _, block, channels, across = grid.tolist()
+                assert block >= 1
+                assert across >= 1
+                assert channels == shape[axis]
+            assert plan.blocks == -(-plan.grid[0] // plan.grid[1])
+
+
+def test_oracle_is_not_ours():
+    """The oracle of these tests agrees with the suite's, in 50 digits."""
+    x = data.batch((7, 3, 5), mean=1e3)
+    y, mean, *_ = float64_oracle(x, np.ones(3), np.zeros(3), (0, 2))
+    exact = Problem(x)
+    assert oracle is not None
+    np.testing.assert_allclose(y, np.asarray(exact.y, dtype=float), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(mean.ravel(), np.asarray(exact.flat(exact.mean), dtype=float), rtol=1e-12)
