@@ -156,7 +156,8 @@ def _plan(
         elif not alone:  # a share for each thread
             whole = min(whole, max(fewest, at.channels // 8))
         across = min(most, at.channels)
-        block = max(4, TILE_BYTES // 4 // (across * at.length * size), -(-reduced // PARTS))
+        share = min(TILE_BYTES, max(TILE_BYTES // 8, nbytes // 16))  # large tiles, but enough of them
+        block = max(4, share // (across * at.length * size), -(-reduced // PARTS))
     else:
         reduced = at.outer * -(-at.length // terms.SEGMENT)
         whole = max(1, TILE_BYTES // 4 // max(1, read)) if read <= CHANNEL_BYTES else 0
