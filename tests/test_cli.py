@@ -89,6 +89,8 @@ def _slope(start, name, direction, images, labels, settings, h=1e-5):
         (["demo", "--steps", "0"], "got '0', expected a whole number of at least 1"),
         (["demo", "--output", "/nowhere/x.png"], "--output: no folder"),
         (["demo", "--output", "x.txt"], "expected a .png, .pdf or .svg file"),
+        (["bench", "--output", "x.txt"], "expected a .png, .pdf or .svg file"),
+        (["bench", "--all", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["train"], "invalid choice: 'train'"),
         ([], "the following arguments are required"),
@@ -117,3 +119,4 @@ def test_info():
     assert done.returncode == 0, done.stderr
     assert "numpy " in done.stdout
     assert "generic: array API code" in done.stdout
+    assert "numba: compiled loops" in done.stdout

@@ -1,0 +1,86 @@
+"""What a call and an import cost: memory, the time of an import, the first compiled call."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+MB = 2**20
+
+PEAK = """
+import sys
+import numpy as np
+import batchnorm as bn
+
+kernels, layout, which = sys.argv[1:]
+bn.set_kernels(kernels)
+rng = np.random.default_rng(0)
+shape, axis = ((16, 64, 112, 112), 1) if layout == "second" else ((16, 112, 112, 64), -1)
+
+
+def run(x):
+    if which == "forward":
+        return bn.batch_norm(x, axis=axis)
+    return bn.batch_norm_backward(x, x, stats, axis=axis)
+
+
+def resident(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+stats = bn.Moments(2.0, np.zeros(64), np.ones(64))
+run(rng.standard_normal((2, *shape[1:])).astype(np.float32))  # compiles, starts threads
+x = np.empty(shape, np.float32)
+x[...] = 1
+x[::2] = 2
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")  # the peak starts anew
+before = resident("VmRSS")
+result = run(x)
+print(resident("VmHWM") - before - result[0].nbytes)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize("layout", ["second", "last"])
+@pytest.mark.parametrize("kernels", ["numba", "numpy"])
+def test_peak_memory_is_the_output_and_little_more(kernels, layout, which):
+    if kernels == "numba":
+        pytest.importorskip("numba")
+    command = [sys.executable, "-c", PEAK, kernels, layout, which]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert int(done.stdout) < 8 * MB, f"{int(done.stdout) / MB:.1f} MB beside the output"
+
+
+def seconds(code, rounds):
+    """The shortest of some runs of a fresh interpreter."""
+    found = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def test_an_import_costs_no_more_than_numpys():
+    nothing = seconds("pass", 7)
+    ours, numpys = (seconds(f"import {module}", 7) - nothing for module in ("batchnorm", "numpy"))
+    assert ours <= 1.3 * numpys
+
+
+def test_nothing_is_compiled_before_it_is_needed():
+    code = """
+import sys
+import numpy as np
+import batchnorm as bn
+
+bn.set_kernels("numpy")
+bn.batch_norm(np.ones((4, 3), np.float32))
+assert "numba" not in sys.modules
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
