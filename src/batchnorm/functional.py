@@ -160,7 +160,8 @@ def batch_norm_backward(
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
 
-    kernels = kernels_for(dy, x, gamma, where, out, *stats)
+    counted = stats.count if hasattr(stats.count, "dtype") else None
+    kernels = kernels_for(dy, x, gamma, where, out, counted, *stats[1:])
     w = _weights(where, x.ndim)
     if kernels.backward is not None and group is None:
         dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)

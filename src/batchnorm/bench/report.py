@@ -56,27 +56,37 @@ def table(results: list[Time], contestants: tuple[str, ...]) -> object:
 
 
 def summary(results: list[Time]) -> list[str]:
-    """Ratios to each peer at its best layout, in the geometric mean and at the worst shape."""
-    rows = _rows(results)
-    lines = ["times as fast as the peer at its best layout: geometric mean (worst shape)"]
-    ours = [name for name, c in CONTESTANTS.items() if c.ours]
-    for name in ours:
+    """Ratios to each peer, in the geometric mean and at the worst shape, layout by layout."""
+    lines = ["times as fast: geometric mean (worst shape), against the peer at"]
+    lines.append(f"{'':64}{'the same layout':20}its best layout")
+    for name in (n for n, c in CONTESTANTS.items() if c.ours):
         for peer in PEERS:
             for which in PASSES:
                 for layout in LAYOUTS:
-                    ratios = []
-                    for (shape, at, p), row in rows.items():
-                        if at == layout and p == which and name in row:
-                            theirs = [rows[shape, any_, p].get(peer) for any_ in LAYOUTS]
-                            best = min((t for t in theirs if t is not None), default=None)
-                            if best is not None:
-                                ratios.append(best / row[name])
-                    if ratios:
-                        lines.append(
-                            f"  {name:22} vs {peer:15} {which:10} channels {layout:7}"
-                            f"{geometric(ratios):7.2f} ({min(ratios):.2f})"
-                        )
+                    same = ratios(results, name, peer, which, layout, (layout,))
+                    best = ratios(results, name, peer, which, layout, LAYOUTS)
+                    if best:
+                        cells = [
+                            f"{geometric(r):.2f} ({min(r):.2f})" if r else "-" for r in (same, best)
+                        ]
+                        text = f"  {name:22} vs {peer:15} {which:10} channels {layout:7}"
+                        lines.append(f"{text}  {cells[0]:20}{cells[1]}")
     return lines
+
+
+def ratios(
+    results: list[Time], name: str, peer: str, which: str, layout: str, at: tuple[str, ...]
+) -> list[float]:
+    """How many times as fast as a peer, whose fastest layout of some counts, at each shape."""
+    rows = _rows(results)
+    found = []
+    for (shape, mine, passed), row in rows.items():
+        if mine == layout and passed == which and name in row:
+            theirs = [rows[shape, other, which].get(peer) for other in at]
+            known = [seconds for seconds in theirs if seconds is not None]
+            if known:
+                found.append(min(known) / row[name])
+    return found
 
 
 def draw(results: list[Time], output: Path) -> None:

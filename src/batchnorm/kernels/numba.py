@@ -34,7 +34,7 @@ PARTS = 128
 # Columns of a tile: fewer are slow to read, more do not leave their sums in the first-level cache.
 FEWEST_COLUMNS, MOST_COLUMNS = 512, 1024
 # Below this, waking a second thread costs more than it saves.
-ALONE_BYTES = 2**19
+ALONE_BYTES = 2**21
 # From this size on, output is stored past the caches, which it would only flush.
 STREAM_BYTES = 2**23
 
@@ -143,7 +143,7 @@ def _plan(
     at = axes.merged(shape, kept, steps, data)
     size = sizes[0]
     nbytes = math.prod(shape) * size
-    alone = nbytes * data < ALONE_BYTES
+    alone = nbytes * data <= ALONE_BYTES
     values = at.outer * at.length  # of a channel
     read = values * size * max(1, data - 1)  # bytes of a channel that are read twice
 
@@ -161,7 +161,7 @@ def _plan(
     else:
         reduced = at.outer * -(-at.length // terms.SEGMENT)
         whole = max(1, TILE_BYTES // 4 // max(1, read)) if read <= CHANNEL_BYTES else 0
-        if at.channels < 4 and read > ALONE_BYTES:
+        if at.channels < 4 and not alone:
             whole = 0
         across = max(1, TILE_BYTES // 2 // max(1, values * size))
         block = max(TILE_BYTES // 2 // (terms.SEGMENT * size), -(-reduced // PARTS))

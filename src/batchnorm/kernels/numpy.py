@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ SAMPLE = 64
 def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
     """Count, mean as a high and a low part, and population variance of each channel.
 
-    Σw, Σw·d and Σw·d² with d = x - pivot, in float64: with the pivot within two standard deviations
+    Σw, Σw·d and Σw·d² with d = x - pivot, in float64: with the pivot within a standard deviation
     of the mean, var = Σwd²/n - (Σwd/n)² loses next to nothing, and one reading gives both.
     """
     pivot = np.zeros(at.broadcast)
@@ -51,12 +51,12 @@ def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array,
         n, s, _ = _sums(x[sample], None if w is None else w[sample], pivot, at)
         d = s / np.where(n > 0, n, 1)
         for _ in range(2):  # a second time where the pivot was too far from the mean
-            pivot = (pivot + d).astype(at.compute).astype(np.float64)
+            pivot = (pivot + d).astype(x.dtype).astype(np.float64)  # so that d is exact
             n, s, q = _sums(x, w, pivot, at)
             some = np.where(n > 0, n, 1)
             d = s / some
             var = q / some - d * d
-            if not np.any(d * d > 4 * var):
+            if not np.any(d * d > var):
                 break
         mean = pivot + d
         back = mean - pivot
@@ -218,7 +218,7 @@ class _View:
             v = _sum(v, axis)
         return v.reshape(channels)
 
-    def blocks(self) -> Iterator[Index]:
+    def blocks(self) -> list[Index]:
         """Indices of blocks of at most `BLOCK` values that together are the array."""
         ranges: list[list[slice]] = []
         rest = math.prod(self.shape)
@@ -226,11 +226,11 @@ class _View:
             rest //= max(1, n)  # values of one step along this axis
             step = max(1, min(n, BLOCK // max(1, rest)))
             ranges.append([slice(i, min(n, i + step)) for i in range(0, n, step)])
-        return itertools.product(*ranges)
+        return list(itertools.product(*ranges))
 
     def each(self, work: Callable[[Index], Any]) -> list[tuple[Index, Any]]:
         """What a function gives for each block, run on as many threads as there are blocks."""
-        blocks = list(self.blocks())
+        blocks = self.blocks()
         found: list[Any] = [None] * len(blocks)
         tickets = iter(range(len(blocks)))
 
@@ -246,12 +246,17 @@ class _View:
 
     def add(self, work: Callable[[Index], tuple[Array, ...]], count: int) -> list[Array]:
         """Add what each block gives for its channels, in the order of the blocks."""
-        sums = [[np.zeros(self.channels), np.zeros(self.channels)] for _ in range(count)]
+        sums = [np.zeros(self.channels) for _ in range(count)]
+        parts: dict[Any, tuple[Index, list[tuple[Array, ...]]]] = {}
+        for index, terms in self.each(work):
+            place = self.at(index)
+            key = tuple((s.start, s.stop) for s in place)
+            parts.setdefault(key, (place, []))[1].append(terms)
         with np.errstate(invalid="ignore", over="ignore"):
-            for index, terms in self.each(work):
-                for (high, low), term in zip(sums, terms, strict=True):
-                    _two_sum(high[self.at(index)], low[self.at(index)], term)
-            return [high + low for high, low in sums]
+            for place, terms_of_blocks in parts.values():
+                for total, terms in zip(sums, zip(*terms_of_blocks, strict=True), strict=True):
+                    total[place] = _sum(np.stack(terms), 0)[0]
+        return sums
 
 
 def _sum(v: Array, axis: int) -> Array:
@@ -264,14 +269,6 @@ def _sum(v: Array, axis: int) -> Array:
     leaves = v[(*pick, slice(0, whole))].reshape((*before, n // LEAF, LEAF, *after))
     total = _sum(np.add.reduce(leaves, axis=axis + 1), axis)
     return total + np.add.reduce(v[(*pick, slice(whole, n))], axis=axis, keepdims=True)
-
-
-def _two_sum(high: Array, low: Array, term: Array) -> None:
-    """Add to a sum in two parts (Knuth 1969)."""
-    s = high + term
-    back = s - high
-    low += (high - (s - back)) + (term - back)
-    high[...] = s
 
 
 def _sample(x: Array, at: Layout) -> Index:

@@ -300,6 +300,19 @@ def narrow(typing: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
+def rounded(typing: Any, value: Any, like: Any) -> Any:
+    """A float64 number as a stored dtype holds it."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if like == types.float64:
+            return args[0]
+        raw = _encode(builder, builder.fptrunc(args[0], ir.FloatType()), like)
+        return builder.fpext(_decode(builder, raw, like), ir.DoubleType())
+
+    return types.float64(value, like), emit
+
+
+@intrinsic
 def only(typing: Any, weight: Any, value: Any) -> Any:
     """The value where its weight is above zero, else 0 (also for NaN); one or all lanes."""
 
@@ -386,6 +399,7 @@ __all__ = [
     "narrow",
     "only",
     "peek",
+    "rounded",
     "scatter",
     "splat",
     "store",

@@ -11,6 +11,7 @@ from batchnorm.kernels.compiled.lanes import (
     load1,
     narrow,
     only,
+    rounded,
     splat,
     store1,
     stream,
@@ -78,7 +79,7 @@ def channel_pivot(x, ox, like, w, ow, wlike, rows):
     inner = rows.shape[1] - 1
     size = min(SAMPLE, rows[0, inner])
     n, s, _ = run_moments(x, ox, rows[1, inner], like, w, ow, rows[3, inner], wlike, size, 0.0)
-    return np.float64(narrow(s / n if n > 0 else 0.0, like))
+    return rounded(s / n if n > 0 else 0.0, like)
 
 
 @compiled

@@ -23,6 +23,7 @@ from batchnorm.kernels.compiled.lanes import (
     load,
     narrow,
     peek,
+    rounded,
     scatter,
     store,
 )
@@ -92,7 +93,7 @@ def two_sum(high, low, term):
 def finish_moments(sums, c, stats, like):
     """Write count, mean, variance and mean_lo of a channel from its n, Σd, Σd² and pivot.
 
-    With d = mean - pivot, var = q/n - d²: where d is below two standard deviations, next to nothing
+    With d = mean - pivot, var = q/n - d²: where d is below a standard deviation, next to nothing
     cancels. Where it is not, the mean is left as a better pivot for another try, and False returned.
     """
     n, pivot = sums[0, c], sums[3, c]
@@ -105,8 +106,8 @@ def finish_moments(sums, c, stats, like):
     stats[1, c] = mean
     stats[2, c] = 0.0 if var < 0 else var
     stats[3, c] = (pivot - (mean - back)) + (d - back)
-    sums[3, c] = np.float64(narrow(mean, like))
-    return not d * d > 4.0 * var
+    sums[3, c] = rounded(mean, like)
+    return not d * d > var
 
 
 @compiled
