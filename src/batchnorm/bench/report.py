@@ -112,6 +112,7 @@ def draw(results: list[Time], output: Path) -> None:
     axes.set_yticks(
         [y + 0.4 - height / 2 for y in range(len(rows))], [" × ".join(map(str, SHAPES[s])) for s in rows]
     )
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("speed of the training forward pass, as a share of a copy's (line)")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
