@@ -98,9 +98,8 @@ def _for_numpy(*arrays: Array | None) -> KernelSet:
             if why_not is None:
                 return _compiled()
         if asked is not None:
-            checks.fail(
-                TypeError, "kernels", f"'numba' asked for, but {why_not}", "arrays it can run on"
-            )
+            expected = "arrays it can run on" if compiled is not None else "a Numba that can be imported"
+            checks.fail(TypeError, "kernels", f"'numba' asked for, but {why_not}", expected)
         return _blocked(why_not)
     return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
 
