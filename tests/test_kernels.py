@@ -89,10 +89,9 @@ def test_any_strides(chosen, axis, step, reverse, weighted):
 
 @pytest.mark.parametrize("layout", ["second", "last"])
 @pytest.mark.parametrize("shape", [(2, 3, 512, 600), (32, 64, 28, 28), (32, 512, 7, 7), (4096, 48)])
+@pytest.mark.parametrize("chosen", ["numba", "numpy"], indirect=True)
 def test_threads_change_nothing(chosen, shape, layout):
     """Bit for bit, forward, backward and inference, with and without weights."""
-    if chosen == "generic":
-        pytest.skip("the generic kernels have no threads")
     x = data.batch(shape, mean=100.0)
     dy = data.batch(shape, seed=1)
     axis = 1
