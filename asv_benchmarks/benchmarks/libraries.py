@@ -3,33 +3,29 @@
 Each name maps to a function (case, pass) -> callable that does the pass once and waits for it.
 """
 
+import importlib
 import importlib.util
 
-import batchnorm as bn
 from batchnorm.bench.cases import Case
-from batchnorm.bench.contestants import CONTESTANTS, EPS, present
+from batchnorm.bench.contestants import CONTESTANTS, package, present
 
 
 def _on_device(module, to_device, wait):
     """This package on arrays of a device, synchronized."""
 
     def prepare(case: Case, which: str):
-        library = __import__(module)
-        x, dy, gamma, beta, mean, var = (to_device(library, a) for a in case[:6])
-        axis = case.axis
-        if which == "forward":
-            return lambda: (bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS), wait(library))
-        if which == "inference":
-            return lambda: (bn.normalize(x, mean, var, gamma, beta, axis=axis, eps=EPS), wait(library))
-        _, stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)
-        return lambda: (bn.batch_norm_backward(dy, x, stats, gamma, axis=axis, eps=EPS), wait(library))
+        library = importlib.import_module(module)
+        call = package(lambda a: to_device(library, a))(case, which)
+        return lambda: (call(), wait(library))
 
     return prepare
 
 
 def _has_device(module, count):
     try:
-        return importlib.util.find_spec(module) is not None and count(__import__(module)) > 0
+        return (
+            importlib.util.find_spec(module) is not None and count(importlib.import_module(module)) > 0
+        )
     except Exception:  # a GPU library without a driver
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import operator
+import os
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -224,6 +225,14 @@ def whole(argument: str, value: Any, low: int) -> int:
     if isinstance(value, bool) or number < low:
         fail(ValueError, argument, repr(value), expected)
     return number
+
+
+def from_environment(variable: str, low: int, expected: str) -> int | None:
+    """A whole number with a lower bound from an environment variable; None where it is not set."""
+    text = os.environ.get(variable, "")
+    if text and not (text.isdecimal() and int(text) >= low):
+        fail(ValueError, variable, repr(text), expected)
+    return int(text) if text else None
 
 
 def joined(at: Layout, stats: Any, where: Array | None) -> None:

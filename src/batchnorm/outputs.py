@@ -87,10 +87,8 @@ def get_output_pool() -> int:
     """
     global _limit
     if _limit is None:
-        text = os.environ.get(VARIABLE, "")
-        if text and not text.isdecimal():
-            checks.fail(ValueError, VARIABLE, repr(text), "a whole number of bytes")
-        _limit = int(text) if text else DEFAULT_BYTES
+        given = checks.from_environment(VARIABLE, 0, "a whole number of bytes")
+        _limit = DEFAULT_BYTES if given is None else given
     return _limit
 
 

@@ -65,10 +65,7 @@ def get_num_threads() -> int:
     """
     global _chosen
     if _chosen is None:
-        text = os.environ.get(VARIABLE, "")
-        if text and not (text.isdecimal() and int(text) >= 1):
-            checks.fail(ValueError, VARIABLE, repr(text), "a whole number >= 1")
-        _chosen = int(text) if text else usable_cpus()
+        _chosen = checks.from_environment(VARIABLE, 1, "a whole number >= 1") or usable_cpus()
     return _chosen
 
 

@@ -33,7 +33,7 @@ class Contestant(NamedTuple):
     """The kernels of this package that it runs on."""
 
 
-def _package(convert: Callable[[Array], Array]) -> Any:
+def package(convert: Callable[[Array], Array]) -> Any:
     """Run this package on the arrays of some library."""
 
     def prepare(case: Case, which: str) -> Timed:
@@ -167,9 +167,9 @@ def copy(case: Case, which: str) -> Timed:
 
 
 CONTESTANTS = {
-    "batchnorm (Numba)": Contestant(_package(lambda a: a), "numba", True, "numba"),
-    "batchnorm (NumPy)": Contestant(_package(lambda a: a), "numpy", True, "numpy"),
-    "batchnorm on PyTorch": Contestant(_package(_on_torch), "torch", True),
+    "batchnorm (Numba)": Contestant(package(lambda a: a), "numba", True, "numba"),
+    "batchnorm (NumPy)": Contestant(package(lambda a: a), "numpy", True, "numpy"),
+    "batchnorm on PyTorch": Contestant(package(_on_torch), "torch", True),
     "batchnorm on JAX": Contestant(_on_jax, "jax", True),
     "PyTorch": Contestant(_torch_itself, "torch", False),
     "TensorFlow": Contestant(_tensorflow, "tensorflow", False),

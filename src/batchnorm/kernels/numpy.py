@@ -76,7 +76,7 @@ def _sums(x: Array, w: Array | None, pivot: Array, at: Layout) -> tuple[Array, A
         np.subtract(d, view.repeated(pivot, index), out=d)
         if w is None:
             return view.total(d), view.total(d, d)
-        weights = np.broadcast_to(w[index], part.shape)
+        weights = w[index]
         d[~(weights > 0)] = 0.0
         wd = np.multiply(d, weights, dtype=np.float64)
         return view.total(wd), view.total(wd, d), view.total(weights.astype(np.float64))

@@ -121,18 +121,30 @@ def kernels(name: str | None) -> Iterator[None]:
         bn.set_kernels(asked)
 
 
-class NumPy(Target):
-    """NumPy's arrays; the mode is a kernel set."""
+class OnKernels(Target):
+    """A device, perhaps with the kernel set that cases run on, as in "cpu-numba"."""
+
+    def __init__(self, library: str, module: str, device: str) -> None:
+        super().__init__(library, module, device)
+        self.kind, _, self.kernels = device.partition("-")
 
     def missing(self) -> str | None:
-        if self.device_name == "numba" and importlib.util.find_spec("numba") is None:
+        if self.kernels == "numba" and importlib.util.find_spec("numba") is None:
             return "Numba is not installed"
         return super().missing()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        with kernels(self.device_name):
+        with kernels(self.kernels or None):
             yield
+
+
+class NumPy(OnKernels):
+    """NumPy's arrays; the mode is a kernel set."""
+
+    def __init__(self, library: str, module: str, device: str) -> None:
+        super().__init__(library, module, device)
+        self.kernels = device
 
     def asarray(self, a: Array) -> Array:
         return a  # as it is, with its strides and flags
@@ -159,22 +171,8 @@ class Strict(Target):
         return np.asarray(compat.to_device(a, cpu))
 
 
-class Torch(Target):
-    """PyTorch's tensors on a device, as in "cuda", or on a kernel set for the CPU, as in "cpu-numba"."""
-
-    def __init__(self, library: str, module: str, device: str) -> None:
-        super().__init__(library, module, device)
-        self.kind, _, self.kernels = device.partition("-")
-
-    def missing(self) -> str | None:
-        if self.kernels == "numba" and importlib.util.find_spec("numba") is None:
-            return "Numba is not installed"
-        return super().missing()
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        with kernels(self.kernels or None):
-            yield
+class Torch(OnKernels):
+    """PyTorch's tensors on a device, or on a kernel set for the CPU."""
 
     @property
     def device(self) -> Any:

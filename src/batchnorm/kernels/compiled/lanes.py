@@ -1,4 +1,4 @@
-"""Vectors of 16 lanes for Numba: what the loops of `loops.py` are written in.
+"""Vectors of 16 lanes for Numba: what the loops beside this file are written in.
 
 A plain loop leaves it to the compiler whether and how to vectorize: it has to prove that buffers do
 not overlap, it may add in any order that a flag permits, and it never stores past the cache. A loop

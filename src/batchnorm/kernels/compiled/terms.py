@@ -1,8 +1,8 @@
 """What all compiled loops share: where an axis leads, tiles, and the arithmetic of one channel.
 
-A tile is a block of the reduced axes by a block of channels; threads take tiles from a shared counter
-until none is left. What a tile computes depends on its number alone, so that results are the same to
-the bit for any number of threads.
+A tile is a block of the reduced axes by a block of channels; threads take tiles, of their own share
+first, until none is left. What a tile computes depends on its number alone, so that results are the
+same to the bit for any number of threads.
 
 `rows` and `chan` describe the axes: row 0 their lengths, row 1 + k the steps of operand k, counted in
 values. The last column of `rows` is the inner axis, along a run. Operands are in the order of the
