@@ -102,6 +102,33 @@ def _wait(child, seconds):
     pytest.fail("a forked child hangs")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_loops_are_compiled():
+    """The child finds the compiler free: it compiles what its parent had half done."""
+    code = """
+import os, signal, threading, time
+import numpy as np
+import batchnorm as bn
+bn.set_kernels("numba")
+x = np.random.default_rng(0).normal(size=(16, 24, 200)).astype(np.float32)
+bn.kernels_for(x)  # imports them
+first = threading.Thread(target=bn.batch_norm, args=(x,))
+first.start()
+time.sleep(0.5)
+assert first.is_alive(), "compiled before the fork"
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    y, _ = bn.batch_norm(x)
+    os._exit(0 if np.allclose(y.std((0, 2)), 1.0, atol=1e-3) else 1)
+_, status = os.waitpid(child, 0)
+first.join()
+assert status == 0, status
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+
+
 def test_calls_while_the_interpreter_ends(tmp_path):
     code = f"""
 import atexit, threading, time

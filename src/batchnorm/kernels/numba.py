@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import platform
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import binding
+from numba.core.compiler_lock import global_compiler_lock
 
 from batchnorm import outputs, threads
 from batchnorm.kernels import axes, written
@@ -41,6 +43,15 @@ STREAM_BYTES = 2**23
 _sentinels: dict[Any, Any] = {}
 
 threads.watch = terms.watch
+
+# A child that is forked while another thread compiles would find Numba's lock, and LLVM's, held for
+# ever. So a fork waits until nothing is being compiled: seconds at most, and only then.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def refuses(arrays: tuple[Array | None, ...]) -> str | None:
