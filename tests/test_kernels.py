@@ -231,19 +231,22 @@ def test_errors_name_what_was_asked():
 def test_every_plan_covers_every_value_once():
     """Tiles of all grids, for shapes around the sizes at which plans change."""
     from batchnorm.kernels import numba
+    from batchnorm.kernels.compiled import terms
 
-    for shape in itertools.product((1, 3, 300), (1, 15, 16, 17, 1100), (1, 7, 600)):
+    for shape in itertools.product((1, 3, 300, 4096), (1, 15, 16, 17, 1100), (1, 7, 600)):
         x = np.empty(shape, np.float32)
         for axis in range(3):
             plan = numba.plan(x, (axis,), x)
-            for grid in (plan.grid, plan.whole):
-                if grid is None:
-                    continue
-                _, block, channels, across = grid.tolist()
-                assert block >= 1
-                assert across >= 1
-                assert channels == shape[axis]
-            assert plan.blocks == -(-plan.grid[0] // plan.grid[1])
+            for grid in filter(None, (plan.grid, plan.whole)):
+                assert grid.block >= 1
+                assert grid.across >= 1
+                assert grid.channels == shape[axis]
+                assert grid.tiles == -(-grid.reduced // grid.block) * -(-grid.channels // grid.across)
+            run = plan.rows[0, -1]  # segments of it, in planes
+            per = run * plan.copies if plan.loops == "columns" else run / -(-run // terms.SEGMENT)
+            assert round(plan.grid.reduced * per) * plan.channels == x.size
+            if plan.copies > 1:  # a row of all channels
+                assert plan.grid.across == plan.channels
 
 
 def test_oracle_is_not_ours():

@@ -25,12 +25,16 @@ class Axes(NamedTuple):
     length: int
     """The innermost reduced length: a run, or the neighbouring columns of a channel."""
     channels: int
+    copies: int
+    """Neighbouring rows that are taken for one, where there are few columns."""
 
 
 # Runs of channels second that are shorter than this are worked on as columns.
 SHORT_RUN = 512
 # Fewer neighbouring columns than this are not worth a row.
 NARROW = 16
+# Columns of a row, at most, that is taken together from several; and how many such rows there must be.
+WIDE, TALL = 1024, 64
 
 
 def merged(
@@ -57,9 +61,12 @@ def merged(
         and all(step == 1 for step in inner)
         and all(step == length for step in chan[0][1])
     )
-    if neighbours and chan[0][0] >= NARROW:
+    copies = _copies(rows, chan) if neighbours and len(steps) == data else 1
+    if neighbours and chan[0][0] * copies >= NARROW:
+        if copies > 1:
+            rows = [(length // copies, tuple(copies * step for step in inner))]
+        outer, length, columns = outer * length // copies, 1, True
         rows = [*rows, (1, (1,) * len(steps))]
-        outer, length, columns = outer * length, 1, True
     else:
         columns = short_runs and chan[0][0] * length >= NARROW
     return Axes(
@@ -69,7 +76,17 @@ def merged(
         outer=outer,
         length=length,
         channels=math.prod(n for n, _ in chan),
+        copies=copies,
     )
+
+
+def _copies(rows: list[Axis], chan: list[Axis]) -> int:
+    """How many rows to take for one: where they follow each other, as many as are wide enough."""
+    if len(rows) != 1 or any(step != chan[0][0] for step in rows[0][1]):
+        return 1
+    count = rows[0][0]
+    most = max(1, min(WIDE // chan[0][0], count // TALL))
+    return next(copies for copies in range(most, 0, -1) if count % copies == 0)
 
 
 def _merge(axes: list[Axis]) -> list[Axis]:

@@ -234,9 +234,7 @@ class _View:
         found: list[Any] = [None] * len(blocks)
         tickets = iter(range(len(blocks)))
 
-        def task(_: int, bells: threads.Bells) -> None:
-            for bell in bells:
-                bell.value += 1
+        def task(_: int) -> None:
             with np.errstate(all="ignore"):
                 for ticket in tickets:
                     found[ticket] = work(blocks[ticket])

@@ -7,7 +7,8 @@ into whatever registers there are), an operand is read before its place is writt
 stream.
 
 Storage is told by a sentinel, `like`: a scalar whose type names the dtype in memory. Addresses are
-integers, steps and indices count values of that dtype.
+integers, steps and indices count values of that dtype. A `count` below 16 leaves the other lanes out:
+they read as zero and are not written. None stands for all 16, and is compiled on its own.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def _computes_in(like: types.Type) -> types.Float:
     return types.float64 if like == types.float64 else types.float32
 
 
-# a + b, a - b and a * b, lane by lane.
-for _operator, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+# a + b, a - b, a * b and a / b, lane by lane.
+_METHODS = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
+for _operator, _method in _METHODS.items():
 
     @infer_global(_operator)
     class _Arithmetic(AbstractTemplate):  # type: ignore[misc]
@@ -138,113 +140,123 @@ def _all(like: Any, value: int) -> ir.Constant:
     return ir.Constant(like.type, value)
 
 
+def _active(builder: Any, count: Any) -> Any:
+    """Which lanes a count leaves in."""
+    numbers = ir.Constant(ir.VectorType(I64, WIDTH), list(range(WIDTH)))
+    return builder.icmp_signed("<", numbers, _splat(builder, count))
+
+
+def _masked(builder: Any, name: str, kind: ir.Type, result: ir.Type, *args: Any) -> Any:
+    """Call LLVM's load or store of some lanes."""
+    function = ir.FunctionType(result, [a.type for a in args])
+    suffix = {2: "i16", 1: "i8"}.get(_size(kind)) or ("f64" if _size(kind) == 8 else "f32")
+    name = f"llvm.masked.{name}.v{WIDTH}{suffix}.p0"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+
+def _bits(kind: ir.Type) -> ir.Type:
+    """What a dtype is moved as, some lanes at a time: not every processor moves float16."""
+    return ir.IntType(16) if isinstance(kind, ir.HalfType) else kind
+
+
 @intrinsic
-def load(typing: Any, address: Any, index: Any, like: Any) -> Any:
-    """Read 16 neighbours into lanes."""
+def load(typing: Any, address: Any, index: Any, count: Any, like: Any) -> Any:
+    """Read 16 neighbours, or the first of them, into lanes."""
     kind = _stored(like)
+    vector, moved = ir.VectorType(kind, WIDTH), ir.VectorType(_bits(kind), WIDTH)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vector = ir.VectorType(kind, WIDTH).as_pointer()
-        pointer = builder.bitcast(_pointer(builder, args[0], args[1], kind), vector)
-        return _decode(builder, builder.load(pointer, align=_size(kind)), like)
+        place, count = _pointer(builder, args[0], args[1], kind), args[2]
+        if isinstance(sig.args[2], types.NoneType):
+            place = builder.bitcast(place, vector.as_pointer())
+            return _decode(builder, builder.load(place, align=_size(kind)), like)
+        place = builder.bitcast(place, moved.as_pointer())
+        rest = _int(_size(kind)), _active(builder, count), ir.Constant(moved, None)
+        raw = _masked(builder, "load", kind, moved, place, *rest)
+        return _decode(builder, builder.bitcast(raw, vector), like)
 
-    return Lanes(_computes_in(like))(address, index, like), emit
+    return Lanes(_computes_in(like))(address, index, count, like), emit
 
 
 @intrinsic
-def gather(typing: Any, address: Any, index: Any, step: Any, like: Any) -> Any:
-    """Read 16 values that lie a step apart into lanes."""
+def gather(typing: Any, address: Any, index: Any, step: Any, count: Any, like: Any) -> Any:
+    """Read 16 values that lie a step apart, or the first of them, into lanes."""
     kind = _stored(like)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         raw: Any = ir.Constant(ir.VectorType(kind, WIDTH), ir.Undefined)
-        at = args[1]
-        for lane in range(WIDTH):
+        for lane, at in enumerate(_steps(builder, sig.args[3], *args[1:4])):
             value = builder.load(_pointer(builder, args[0], at, kind), align=_size(kind))
             raw = builder.insert_element(raw, value, _int(lane))
-            at = builder.add(at, args[2])
+        if not isinstance(sig.args[3], types.NoneType):
+            raw = builder.select(_active(builder, args[3]), raw, ir.Constant(raw.type, None))
         return _decode(builder, raw, like)
 
-    return Lanes(_computes_in(like))(address, index, step, like), emit
+    return Lanes(_computes_in(like))(address, index, step, count, like), emit
+
+
+def _steps(builder: Any, counted: types.Type, index: Any, step: Any, count: Any) -> list[Any]:
+    """Where lanes lie; those that are left out, where the last one does."""
+    at = [index]
+    for lane in range(1, WIDTH):
+        taken: Any = step
+        if not isinstance(counted, types.NoneType):
+            inside = builder.icmp_signed("<", _int(lane, I64), count)
+            taken = builder.select(inside, step, _int(0, I64))
+        at.append(builder.add(at[-1], taken))
+    return at
 
 
 @intrinsic
-def load1(typing: Any, address: Any, index: Any, like: Any) -> Any:
-    """Read one value."""
+def store(typing: Any, address: Any, index: Any, value: Any, count: Any, like: Any) -> Any:
+    """Write lanes, or the first of them, to neighbours."""
     kind = _stored(like)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(builder, args[0], args[1], kind)
-        return _decode(builder, builder.load(pointer, align=_size(kind)), like)
+        raw = _encode(builder, args[2], like)
+        place = _pointer(builder, args[0], args[1], kind)
+        if isinstance(sig.args[3], types.NoneType):
+            builder.store(raw, builder.bitcast(place, raw.type.as_pointer()), align=_size(kind))
+        else:
+            raw = builder.bitcast(raw, ir.VectorType(_bits(kind), WIDTH))
+            place = builder.bitcast(place, raw.type.as_pointer())
+            rest = _int(_size(kind)), _active(builder, args[3])
+            _masked(builder, "store", kind, ir.VoidType(), raw, place, *rest)
+        return context.get_dummy_value()
 
-    return _computes_in(like)(address, index, like), emit
-
-
-@intrinsic
-def store(typing: Any, address: Any, index: Any, value: Any, like: Any) -> Any:
-    """Write lanes to 16 neighbours."""
-    return types.void(address, index, value, like), _storing(like, streaming=False)
+    return types.void(address, index, value, count, like), emit
 
 
 @intrinsic
 def stream(typing: Any, address: Any, index: Any, value: Any, like: Any) -> Any:
-    """Write lanes to 16 neighbours past the cache; their address is a multiple of their size."""
-    return types.void(address, index, value, like), _storing(like, streaming=True)
-
-
-def _storing(like: types.Type, streaming: bool) -> Any:
+    """Write lanes to 16 neighbours past the cache; their address is a multiple of `streaming_size`."""
     kind = _stored(like)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         raw = _encode(builder, args[2], like)
-        pointer = _pointer(builder, args[0], args[1], kind)
-        align = _size(kind) * (min(WIDTH, 64 // _size(kind)) if streaming else 1)
-        whole = builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=align)
-        if streaming:
-            whole.set_metadata("nontemporal", builder.module.add_metadata([_int(1)]))
-        return context.get_dummy_value()
-
-    return emit
-
-
-@intrinsic
-def scatter(typing: Any, address: Any, index: Any, step: Any, value: Any, like: Any) -> Any:
-    """Write lanes to 16 places that lie a step apart."""
-    kind = _stored(like)
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        raw, at = _encode(builder, args[3], like), args[1]
-        for lane in range(WIDTH):
-            place = _pointer(builder, args[0], at, kind)
-            builder.store(builder.extract_element(raw, _int(lane)), place, align=_size(kind))
-            at = builder.add(at, args[2])
-        return context.get_dummy_value()
-
-    return types.void(address, index, step, value, like), emit
-
-
-@intrinsic
-def store1(typing: Any, address: Any, index: Any, value: Any, like: Any) -> Any:
-    """Write one value."""
-    kind = _stored(like)
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        raw = _encode(builder, args[2], like)
-        builder.store(raw, _pointer(builder, args[0], args[1], kind), align=_size(kind))
+        place = _pointer(builder, args[0], args[1], kind)
+        align = min(WIDTH * _size(kind), 64)
+        whole = builder.store(raw, builder.bitcast(place, raw.type.as_pointer()), align=align)
+        whole.set_metadata("nontemporal", builder.module.add_metadata([_int(1)]))
         return context.get_dummy_value()
 
     return types.void(address, index, value, like), emit
 
 
 @intrinsic
-def address_of(typing: Any, array: Any) -> Any:
-    """Where the data of an array begins."""
+def scatter(typing: Any, address: Any, index: Any, step: Any, value: Any, count: Any, like: Any) -> Any:
+    """Write lanes, or the first of them, to places that lie a step apart."""
+    kind = _stored(like)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        parts = context.make_array(array)(context, builder, args[0])
-        return builder.ptrtoint(parts.data, I64)
+        raw = _encode(builder, args[3], like)
+        places = list(enumerate(_steps(builder, sig.args[4], args[1], args[2], args[4])))
+        for lane, at in reversed(places):  # what is left out is written over by the last that is not
+            place = _pointer(builder, args[0], at, kind)
+            builder.store(builder.extract_element(raw, _int(lane)), place, align=_size(kind))
+        return context.get_dummy_value()
 
-    return types.int64(array), emit
+    return types.void(address, index, step, value, count, like), emit
 
 
 @intrinsic
@@ -290,42 +302,81 @@ def wide(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def narrow(typing: Any, value: Any, like: Any) -> Any:
-    """A float64 number in the dtype in which values of a stored dtype are worked on."""
+    """Lanes, or one number, in the dtype in which values of a stored dtype are worked on."""
     target = _computes_in(like)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return args[0] if target == types.float64 else builder.fptrunc(args[0], ir.FloatType())
+        if target == types.float64:
+            return args[0]
+        return builder.fptrunc(args[0], _over(args[0], ir.FloatType()))
 
-    return target(value, like), emit
+    return (Lanes(target) if isinstance(value, Lanes) else target)(value, like), emit
 
 
 @intrinsic
 def rounded(typing: Any, value: Any, like: Any) -> Any:
-    """A float64 number as a stored dtype holds it."""
+    """Lanes, or one number, of float64 as a stored dtype holds it."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if like == types.float64:
             return args[0]
-        raw = _encode(builder, builder.fptrunc(args[0], ir.FloatType()), like)
-        return builder.fpext(_decode(builder, raw, like), ir.DoubleType())
+        single = builder.fptrunc(args[0], _over(args[0], ir.FloatType()))
+        raw = _decode(builder, _encode(builder, single, like), like)
+        return builder.fpext(raw, _over(raw, ir.DoubleType()))
 
-    return types.float64(value, like), emit
+    return value(value, like), emit
+
+
+@intrinsic
+def root(typing: Any, value: Any) -> Any:
+    """The square root, lane by lane."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        function = ir.FunctionType(args[0].type, [args[0].type])
+        name = f"llvm.sqrt.v{WIDTH}f64"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+    return Lanes(types.float64)(value), emit
+
+
+@intrinsic
+def above_zero(typing: Any, number: Any, value: Any, other: Any) -> Any:
+    """The value in lanes whose number is above zero, and the other elsewhere (also for NaN)."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        above = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
+        return builder.select(above, args[1], args[2])
+
+    return value(number, value, other), emit
+
+
+@intrinsic
+def any_above_zero(typing: Any, number: Any) -> Any:
+    """Whether a lane is above zero."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        above = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
+        return builder.icmp_unsigned(
+            "!=", builder.bitcast(above, ir.IntType(WIDTH)), _int(0, ir.IntType(WIDTH))
+        )
+
+    return types.boolean(number), emit
 
 
 @intrinsic
 def only(typing: Any, weight: Any, value: Any) -> Any:
-    """The value where its weight is above zero, else 0 (also for NaN); one or all lanes."""
+    """The value in lanes whose weight is above zero, and 0 elsewhere (also for NaN)."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        zero_w, zero = ir.Constant(args[0].type, None), ir.Constant(args[1].type, None)
-        return builder.select(builder.fcmp_ordered(">", args[0], zero_w), args[1], zero)
+        above = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
+        return builder.select(above, args[1], ir.Constant(args[1].type, None))
 
     return value(weight, value), emit
 
 
 @intrinsic
 def either(typing: Any, weight: Any, gradient: Any, value: Any) -> Any:
-    """The value where it has a weight or a gradient, else 0 (also for NaN); one or all lanes."""
+    """The value in lanes with a weight or a gradient, and 0 elsewhere (also for NaN)."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         weight, gradient, value = args
@@ -337,9 +388,21 @@ def either(typing: Any, weight: Any, gradient: Any, value: Any) -> Any:
 
 
 @intrinsic
+def within(typing: Any, count: Any, value: Any) -> Any:
+    """The value in lanes that a count leaves in, and 0 in the others."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if isinstance(sig.args[0], types.NoneType):
+            return args[1]
+        return builder.select(_active(builder, args[0]), args[1], ir.Constant(args[1].type, None))
+
+    return value(count, value), emit
+
+
+@intrinsic
 def as_dtype_of(typing: Any, value: Any, other: Any) -> Any:
-    """Lanes or one number in the dtype of another."""
-    source, target = (t.dtype if isinstance(t, Lanes) else t for t in (value, other))
+    """Lanes in the dtype of others."""
+    source, target = value.dtype, other.dtype
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if source == target:
@@ -363,49 +426,3 @@ def total(typing: Any, value: Any) -> Any:
         return parts[0]
 
     return value.dtype(value), emit
-
-
-@intrinsic
-def peek(typing: Any, address: Any) -> Any:
-    """Read a number that another thread may change."""
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "monotonic", 8)
-
-    return types.int64(address), emit
-
-
-@intrinsic
-def fetch_add(typing: Any, address: Any) -> Any:
-    """Take a number from a counter that threads share, and leave the next one there."""
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        counter = builder.inttoptr(args[0], I64.as_pointer())
-        return builder.atomic_rmw("add", counter, _int(1, I64), "monotonic")
-
-    return types.int64(address), emit
-
-
-__all__ = [
-    "SENTINELS",
-    "WIDTH",
-    "address_of",
-    "as_dtype_of",
-    "either",
-    "fetch_add",
-    "gather",
-    "load",
-    "load1",
-    "narrow",
-    "only",
-    "peek",
-    "rounded",
-    "scatter",
-    "splat",
-    "store",
-    "store1",
-    "stream",
-    "streaming_size",
-    "total",
-    "wide",
-]

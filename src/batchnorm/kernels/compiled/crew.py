@@ -1,0 +1,86 @@
+"""How compiled loops share a job with helper threads, who never need the interpreter.
+
+A helper is a thread inside `serve`, and a box of 16 numbers through which it is given jobs. It watches
+its box for a moment, in case calls come in rows, then sleeps on a lock of the interpreter's own kind,
+which needs no interpreter to be taken or released. A caller takes the helpers that are free, begins at
+once itself, and takes back what no helper has begun when it has finished.
+"""
+
+from __future__ import annotations
+
+from numba import njit, types
+
+from batchnorm.kernels.compiled.atomic import changed, invoke, peek, poke
+from batchnorm.kernels.compiled.terms import OPTIONS, TILES, compiled
+
+# What is where in a box, in bytes.
+STATE, LOOP, JOB, NUMBER, ENDED, ASLEEP, DISMISSED, BED, CHAIR = range(0, 72, 8)
+BOX = 128  # two cache lines, which processors fetch in pairs
+# A state is 4 times the number of jobs so far, and one of these. A caller leads a box from FREE over
+# TAKEN to POSTED, its helper to RUNNING and FREE. With the number, nobody takes back another's job.
+FREE, TAKEN, POSTED, RUNNING = range(4)
+# How often a number is read before its reader sleeps: some tens of microseconds.
+AWAKE = 400_000
+# How long a caller sleeps at a time while a helper finishes, in microseconds.
+NAP = 50
+
+# Bare locks of Python's C interface. They belong to the system, not to the interpreter.
+_acquire = types.ExternalFunction("PyThread_acquire_lock", types.intc(types.int64, types.intc))
+_acquire_timed = types.ExternalFunction(
+    "PyThread_acquire_lock_timed", types.intc(types.int64, types.int64, types.intc)
+)
+_release = types.ExternalFunction("PyThread_release_lock", types.void(types.int64))
+
+
+@njit(**OPTIONS)
+def serve(box):
+    """A helper's life: run what its box is given, until it is dismissed."""
+    reads = 0
+    while not peek(box + DISMISSED):
+        state = peek(box + STATE)
+        if state & 3 == POSTED and changed(box + STATE, state, state - POSTED + RUNNING):
+            invoke(peek(box + LOOP), peek(box + JOB), peek(box + NUMBER))
+            poke(box + ENDED, state >> 2)
+            poke(box + STATE, state - POSTED + FREE)
+            reads = 0
+        reads += 1
+        if reads > AWAKE:
+            poke(box + ASLEEP, 1)
+            # What was posted before its caller could see that is found here.
+            if peek(box + STATE) & 3 != POSTED and not peek(box + DISMISSED):
+                _acquire(peek(box + BED), 1)
+            poke(box + ASLEEP, 0)
+            reads = 0
+
+
+@compiled
+def wake(box):
+    """Wake a helper if it sleeps. Once too often does no harm: it looks, and goes to sleep again."""
+    if changed(box + ASLEEP, 1, 0):
+        _release(peek(box + BED))
+
+
+@njit(**OPTIONS)
+def dispatch(loop, job, boxes, helpers):
+    """Run loop(job, 0) here and loop(job, k) on the k-th helper, as far as they are free."""
+    tickets = job + 8 * (TILES + helpers + 1)
+    for k in range(helpers):
+        box, ticket = boxes + k * BOX, 0
+        state = peek(box + STATE)
+        if state & 3 == FREE and changed(box + STATE, state, state + 4 + TAKEN):
+            ticket = (state >> 2) + 1
+            poke(box + LOOP, loop)
+            poke(box + JOB, job)
+            poke(box + NUMBER, k + 1)
+            poke(box + STATE, 4 * ticket + POSTED)
+            wake(box)
+        poke(tickets + 8 * k, ticket)
+    invoke(loop, job, 0)
+    for k in range(helpers):
+        box, ticket = boxes + k * BOX, peek(tickets + 8 * k)
+        if ticket and not changed(box + STATE, 4 * ticket + POSTED, 4 * ticket + FREE):
+            reads = 0
+            while peek(box + ENDED) < ticket:
+                reads += 1
+                if reads > AWAKE:
+                    _acquire_timed(peek(box + CHAIR), NAP, 0)
