@@ -230,23 +230,25 @@ def test_errors_name_what_was_asked():
 
 def test_every_plan_covers_every_value_once():
     """Tiles of all grids, for shapes around the sizes at which plans change."""
-    from batchnorm.kernels import numba
     from batchnorm.kernels.compiled import terms
+    from batchnorm.kernels.plans import plan
 
     for shape in itertools.product((1, 3, 300, 4096), (1, 15, 16, 17, 1100), (1, 7, 600)):
         x = np.empty(shape, np.float32)
         for axis in range(3):
-            plan = numba.plan(x, (axis,), x)
-            for grid in filter(None, (plan.grid, plan.whole)):
+            found = plan(x, (axis,), x)
+            for grid in filter(None, (found.grid, found.whole, found.sweep)):
                 assert grid.block >= 1
                 assert grid.across >= 1
                 assert grid.channels == shape[axis]
                 assert grid.tiles == -(-grid.reduced // grid.block) * -(-grid.channels // grid.across)
-            run = plan.rows[0, -1]  # segments of it, in planes
-            per = run * plan.copies if plan.loops == "columns" else run / -(-run // terms.SEGMENT)
-            assert round(plan.grid.reduced * per) * plan.channels == x.size
-            if plan.copies > 1:  # a row of all channels
-                assert plan.grid.across == plan.channels
+            run = found.rows[0, -1]
+            columns, planes = run * found.copies, run / -(-run // terms.SEGMENT)  # planes: segments
+            for grid in (found.grid, found.sweep):
+                per = columns if grid.loops == "columns" else planes
+                assert round(grid.reduced * per) * found.channels == x.size
+            if found.copies > 1:  # a row of all channels
+                assert found.grid.across == found.channels
 
 
 def test_oracle_is_not_ours():

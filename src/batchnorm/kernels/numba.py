@@ -6,42 +6,28 @@ for the result, and the job that threads share.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
 import os
 import platform
+import struct
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import binding
 from numba import cfunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from batchnorm import outputs, threads
-from batchnorm.kernels import axes, crew, written
+from batchnorm.kernels import crew, written
 from batchnorm.kernels.compiled import columns, gradients, planes, terms
 from batchnorm.kernels.compiled.crew import dispatch
-from batchnorm.kernels.compiled.lanes import SENTINELS, WIDTH
+from batchnorm.kernels.compiled.lanes import SENTINELS
+from batchnorm.kernels.plans import Grid, Plan, address, plan
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
 Array = Any
-
-# A tile's data, at most: it stays in a core's second-level cache between two readings.
-TILE_BYTES = 2**20
-# A channel's data, at most, for its two readings to follow each other.
-CHANNEL_BYTES = 2**22
-# Parts that a sum is cut into, at most: they are kept until they are added.
-PARTS = 128
-# Columns of a tile: fewer are slow to read, more do not leave their sums in the first-level cache.
-FEWEST_COLUMNS, MOST_COLUMNS = 512, 1024
-# Below this, a second thread costs more than it saves.
-ALONE_BYTES = 2**19
-# From this size on, output is stored past the caches, which it would only flush.
-STREAM_BYTES = 2**23
 
 _sentinels: dict[Any, Any] = {}
 
@@ -87,152 +73,6 @@ def _has_half() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return bool(binding.get_host_cpu_features().get("f16c", False))
-
-
-class Grid(NamedTuple):
-    """How a pass is cut into tiles: the size of the whole and of a tile."""
-
-    reduced: int
-    block: int
-    channels: int
-    across: int
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the reduced axes."""
-        return max(1, -(-self.reduced // self.block))
-
-    @property
-    def tiles(self) -> int:
-        """How many tiles there are."""
-        return self.blocks * -(-self.channels // self.across)
-
-
-class Plan(NamedTuple):
-    """How the loops go over some arrays."""
-
-    rows: npt.NDArray[np.int64]
-    chan: npt.NDArray[np.int64]
-    """The axes, as `axes.Axes` has them."""
-    loops: str
-    """Columns or planes."""
-    channels: int
-    whole: Grid | None
-    """Tiles of whole channels, for both passes at once; None where a channel is too large."""
-    grid: Grid
-    """Tiles for one pass."""
-    alone: bool
-    """Whether a second thread would not pay."""
-    streaming: bool
-    """Whether output goes past the caches."""
-    scratch: int
-    """Bytes of memory that a thread needs for itself."""
-    places: tuple[int, ...]
-    """What a job says of the axes."""
-    copies: int
-    """Rows that are taken for one."""
-
-
-def plan(x: Array, kept: tuple[int, ...], *others: Array, w: Array | None = None) -> Plan:
-    """The plan for arrays of the shape of x, and weights."""
-    arrays = (x, *others) if w is None else (x, *others, w)
-    if w is None and all(a.flags.c_contiguous for a in arrays):
-        return _contiguous_plan(x.shape, kept, x.itemsize, len(arrays))
-    strides = tuple(a.strides for a in arrays)
-    return _plan(x.shape, kept, strides, tuple(a.itemsize for a in arrays), 1 + len(others))
-
-
-@functools.lru_cache(maxsize=4096)
-def _contiguous_plan(shape: tuple[int, ...], kept: tuple[int, ...], size: int, data: int) -> Plan:
-    """The plan for arrays that all lie in the order of their axes: a shorter key."""
-    strides = tuple(size * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return _plan(shape, kept, (strides,) * data, (size,) * data, data)
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    shape: tuple[int, ...],
-    kept: tuple[int, ...],
-    strides: tuple[tuple[int, ...], ...],
-    sizes: tuple[int, ...],
-    data: int,
-) -> Plan:
-    steps = tuple(tuple(s // size for s in a) for a, size in zip(strides, sizes, strict=True))
-    at = axes.merged(shape, kept, steps, data)
-    size = sizes[0]
-    nbytes = math.prod(shape) * size
-    alone = nbytes * data <= ALONE_BYTES
-    values = at.outer * at.length * at.copies  # of a channel
-    read = values * size * max(1, data - 1)  # bytes of a channel that are read twice
-
-    width = at.length * at.copies  # columns of a channel
-    if at.columns:
-        most, fewest = (max(1, n // width) for n in (MOST_COLUMNS, FEWEST_COLUMNS))
-        reduced = at.outer
-        across = at.channels if at.copies > 1 else min(most, at.channels)
-        whole = min(across, TILE_BYTES // max(1, read))
-        if whole < min(fewest, at.channels) or (at.length == 1 and not alone):
-            whole = 0  # two threads on neighbouring columns are in each other's way
-        elif not alone:  # a share for each thread
-            whole = min(whole, max(fewest, at.channels // 8))
-        share = min(TILE_BYTES, max(TILE_BYTES // 8, nbytes // 16))  # large tiles, but enough of them
-        fewest_rows = 4 if at.length > 1 else columns.BATCH
-        block = max(fewest_rows, share // (across * width * size), -(-reduced // PARTS))
-    else:
-        reduced = at.outer * -(-at.length // terms.SEGMENT)
-        whole = max(1, TILE_BYTES // 4 // max(1, read)) if read <= CHANNEL_BYTES else 0
-        if at.channels < 4 and not alone:
-            whole = 0
-        across = max(1, TILE_BYTES // 2 // max(1, values * size))
-        block = max(TILE_BYTES // 2 // (terms.SEGMENT * size), -(-reduced // PARTS))
-        if across > 1:
-            block = reduced
-    whole = _even(at.channels, whole) if whole else 0
-    across = _even(at.channels, min(across, at.channels))
-    block = min(block, max(1, reduced))
-    grid = Grid(reduced, max(1, block), at.channels, max(1, across))
-    widest = max(whole, grid.across) * width
-    padded = -(-widest // WIDTH) * WIDTH + WIDTH
-    return Plan(
-        rows=at.rows,
-        chan=at.chan,
-        loops="columns" if at.columns else "planes",
-        channels=at.channels,
-        whole=Grid(reduced, max(1, reduced), at.channels, whole) if whole else None,
-        grid=grid,
-        alone=alone,
-        streaming=nbytes >= STREAM_BYTES,
-        scratch=(columns.SUMS + columns.ROOM) * padded * 8 if at.columns else 0,
-        places=(
-            _address(at.rows),
-            at.rows.shape[1],
-            _address(at.chan),
-            at.chan.shape[1],
-            at.rows.shape[0] - 1,
-        ),
-        copies=at.copies,
-    )
-
-
-def _even(total: int, most: int) -> int:
-    """The size of parts, none above `most`, that differ least; a multiple of 16 where it can be."""
-    parts = -(-total // most)
-    size = -(-total // parts)
-    return -(-size // 16) * 16 if size > 16 and -(-size // 16) * 16 <= most else size
-
-
-# Where an array object keeps the address of its data: a fifth of the time of `a.ctypes.data`.
-_DATA = object.__basicsize__
-_READS_DATA = platform.python_implementation() == "CPython" and (
-    ctypes.c_size_t.from_address(id(_probe := np.zeros(1)) + _DATA).value == _probe.ctypes.data
-)
-
-
-def _address(a: Array) -> int:
-    if _READS_DATA:
-        return ctypes.c_size_t.from_address(id(a) + _DATA).value
-    address: int = a.ctypes.data
-    return address
 
 
 # Compiled code.
@@ -286,20 +126,28 @@ def _scratch(size: int) -> int:
     return _own.address if size else 0
 
 
+_KINDS = {np.dtype(np.float32): terms.SINGLE, np.dtype(np.float64): terms.DOUBLE}
+_PLAIN = 0x101  # flags of an array in the order of its axes, and aligned
+
+
 def _parameter(v: Array | None) -> tuple[Array | None, int, int]:
     """Gamma or beta as loops take it: an array to keep, its address and its kind."""
     if v is None:
         return None, 0, terms.NONE
-    kind = terms.SINGLE if v.dtype == np.float32 else terms.DOUBLE
-    if not (v.dtype in (np.float32, np.float64) and v.flags.c_contiguous and v.flags.aligned):
+    kind = _KINDS.get(v.dtype)
+    if kind is None or v.flags.num & _PLAIN != _PLAIN:
         v, kind = np.array(v, np.float64), terms.DOUBLE
-    return v, _address(v), kind
+    return v, address(v), kind
+
+
+# All numbers of a job are whole ones, but eps.
+_NUMBERS = struct.Struct(f"={terms.EPS}qd{terms.TILES - terms.EPS - 1}q")
 
 
 class Job:
     """What the threads of a call share: a row of numbers, and the arrays whose addresses are in it."""
 
-    __slots__ = ("dtype", "eps", "kept", "numbers", "plan", "weights")
+    __slots__ = ("dtype", "given", "kept", "operands", "plan", "tables", "weights")
 
     def __init__(
         self,
@@ -313,49 +161,56 @@ class Job:
         beta: Array | None = None,
         eps: float = 0.0,
     ) -> None:
-        gamma, gamma_at, gamma_kind = _parameter(gamma)
-        beta, beta_at, beta_kind = _parameter(beta)
+        gamma, *gamma_at = _parameter(gamma)
+        beta, *beta_at = _parameter(beta)
         self.plan, self.dtype, self.weights = p, data[0].dtype, None if w is None else w.dtype
         self.kept = data, w, stats, vectors, parts, gamma, beta
-        self.numbers = np.zeros(terms.TILES + 2 * threads.get_num_threads(), np.int64)
-        at = [_address(a) for a in data]
-        self.numbers[terms.ROWS : terms.TILES] = (
-            *p.places, at[0], at[1] if len(at) > 1 else 0, at[2] if len(at) > 2 else 0,
-            0 if w is None else _address(w),
-            gamma_at, gamma_kind, beta_at, beta_kind, 0,
-            0 if stats is None else _address(stats), _address(vectors),
-            0 if parts is None else _address(parts),
-            0, p.scratch, 0, p.streaming, 1 if parts is None else len(parts), p.copies, 0,
-        )  # fmt: skip
-        ctypes.c_double.from_address(_address(self.numbers) + 8 * terms.EPS).value = eps
+        operands = [*map(address, data), 0, 0][:3]
+        self.operands = *operands, 0 if w is None else address(w), *gamma_at, *beta_at, eps
+        self.tables = (
+            0 if stats is None else address(stats),
+            address(vectors),
+            0 if parts is None else address(parts),
+        )
+        self.given = 0
 
     def run(self, name: str, grid: Grid) -> None:
         """Run a pass over the tiles, on as many threads as pay."""
-        p, numbers = self.plan, self.numbers
         crew_at = helpers = 0
-        if not p.alone:
-            count = min(threads.count(grid.tiles), (len(numbers) - terms.TILES) // 2)
+        if not self.plan.alone:
+            count = threads.count(grid.tiles)
             if count > 1:
                 crew_at, helpers = crew.boxes(count - 1)
-        numbers[: terms.ROWS] = (helpers + 1, *grid)
-        numbers[terms.TILES :] = 0
-        numbers[terms.SCRATCH] = _scratch(p.scratch * (helpers + 1))
-        function = _function(p.loops, name, self.dtype, self.weights)
-        dispatch(function, _address(numbers), crew_at, helpers)
+        numbers = self.numbers(grid, helpers)  # has to live until the loops are through
+        function = _function(grid.loops, name, self.dtype, self.weights)
+        dispatch(function, address(numbers), crew_at, helpers)
 
-    def join(self, name: str) -> None:
-        """Run what comes between two passes."""
-        self.numbers[: terms.ROWS] = (1, *self.plan.grid)
-        dispatch(_function("join", name, self.dtype, None), _address(self.numbers), 0, 0)
+    def join(self, name: str) -> bool:
+        """Run what comes between two passes; whether it asks for the first one again."""
+        numbers = self.numbers(self.plan.grid, 0)
+        dispatch(_function("join", name, self.dtype, None), address(numbers), 0, 0)
+        return bool(numbers[terms.AGAIN])
 
     def moments(self) -> None:
         """Sums of all tiles, and moments from them."""
-        while True:  # a second time where a pivot was too far from the mean
+        self.run("moments", self.plan.grid)
+        if self.join("moments"):  # a pivot was too far from the mean: now it is the mean
+            self.given = 1
             self.run("moments", self.plan.grid)
             self.join("moments")
-            if self.numbers[terms.GIVEN] or not self.numbers[terms.AGAIN]:
-                return
-            self.numbers[terms.GIVEN] = 1
+
+    def numbers(self, grid: Grid, helpers: int) -> Array:
+        """The job as the loops read it, in the order that `terms` gives."""
+        p = self.plan
+        numbers: Any = np.zeros(terms.TILES + 2 * helpers + 1, np.int64)
+        scratch = _scratch(p.scratch * (helpers + 1))
+        # fmt: off
+        _NUMBERS.pack_into(
+            numbers, 0, helpers + 1, *grid[:4], *p.places, *self.operands, *self.tables, scratch,
+            p.scratch, self.given, grid.streaming, grid.blocks, p.copies, 0,
+        )
+        # fmt: on
+        return numbers
 
 
 def _table(x: Array, *vectors: Array) -> Array:
@@ -427,7 +282,7 @@ def backward(
     at: Layout,
     out: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """Give dx, and dgamma and dbeta in float64."""
+    """Give dx, and dgamma and dbeta in the dtype of gamma."""
     if dy.dtype != x.dtype:
         dx, dgamma, dbeta = backward(*_alike(dy, x), w, stats, gamma, eps, at, None)
         return written(dx.astype(x.dtype), out), dgamma, dbeta
@@ -448,7 +303,7 @@ def backward(
         job.run("grad_sums", p.grid)
         job.join("backward")
         job.run("grad_input", p.grid)
-    dgamma, dbeta = _split(sums[0] if len(sums) == 1 else sums[0].copy(), at)
+    dgamma, dbeta = _split(sums[0].astype(at.compute if gamma is None else gamma.dtype), at)
     return dx, dgamma, dbeta
 
 
@@ -470,7 +325,7 @@ def inference(
     stats[1], stats[2] = (mean, var) if len(at.kept) == 1 else (mean.reshape(-1), var.reshape(-1))
     job = Job(p, (x, y), None, stats, vectors, None, gamma, beta, float(eps))
     job.join("forward")
-    job.run("output", p.grid)
+    job.run("output", p.sweep)
     return y
 
 
@@ -491,7 +346,7 @@ def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: Array |
     """Give y = a·(x - m) + b."""
     y = outputs.empty_like(x) if out is None else out
     p = plan(x, at.kept, y)
-    Job(p, (x, y), None, None, _table(x, m, a, b)).run("output", p.grid)
+    Job(p, (x, y), None, None, _table(x, m, a, b)).run("output", p.sweep)
     return y
 
 
@@ -526,5 +381,5 @@ def grad_input(
     dx = outputs.empty_like(x) if out is None else out
     w = _weights(w, x)
     p = plan(dy, at.kept, x, dx, w=w)
-    Job(p, (dy, x, dx), w, None, _table(x, m, a, b, c)).run("grad_input", p.grid)
+    Job(p, (dy, x, dx), w, None, _table(x, m, a, b, c)).run("grad_input", p.sweep)
     return dx

@@ -8,6 +8,8 @@ once itself, and takes back what no helper has begun when it has finished.
 
 from __future__ import annotations
 
+import os
+
 from numba import njit, types
 
 from batchnorm.kernels.compiled.atomic import changed, invoke, peek, poke
@@ -19,8 +21,10 @@ BOX = 128  # two cache lines, which processors fetch in pairs
 # A state is 4 times the number of jobs so far, and one of these. A caller leads a box from FREE over
 # TAKEN to POSTED, its helper to RUNNING and FREE. With the number, nobody takes back another's job.
 FREE, TAKEN, POSTED, RUNNING = range(4)
-# How often a number is read before its reader sleeps: some tens of microseconds.
-AWAKE = 400_000
+# How often a number is read before its reader sleeps: some tenths of a millisecond.
+AWAKE = 300_000
+# After so many reads, another thread may have the processor: the one that is waited for, perhaps.
+PATIENCE = 1000
 # How long a caller sleeps at a time while a helper finishes, in microseconds.
 NAP = 50
 
@@ -30,6 +34,16 @@ _acquire_timed = types.ExternalFunction(
     "PyThread_acquire_lock_timed", types.intc(types.int64, types.int64, types.intc)
 )
 _release = types.ExternalFunction("PyThread_release_lock", types.void(types.int64))
+_sched_yield = types.ExternalFunction("sched_yield", types.intc())
+_YIELDS = hasattr(os, "sched_yield")
+
+
+@compiled
+def reread(reads):
+    """Count a read in vain."""
+    if _YIELDS and reads % PATIENCE == 0:
+        _sched_yield()
+    return reads + 1
 
 
 @njit(**OPTIONS)
@@ -43,7 +57,7 @@ def serve(box):
             poke(box + ENDED, state >> 2)
             poke(box + STATE, state - POSTED + FREE)
             reads = 0
-        reads += 1
+        reads = reread(reads)
         if reads > AWAKE:
             poke(box + ASLEEP, 1)
             # What was posted before its caller could see that is found here.
@@ -79,8 +93,8 @@ def dispatch(loop, job, boxes, helpers):
     for k in range(helpers):
         box, ticket = boxes + k * BOX, peek(tickets + 8 * k)
         if ticket and not changed(box + STATE, 4 * ticket + POSTED, 4 * ticket + FREE):
-            reads = 0
+            reads = 1
             while peek(box + ENDED) < ticket:
-                reads += 1
+                reads = reread(reads)
                 if reads > AWAKE:
                     _acquire_timed(peek(box + CHAIR), NAP, 0)

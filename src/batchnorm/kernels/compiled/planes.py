@@ -161,17 +161,21 @@ def run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming):
 
 
 @compiled
-def channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming):
-    """Y of segments of a channel."""
-    m, a, b = splat(vectors[0, c]), splat(vectors[1, c]), splat(vectors[2, c])
-    length, per = rows[0, rows.shape[1] - 1], segments_of(rows)
-    for segment in range(first, last):
-        row = segment // per
-        start = (segment - row * per) * SEGMENT
-        size = min(SEGMENT, length - start)
-        i, step = segment_at(rows, 1, ox, row, start)
-        j, ystep = segment_at(rows, 2, oy, row, start)
-        run_output(x, i, step, y, j, ystep, like, size, m, a, b, streaming)
+def part_output(x, y, like, rows, chan, first, last, c0, c1, vectors, streaming):
+    """Y of segments of some channels, in the order in which they usually lie in memory."""
+    length, per, kept = rows[0, rows.shape[1] - 1], segments_of(rows), chan.shape[1]
+    while first < last:
+        row = first // per
+        end = min(last, (row + 1) * per)
+        start = (first - row * per) * SEGMENT
+        size = min(length, (end - row * per) * SEGMENT) - start
+        i, step = segment_at(rows, 1, 0, row, start)
+        j, ystep = segment_at(rows, 2, 0, row, start)
+        for c in range(c0, c1):
+            m, a, b = splat(vectors[0, c]), splat(vectors[1, c]), splat(vectors[2, c])
+            ox, oy = i + place(chan, 1, kept, c), j + place(chan, 2, kept, c)
+            run_output(x, ox, step, y, oy, ystep, like, size, m, a, b, streaming)
+        first = end
 
 
 def planes_output(like, wlike):
@@ -179,16 +183,14 @@ def planes_output(like, wlike):
 
     def loop(job, me):
         rows, chan = axes_of(job)
-        kept, x, y = chan.shape[1], item(job, FIRST), item(job, SECOND)
+        x, y = item(job, FIRST), item(job, SECOND)
         vectors, streaming = vectors_of(job, like), item(job, STREAMING) != 0
         while True:
             tile = next_tile(job, me, True)
             if tile < 0:
                 return
             _, first, last, c0, c1 = tile_bounds(job, tile)
-            for c in range(c0, c1):
-                ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
-                channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming)
+            part_output(x, y, like, rows, chan, first, last, c0, c1, vectors, streaming)
 
     return loop
 
@@ -207,7 +209,7 @@ def planes_forward(like, wlike):
                 return
             _, first, last, c0, c1 = tile_bounds(job, tile)
             for c in range(c0, c1):
-                ox, oy = place(chan, 1, kept, c), place(chan, 2, kept, c)
+                ox = place(chan, 1, kept, c)
                 ow = place(chan, 3, kept, c) if wlike is not None else 0
                 out[3, c] = channel_pivot(x, ox, like, w, ow, wlike, rows)
                 for _ in range(2):  # a second time where the pivot was too far from the mean
@@ -215,7 +217,7 @@ def planes_forward(like, wlike):
                     if finish_moments(out, c, c + 1, stats, like):
                         break
                 forward_terms(job, stats, c, c + 1, vectors, like)
-                channel_output(x, ox, y, oy, like, rows, first, last, c, vectors, streaming)
+                part_output(x, y, like, rows, chan, first, last, c, c + 1, vectors, streaming)
 
     return loop
 
@@ -292,27 +294,31 @@ def run_grad_input(
 
 
 @compiled
-def channel_grad_input(
-    dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
-):
-    """Dx of segments of a channel."""
-    m, a, b = splat(vectors[0, c]), splat(vectors[1, c]), splat(vectors[2, c])
-    shift = splat(vectors[3, c])
-    length, per = rows[0, rows.shape[1] - 1], segments_of(rows)
-    for segment in range(first, last):
-        row = segment // per
-        start = (segment - row * per) * SEGMENT
-        size = min(SEGMENT, length - start)
-        h, hstep = segment_at(rows, 1, og, row, start)
-        i, step = segment_at(rows, 2, ox, row, start)
-        k, kstep = segment_at(rows, 3, oo, row, start)
-        j, wstep = segment_at(rows, 4, ow, row, start) if wlike is not None else (0, 0)
-        # fmt: off
-        run_grad_input(
-            dy, h, hstep, x, i, step, dx, k, kstep, like, w, j, wstep, wlike, size, m, a, b, shift,
-            streaming,
-        )
-        # fmt: on
+def part_grad_input(dy, x, dx, like, w, wlike, rows, chan, first, last, c0, c1, vectors, streaming):
+    """Dx of segments of some channels, in the order of `part_output`."""
+    length, per, kept = rows[0, rows.shape[1] - 1], segments_of(rows), chan.shape[1]
+    while first < last:
+        row = first // per
+        end = min(last, (row + 1) * per)
+        start = (first - row * per) * SEGMENT
+        size = min(length, (end - row * per) * SEGMENT) - start
+        h, hstep = segment_at(rows, 1, 0, row, start)
+        i, step = segment_at(rows, 2, 0, row, start)
+        k, kstep = segment_at(rows, 3, 0, row, start)
+        j, wstep = segment_at(rows, 4, 0, row, start) if wlike is not None else (0, 0)
+        for c in range(c0, c1):
+            m, a, b = splat(vectors[0, c]), splat(vectors[1, c]), splat(vectors[2, c])
+            shift, ow = splat(vectors[3, c]), 0
+            og, ox, oo = place(chan, 1, kept, c), place(chan, 2, kept, c), place(chan, 3, kept, c)
+            if wlike is not None:
+                ow = place(chan, 4, kept, c)
+            # fmt: off
+            run_grad_input(
+                dy, h + og, hstep, x, i + ox, step, dx, k + oo, kstep, like, w, j + ow, wstep, wlike,
+                size, m, a, b, shift, streaming,
+            )
+            # fmt: on
+        first = end
 
 
 def planes_grad_sums(like, wlike):
@@ -342,20 +348,16 @@ def planes_grad_input(like, wlike):
 
     def loop(job, me):
         rows, chan = axes_of(job)
-        kept, vectors = chan.shape[1], vectors_of(job, like)
+        vectors, streaming = vectors_of(job, like), item(job, STREAMING) != 0
         dy, x, dx, w = item(job, FIRST), item(job, SECOND), item(job, THIRD), item(job, WEIGHTS)
-        streaming = item(job, STREAMING) != 0
         while True:
             tile = next_tile(job, me, True)
             if tile < 0:
                 return
             _, first, last, c0, c1 = tile_bounds(job, tile)
-            for c in range(c0, c1):
-                og, ox, oo = place(chan, 1, kept, c), place(chan, 2, kept, c), place(chan, 3, kept, c)
-                ow = place(chan, 4, kept, c) if wlike is not None else 0
-                channel_grad_input(
-                    dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
-                )
+            part_grad_input(
+                dy, x, dx, like, w, wlike, rows, chan, first, last, c0, c1, vectors, streaming
+            )
 
     return loop
 
@@ -376,13 +378,13 @@ def planes_backward(like, wlike):
             _, first, last, c0, c1 = tile_bounds(job, tile)
             centres(stats, c0, c1, vectors, like)
             for c in range(c0, c1):
-                og, ox, oo = place(chan, 1, kept, c), place(chan, 2, kept, c), place(chan, 3, kept, c)
+                og, ox = place(chan, 1, kept, c), place(chan, 2, kept, c)
                 ow = place(chan, 4, kept, c) if wlike is not None else 0
                 m = vectors[0, c]
                 channel_grad_sums(dy, og, x, ox, like, w, ow, wlike, rows, first, last, c, m, out)
                 backward_terms(job, stats, c, c + 1, out, vectors, like)
-                channel_grad_input(
-                    dy, og, x, ox, dx, oo, like, w, ow, wlike, rows, first, last, c, vectors, streaming
+                part_grad_input(
+                    dy, x, dx, like, w, wlike, rows, chan, first, last, c, c + 1, vectors, streaming
                 )
 
     return loop
