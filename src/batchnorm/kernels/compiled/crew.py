@@ -9,6 +9,7 @@ once itself, and takes back what no helper has begun when it has finished.
 from __future__ import annotations
 
 import os
+import sys
 
 from numba import njit, types
 
@@ -16,8 +17,9 @@ from batchnorm.kernels.compiled.atomic import changed, invoke, peek, poke
 from batchnorm.kernels.compiled.terms import OPTIONS, TILES, compiled
 
 # What is where in a box, in bytes.
-STATE, LOOP, JOB, NUMBER, ENDED, ASLEEP, DISMISSED, BED, CHAIR = range(0, 72, 8)
-BOX = 128  # two cache lines, which processors fetch in pairs
+STATE, LOOP, JOB, NUMBER, ENDED, ASLEEP, DISMISSED, BED, CHAIR, OURS, THEIRS = range(0, 88, 8)
+MASK, MASK_BYTES = 128, 128  # room for the numbers of 1024 processors
+BOX = 256  # in pairs of cache lines, as processors fetch them
 # A state is 4 times the number of jobs so far, and one of these. A caller leads a box from FREE over
 # TAKEN to POSTED, its helper to RUNNING and FREE. With the number, nobody takes back another's job.
 FREE, TAKEN, POSTED, RUNNING = range(4)
@@ -34,8 +36,14 @@ _acquire_timed = types.ExternalFunction(
     "PyThread_acquire_lock_timed", types.intc(types.int64, types.int64, types.intc)
 )
 _release = types.ExternalFunction("PyThread_release_lock", types.void(types.int64))
+# What Linux has, and others in part.
 _sched_yield = types.ExternalFunction("sched_yield", types.intc())
 _YIELDS = hasattr(os, "sched_yield")
+_getcpu = types.ExternalFunction("sched_getcpu", types.intc())
+_mask = types.intc(types.intc, types.int64, types.int64)
+_getaffinity = types.ExternalFunction("sched_getaffinity", _mask)
+_setaffinity = types.ExternalFunction("sched_setaffinity", _mask)
+_MOVES = sys.platform == "linux"
 
 
 @compiled
@@ -46,6 +54,31 @@ def reread(reads):
     return reads + 1
 
 
+@compiled
+def processor():
+    """The number of the processor that runs this, or -1."""
+    return types.int64(_getcpu()) if _MOVES else types.int64(-1)
+
+
+@compiled
+def move_away(box):
+    """Leave the caller's processor for another that this thread may use.
+
+    Of two threads that slept, the second to wake is often put beside the first, and stays there for
+    some ten milliseconds, each with half of a processor while another idles.
+    """
+    if _MOVES:
+        here = processor()
+        if here == peek(box + THEIRS) and _getaffinity(0, MASK_BYTES, box + MASK) == 0:
+            word = box + MASK + here // 64 * 8
+            allowed = peek(word)
+            poke(word, allowed & ~(1 << here % 64))
+            if _setaffinity(0, MASK_BYTES, box + MASK) == 0:  # not where this one is all there is
+                poke(word, allowed)
+                _setaffinity(0, MASK_BYTES, box + MASK)
+        poke(box + OURS, processor())
+
+
 @njit(**OPTIONS)
 def serve(box):
     """A helper's life: run what its box is given, until it is dismissed."""
@@ -53,6 +86,7 @@ def serve(box):
     while not peek(box + DISMISSED):
         state = peek(box + STATE)
         if state & 3 == POSTED and changed(box + STATE, state, state - POSTED + RUNNING):
+            move_away(box)
             invoke(peek(box + LOOP), peek(box + JOB), peek(box + NUMBER))
             poke(box + ENDED, state >> 2)
             poke(box + STATE, state - POSTED + FREE)
@@ -69,15 +103,17 @@ def serve(box):
 
 @compiled
 def wake(box):
-    """Wake a helper if it sleeps. Once too often does no harm: it looks, and goes to sleep again."""
-    if changed(box + ASLEEP, 1, 0):
+    """Wake a helper if it sleeps; whether it did. Once too often does no harm."""
+    asleep = changed(box + ASLEEP, 1, 0)
+    if asleep:
         _release(peek(box + BED))
+    return asleep
 
 
 @njit(**OPTIONS)
 def dispatch(loop, job, boxes, helpers):
     """Run loop(job, 0) here and loop(job, k) on the k-th helper, as far as they are free."""
-    tickets = job + 8 * (TILES + helpers + 1)
+    tickets, here, give_way = job + 8 * (TILES + helpers + 1), processor(), False
     for k in range(helpers):
         box, ticket = boxes + k * BOX, 0
         state = peek(box + STATE)
@@ -86,9 +122,12 @@ def dispatch(loop, job, boxes, helpers):
             poke(box + LOOP, loop)
             poke(box + JOB, job)
             poke(box + NUMBER, k + 1)
+            poke(box + THEIRS, here)
             poke(box + STATE, 4 * ticket + POSTED)
-            wake(box)
+            give_way |= wake(box) or peek(box + OURS) == here
         poke(tickets + 8 * k, ticket)
+    if _YIELDS and give_way:  # to a helper that is on this processor, so that it can leave
+        _sched_yield()
     invoke(loop, job, 0)
     for k in range(helpers):
         box, ticket = boxes + k * BOX, peek(tickets + 8 * k)
