@@ -192,7 +192,7 @@ class Job:
         return bool(numbers[terms.AGAIN])
 
     def moments(self) -> None:
-        """Sums of all tiles, and moments from them."""
+        """Sums of all tiles, moments from them, and the vectors of an output pass."""
         self.run("moments", self.plan.grid)
         if self.join("moments"):  # a pivot was too far from the mean: now it is the mean
             self.given = 1
@@ -267,7 +267,6 @@ def forward(
         job.run("forward", p.whole)
     else:
         job.moments()
-        job.join("forward")
         job.run("output", p.grid)
     return y, Moments(*_split(stats, at))
 

@@ -166,12 +166,11 @@ def add_four_moments(x, i, like, pivot, s, q, t, count):
 @compiled
 def four_rows_moments(x, i, like, pivot, s, q, size):
     """The same for all columns."""
-    t = 0
-    while t + WIDTH <= size:
+    whole = size // WIDTH * WIDTH
+    for t in range(0, whole, WIDTH):
         add_four_moments(x, i, like, pivot, s, q, t, None)
-        t += WIDTH
-    if t < size:
-        add_four_moments(x, i, like, pivot, s, q, t, size - t)
+    if whole < size:
+        add_four_moments(x, i, like, pivot, s, q, whole, size - whole)
 
 
 @compiled

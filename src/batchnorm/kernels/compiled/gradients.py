@@ -54,12 +54,11 @@ def add_four_grad_sums(dy, h, x, i, like, m, s, q, t, count):
 @compiled
 def four_rows_grad_sums(dy, h, x, i, like, m, s, q, size):
     """The same for all columns."""
-    t = 0
-    while t + WIDTH <= size:
+    whole = size // WIDTH * WIDTH
+    for t in range(0, whole, WIDTH):
         add_four_grad_sums(dy, h, x, i, like, m, s, q, t, None)
-        t += WIDTH
-    if t < size:
-        add_four_grad_sums(dy, h, x, i, like, m, s, q, t, size - t)
+    if whole < size:
+        add_four_grad_sums(dy, h, x, i, like, m, s, q, whole, size - whole)
 
 
 @compiled

@@ -198,7 +198,7 @@ def finish_moments(sums, c0, c1, stats, like):
 
 @compiled
 def parameter(job, which, default, c, count):
-    """Gamma or beta of channels, in float64."""
+    """Gamma or beta of channels, in float64. `which` is no literal: those are compiled one by one."""
     kind = item(job, which + 1)
     if kind == DOUBLE:
         return load(item(job, which), c, count, F64)
@@ -215,11 +215,11 @@ def forward_terms(job, stats, c0, c1, vectors, like):
         count = min(WIDTH, c1 - c)
         mean = load(row_of(stats, 1, c), 0, count, F64)
         m = narrow(mean, like)
-        a = parameter(job, GAMMA, 1.0, c, count) / root(
+        a = parameter(job, INT + GAMMA, 1.0, c, count) / root(
             load(row_of(stats, 2, c), 0, count, F64) + splat(real_item(job, EPS))
         )
         rest = (mean - wide(m)) + load(row_of(stats, 3, c), 0, count, F64)
-        b = parameter(job, BETA, 0.0, c, count) - a * rest
+        b = parameter(job, INT + BETA, 0.0, c, count) - a * rest
         store(row_of(vectors, 0, c), 0, m, count, zero)
         store(row_of(vectors, 1, c), 0, narrow(a, like), count, zero)
         store(row_of(vectors, 2, c), 0, narrow(b, like), count, zero)
@@ -251,7 +251,7 @@ def backward_terms(job, stats, c0, c1, sums, vectors, like):
         shift = (zeros - sum_dy) / some - b * rest
         store(row_of(sums, 0, c), 0, dgamma, count, F64)
         store(row_of(sums, 1, c), 0, sum_dy, count, F64)
-        a = rstd * parameter(job, GAMMA, 1.0, c, count)
+        a = rstd * parameter(job, INT + GAMMA, 1.0, c, count)
         store(row_of(vectors, 1, c), 0, narrow(a, like), count, zero)
         store(row_of(vectors, 2, c), 0, narrow(b, like), count, zero)
         store(row_of(vectors, 3, c), 0, narrow(shift, like), count, zero)
@@ -275,13 +275,17 @@ def added(job, rows, count):
 
 
 def join_moments(like, wlike):
-    """Moments from the sums of all blocks; AGAIN where better pivots were left for another try."""
+    """Moments from the sums of all blocks, and the vectors of an output pass.
+
+    Or AGAIN, where better pivots were left for another try.
+    """
 
     def loop(job, me):
         sums, stats = added(job, 4, 3), doubles(job, STATS, 4, 0)
         channels = item(job, CHANNELS)
         near = finish_moments(sums, 0, channels, stats, like)
         set_item(job, AGAIN, 0 if near else 1)
+        forward_terms(job, stats, 0, channels, vectors_of(job, like), like)
         if not near:
             for block in range(1, item(job, BLOCKS)):
                 part = doubles(job, PARTS, 4, block)
