@@ -18,7 +18,7 @@ from batchnorm import checks
 
 VARIABLE = "BATCHNORM_NUM_THREADS"
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may call a kernel wherever this thread is
 _chosen: int | None = None
 _pool: ThreadPoolExecutor | None = None
 
@@ -118,7 +118,7 @@ def _submit(task: Callable[[int], None], count: int, begun: list[Future[None]]) 
 def _forget_after_fork() -> None:
     """A forked child has none of its parent's threads, and perhaps its lock as it was held."""
     global _lock, _pool
-    _lock, _pool = threading.Lock(), None
+    _lock, _pool = threading.RLock(), None
 
 
 if hasattr(os, "register_at_fork"):

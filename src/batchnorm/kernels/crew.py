@@ -15,7 +15,7 @@ from batchnorm.kernels.compiled import crew
 
 _lock = threading.Lock()
 _boxes = np.zeros((0, crew.BOX // 8), np.int64)
-_address = 0
+_crew = (0, 0)  # their address and number: read by callers at any time
 _wanted = 0  # how many were asked for: there are fewer where threads could not be started
 _threads: list[threading.Thread] = []
 _former: list[npt.NDArray[np.int64]] = []  # kept: a caller on another thread may still read them
@@ -26,35 +26,41 @@ def boxes(wanted: int) -> tuple[int, int]:
     """The address of the helpers' boxes, and how many there are: the wanted number, or fewer."""
     if _wanted < wanted:
         _hire(threads.get_num_threads() - 1)
-    with _lock:
-        return _address, min(wanted, len(_boxes))
+    address, count = _crew
+    return address, min(wanted, count)
 
 
 def _hire(count: int) -> None:
     """Start that many helpers in the place of those there are."""
-    with _lock:
+    # Where somebody is about it, perhaps further up in this very thread, a call does without.
+    if not _lock.acquire(blocking=False):
+        return
+    try:
         if _closed:
             return
         _leave()
-        _use(_box_memory(count), count)
+        boxes = _box_memory(count)
+        for box in boxes:
+            box[crew.BED // 8], box[crew.CHAIR // 8] = _taken_lock(), _taken_lock()
         for i in range(count):
-            for place in (crew.BED, crew.CHAIR):
-                _boxes[i, place // 8] = _taken_lock()
             # A daemon: one that waits must not keep the interpreter from ending.
-            box = _address + i * crew.BOX
-            helper = threading.Thread(target=crew.serve, args=(box,), name="batchnorm", daemon=True)
+            at = (boxes.ctypes.data + i * crew.BOX,)
+            helper = threading.Thread(target=crew.serve, args=at, name="batchnorm", daemon=True)
             try:
                 helper.start()
             except RuntimeError:  # no more threads for this process, or the interpreter is ending
-                _use(_boxes[:i], count)
-                return
+                boxes = boxes[:i]
+                break
             _threads.append(helper)
+        _use(boxes, count)
+    finally:
+        _lock.release()
 
 
 def _use(boxes: npt.NDArray[np.int64], wanted: int) -> None:
-    global _boxes, _address, _wanted
+    global _boxes, _crew, _wanted
     _former.append(boxes)
-    _boxes, _address, _wanted = boxes, boxes.ctypes.data, wanted
+    _boxes, _crew, _wanted = boxes, (boxes.ctypes.data, len(boxes)), wanted
 
 
 def _box_memory(count: int) -> npt.NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """How compiled loops share a job with helper threads, who never need the interpreter.
 
-A helper is a thread inside `serve`, and a box of 16 numbers through which it is given jobs. It watches
+A helper is a thread inside `serve`, and a box of numbers through which it is given jobs. It watches
 its box for a moment, in case calls come in rows, then sleeps on a lock of the interpreter's own kind,
 which needs no interpreter to be taken or released. A caller takes the helpers that are free, begins at
 once itself, and takes back what no helper has begun when it has finished.
@@ -36,38 +36,40 @@ _acquire_timed = types.ExternalFunction(
     "PyThread_acquire_lock_timed", types.intc(types.int64, types.int64, types.intc)
 )
 _release = types.ExternalFunction("PyThread_release_lock", types.void(types.int64))
-# What Linux has, and others in part.
-_sched_yield = types.ExternalFunction("sched_yield", types.intc())
-_YIELDS = hasattr(os, "sched_yield")
-_getcpu = types.ExternalFunction("sched_getcpu", types.intc())
-_mask = types.intc(types.intc, types.int64, types.int64)
-_getaffinity = types.ExternalFunction("sched_getaffinity", _mask)
-_setaffinity = types.ExternalFunction("sched_setaffinity", _mask)
-_MOVES = sys.platform == "linux"
 
+if hasattr(os, "sched_yield"):
+    _sched_yield = types.ExternalFunction("sched_yield", types.intc())
 
-@compiled
-def reread(reads):
-    """Count a read in vain."""
-    if _YIELDS and reads % PATIENCE == 0:
+    @compiled
+    def give_way():
+        """Let another thread have this processor, if one waits for it."""
         _sched_yield()
-    return reads + 1
+
+else:
+
+    @compiled
+    def give_way():
+        """Do nothing: this system has no such call."""
 
 
-@compiled
-def processor():
-    """The number of the processor that runs this, or -1."""
-    return types.int64(_getcpu()) if _MOVES else types.int64(-1)
+if sys.platform == "linux":
+    _getcpu = types.ExternalFunction("sched_getcpu", types.intc())
+    _affinity = types.intc(types.intc, types.int64, types.int64)
+    _getaffinity = types.ExternalFunction("sched_getaffinity", _affinity)
+    _setaffinity = types.ExternalFunction("sched_setaffinity", _affinity)
 
+    @compiled
+    def processor():
+        """The number of the processor that runs this, or -1."""
+        return types.int64(_getcpu())
 
-@compiled
-def move_away(box):
-    """Leave the caller's processor for another that this thread may use.
+    @compiled
+    def move_away(box):
+        """Leave the caller's processor for another that this thread may use.
 
-    Of two threads that slept, the second to wake is often put beside the first, and stays there for
-    some ten milliseconds, each with half of a processor while another idles.
-    """
-    if _MOVES:
+        Of two threads that slept, the second to wake is often put beside the first, and stays there
+        for some ten milliseconds, each with half of a processor while another idles.
+        """
         here = processor()
         if here == peek(box + THEIRS) and _getaffinity(0, MASK_BYTES, box + MASK) == 0:
             word = box + MASK + here // 64 * 8
@@ -77,6 +79,26 @@ def move_away(box):
                 poke(word, allowed)
                 _setaffinity(0, MASK_BYTES, box + MASK)
         poke(box + OURS, processor())
+
+else:
+
+    @compiled
+    def processor():
+        """Nothing that equals a processor's number."""
+        return types.int64(-1)
+
+    @compiled
+    def move_away(box):
+        """Stay: where threads run is this system's own affair."""
+        poke(box + OURS, 0)
+
+
+@compiled
+def reread(reads):
+    """Count a read in vain."""
+    if reads % PATIENCE == 0:
+        give_way()
+    return reads + 1
 
 
 @njit(**OPTIONS)
@@ -113,7 +135,7 @@ def wake(box):
 @njit(**OPTIONS)
 def dispatch(loop, job, boxes, helpers):
     """Run loop(job, 0) here and loop(job, k) on the k-th helper, as far as they are free."""
-    tickets, here, give_way = job + 8 * (TILES + helpers + 1), processor(), False
+    tickets, here, beside = job + 8 * (TILES + helpers + 1), processor(), False
     for k in range(helpers):
         box, ticket = boxes + k * BOX, 0
         state = peek(box + STATE)
@@ -124,10 +146,10 @@ def dispatch(loop, job, boxes, helpers):
             poke(box + NUMBER, k + 1)
             poke(box + THEIRS, here)
             poke(box + STATE, 4 * ticket + POSTED)
-            give_way |= wake(box) or peek(box + OURS) == here
+            beside |= wake(box) or peek(box + OURS) == here
         poke(tickets + 8 * k, ticket)
-    if _YIELDS and give_way:  # to a helper that is on this processor, so that it can leave
-        _sched_yield()
+    if beside:  # perhaps: then a helper on this processor can leave it
+        give_way()
     invoke(loop, job, 0)
     for k in range(helpers):
         box, ticket = boxes + k * BOX, peek(tickets + 8 * k)
