@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,8 +89,6 @@ def test_two_hundred_forks(chosen):
 
 
 def _wait(child, seconds):
-    import time
-
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -152,6 +151,33 @@ time.sleep(0.2)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "at exit (16, 24, 2000)" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+@pytest.mark.parametrize("narrow", [False, True], ids=["all", "one"])
+def test_helpers_keep_the_processors_that_they_may_use(narrow):
+    """One that wakes beside its caller moves, within what it may use; with one processor, it stays."""
+    from batchnorm.kernels import crew
+
+    before = os.sched_getaffinity(0)
+    allowed = {min(before)} if narrow else before
+    x = data.batch((16, 24, 2000), mean=5.0)
+    with kernels("numba"):
+        bn.set_num_threads(2)
+        wanted = bn.batch_norm(x)[0].copy()
+        helpers = [helper.native_id for helper in crew._threads]
+        assert helpers
+        try:
+            for thread in (0, *helpers):
+                os.sched_setaffinity(thread, allowed)
+            for _ in range(30):
+                time.sleep(0.003)  # the helper sleeps
+                np.testing.assert_array_equal(bn.batch_norm(x)[0], wanted)
+            for helper in helpers:
+                assert os.sched_getaffinity(helper) == allowed
+        finally:
+            for thread in (0, *helpers):
+                os.sched_setaffinity(thread, before)
 
 
 def test_an_error_in_a_helper_reaches_the_caller():

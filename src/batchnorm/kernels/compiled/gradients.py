@@ -119,25 +119,8 @@ def columns_grad_sums(like, wlike):
             block, r0, r1, c0, c1 = tile_bounds(job, tile)
             og, ox, ow, out = c0 * chan[1, 0], c0 * chan[2, 0], c0 * wstep, doubles(job, PARTS, 2, block)
             tile_grad_sums(
-                dy,
-                og,
-                x,
-                ox,
-                like,
-                w,
-                ow,
-                wstep,
-                wlike,
-                rows,
-                copies,
-                r0,
-                r1,
-                c0,
-                c1,
-                vectors,
-                room,
-                sums,
-                out,
+                dy, og, x, ox, like, w, ow, wstep, wlike, rows, copies, r0, r1, c0, c1, vectors, room,
+                sums, out,
             )
 
     return loop
@@ -180,25 +163,7 @@ def row_grad_input(dy, h, x, i, dx, k, like, w, j, wstep, wlike, m, a, b, shift,
 
 @compiled
 def tile_grad_input(
-    dy,
-    og,
-    x,
-    ox,
-    dx,
-    oo,
-    like,
-    w,
-    ow,
-    wstep,
-    wlike,
-    rows,
-    copies,
-    r0,
-    r1,
-    c0,
-    c1,
-    vectors,
-    room,
+    dy, og, x, ox, dx, oo, like, w, ow, wstep, wlike, rows, copies, r0, r1, c0, c1, vectors, room,
     streaming,
 ):
     """Dx of a tile."""
@@ -257,25 +222,8 @@ def columns_backward(like, wlike):
             og, ox, oo, ow = c0 * chan[1, 0], c0 * chan[2, 0], c0 * chan[3, 0], c0 * wstep
             centres(stats, c0, c1, vectors, like)
             tile_grad_sums(
-                dy,
-                og,
-                x,
-                ox,
-                like,
-                w,
-                ow,
-                wstep,
-                wlike,
-                rows,
-                copies,
-                r0,
-                r1,
-                c0,
-                c1,
-                vectors,
-                room,
-                sums,
-                out,
+                dy, og, x, ox, like, w, ow, wstep, wlike, rows, copies, r0, r1, c0, c1, vectors, room,
+                sums, out,
             )
             backward_terms(job, stats, c0, c1, out, vectors, like)
             tile_grad_input(
