@@ -156,7 +156,7 @@ time.sleep(0.2)
 @pytest.mark.skipif(sys.platform != "linux", reason="helpers move on Linux only")
 @pytest.mark.parametrize("narrow", [False, True], ids=["all", "one"])
 def test_a_helper_leaves_its_callers_processor(narrow):
-    """For another that it may use, and may use the same ones afterwards; where there is one, it stays."""
+    """For another that it may use, and may use the same ones afterwards; one alone it does not leave."""
     import numba
 
     from batchnorm.kernels.compiled import crew
