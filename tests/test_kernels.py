@@ -228,6 +228,18 @@ def test_errors_name_what_was_asked():
     assert "BATCHNORM_KERNELS: got 'quick', expected one of" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["numba", "numpy", "generic"])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 0), 1), ((4, 0, 3), 1), ((300, 5, 0), -1)])
+def test_no_channels(name, shape, axis):
+    """An array without channels has nothing to normalize, and that is no error."""
+    x = np.ones(shape, np.float32)
+    with kernels(name):
+        y, stats = bn.batch_norm(x, axis=axis)
+        dx, dgamma, _ = bn.batch_norm_backward(x, x, stats, axis=axis)
+        assert y.shape == dx.shape == bn.normalize(x, stats.mean, stats.var, axis=axis).shape == shape
+        assert stats.mean.shape == dgamma.shape == (0,)
+
+
 def test_every_plan_covers_every_value_once():
     """Tiles of all grids, for shapes around the sizes at which plans change."""
     from batchnorm.kernels.compiled import terms

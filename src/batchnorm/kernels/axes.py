@@ -85,7 +85,7 @@ def _copies(rows: list[Axis], chan: list[Axis]) -> int:
     if len(rows) != 1 or any(step != chan[0][0] for step in rows[0][1]):
         return 1
     count = rows[0][0]
-    most = max(1, min(WIDE // chan[0][0], count // TALL))
+    most = max(1, min(WIDE // max(1, chan[0][0]), count // TALL))
     return next(copies for copies in range(most, 0, -1) if count % copies == 0)
 
 

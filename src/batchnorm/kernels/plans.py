@@ -115,30 +115,31 @@ def _plan(
     values = at.outer * at.length * at.copies  # of a channel
     read = values * size * max(1, data - 1)  # bytes of a channel that are read twice
 
+    channels = max(1, at.channels)  # tiles have a size also where there are none
     width = at.length * at.copies  # columns of a channel
     if at.columns:
         most, fewest = (max(1, n // width) for n in (MOST_COLUMNS, FEWEST_COLUMNS))
         reduced = at.outer
-        across = at.channels if at.copies > 1 else min(most, at.channels)
+        across = channels if at.copies > 1 else min(most, channels)
         whole = min(across, TILE_BYTES // max(1, read))
-        if whole < min(fewest, at.channels) or (at.length == 1 and not alone):
+        if whole < min(fewest, channels) or (at.length == 1 and not alone):
             whole = 0  # two threads on neighbouring columns are in each other's way
         elif not alone:  # a share for each thread
-            whole = min(whole, max(fewest, at.channels // 8))
+            whole = min(whole, max(fewest, channels // 8))
         share = min(TILE_BYTES, max(TILE_BYTES // 8, nbytes // 16))  # large tiles, but enough of them
         fewest_rows = 4 if at.length > 1 else columns.BATCH
         block = max(fewest_rows, share // (across * width * size), -(-reduced // PARTS))
     else:
         reduced = at.outer * -(-at.length // terms.SEGMENT)
         whole = max(1, TILE_BYTES // 4 // max(1, read)) if read <= CHANNEL_BYTES else 0
-        if at.channels < 4 and not alone:
+        if channels < 4 and not alone:
             whole = 0
         across = max(1, TILE_BYTES // 2 // max(1, values * size))
         block = max(TILE_BYTES // 2 // (terms.SEGMENT * size), -(-reduced // PARTS))
         if across > 1:
             block = reduced
-    whole = _even(at.channels, whole) if whole else 0
-    across = _even(at.channels, min(across, at.channels))
+    whole = _even(channels, whole) if whole else 0
+    across = _even(channels, min(across, channels))
     block = min(block, max(1, reduced))
     loops, streaming = "columns" if at.columns else "planes", nbytes >= STREAM_BYTES
     grid = Grid(reduced, max(1, block), at.channels, max(1, across), loops, streaming)
@@ -179,7 +180,7 @@ def _sweep(rows: int, length: int, channels: int, size: int, nbytes: int) -> Gri
     # A short run begins and ends within a cache line, of which only the rest could go past the caches.
     streaming = nbytes >= STREAM_BYTES and run >= STREAM_RUN
     block = min(block, max(1, reduced))
-    return Grid(reduced, block, channels, _even(channels, across), "planes", streaming)
+    return Grid(reduced, block, channels, _even(max(1, channels), across), "planes", streaming)
 
 
 def _even(total: int, most: int) -> int:
