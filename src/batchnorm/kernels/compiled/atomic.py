@@ -8,7 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-I64 = ir.IntType(64)
+from batchnorm.kernels.compiled.tables import I64
+
 _INT = types.int64
 # One order for all threads: the few of these that there are cost next to nothing.
 _ORDER = "seq_cst"

@@ -23,6 +23,8 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from batchnorm.kernels.compiled.tables import I64, pointer
+
 WIDTH = 16
 
 # The dtype in memory -> its sentinel. Numba has no 16-bit floats on a CPU, so integers of that size
@@ -36,7 +38,7 @@ SENTINELS = {
 }
 HALF, BRAIN = types.int16, types.uint16
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I32 = ir.IntType(32)
 CONTRACT = ("contract",)  # a product may be added without being rounded first
 
 
@@ -88,10 +90,6 @@ def _splat(builder: Any, value: Any) -> Any:
     vector = ir.VectorType(value.type, WIDTH)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _int(0))
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, WIDTH), [0] * WIDTH))
-
-
-def _pointer(builder: Any, address: Any, index: Any, kind: ir.Type) -> Any:
-    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
 
 
 # What lies in memory, the LLVM type to read it as, and how that becomes and comes from a number.
@@ -166,7 +164,7 @@ def load(typing: Any, address: Any, index: Any, count: Any, like: Any) -> Any:
     vector, moved = ir.VectorType(kind, WIDTH), ir.VectorType(_bits(kind), WIDTH)
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place, count = _pointer(builder, args[0], args[1], kind), args[2]
+        place, count = pointer(builder, args[0], args[1], kind), args[2]
         if isinstance(sig.args[2], types.NoneType):
             place = builder.bitcast(place, vector.as_pointer())
             return _decode(builder, builder.load(place, align=_size(kind)), like)
@@ -186,7 +184,7 @@ def gather(typing: Any, address: Any, index: Any, step: Any, count: Any, like: A
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         raw: Any = ir.Constant(ir.VectorType(kind, WIDTH), ir.Undefined)
         for lane, at in enumerate(_steps(builder, sig.args[3], *args[1:4])):
-            value = builder.load(_pointer(builder, args[0], at, kind), align=_size(kind))
+            value = builder.load(pointer(builder, args[0], at, kind), align=_size(kind))
             raw = builder.insert_element(raw, value, _int(lane))
         if not isinstance(sig.args[3], types.NoneType):
             raw = builder.select(_active(builder, args[3]), raw, ir.Constant(raw.type, None))
@@ -214,7 +212,7 @@ def store(typing: Any, address: Any, index: Any, value: Any, count: Any, like: A
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         raw = _encode(builder, args[2], like)
-        place = _pointer(builder, args[0], args[1], kind)
+        place = pointer(builder, args[0], args[1], kind)
         if isinstance(sig.args[3], types.NoneType):
             builder.store(raw, builder.bitcast(place, raw.type.as_pointer()), align=_size(kind))
         else:
@@ -234,7 +232,7 @@ def stream(typing: Any, address: Any, index: Any, value: Any, like: Any) -> Any:
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         raw = _encode(builder, args[2], like)
-        place = _pointer(builder, args[0], args[1], kind)
+        place = pointer(builder, args[0], args[1], kind)
         align = min(WIDTH * _size(kind), 64)
         whole = builder.store(raw, builder.bitcast(place, raw.type.as_pointer()), align=align)
         whole.set_metadata("nontemporal", builder.module.add_metadata([_int(1)]))
@@ -252,7 +250,7 @@ def scatter(typing: Any, address: Any, index: Any, step: Any, value: Any, count:
         raw = _encode(builder, args[3], like)
         places = list(enumerate(_steps(builder, sig.args[4], args[1], args[2], args[4])))
         for lane, at in reversed(places):  # what is left out is written over by the last that is not
-            place = _pointer(builder, args[0], at, kind)
+            place = pointer(builder, args[0], at, kind)
             builder.store(builder.extract_element(raw, _int(lane)), place, align=_size(kind))
         return context.get_dummy_value()
 
@@ -339,13 +337,17 @@ def root(typing: Any, value: Any) -> Any:
     return Lanes(types.float64)(value), emit
 
 
+def _above(builder: Any, number: Any) -> Any:
+    """Which lanes are above zero; a NaN is not."""
+    return builder.fcmp_ordered(">", number, ir.Constant(number.type, None))
+
+
 @intrinsic
 def above_zero(typing: Any, number: Any, value: Any, other: Any) -> Any:
     """The value in lanes whose number is above zero, and the other elsewhere (also for NaN)."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        above = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
-        return builder.select(above, args[1], args[2])
+        return builder.select(_above(builder, args[0]), args[1], args[2])
 
     return value(number, value, other), emit
 
@@ -355,9 +357,9 @@ def any_above_zero(typing: Any, number: Any) -> Any:
     """Whether a lane is above zero."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        above = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
+        bits = ir.IntType(WIDTH)
         return builder.icmp_unsigned(
-            "!=", builder.bitcast(above, ir.IntType(WIDTH)), _int(0, ir.IntType(WIDTH))
+            "!=", builder.bitcast(_above(builder, args[0]), bits), _int(0, bits)
         )
 
     return types.boolean(number), emit
@@ -368,8 +370,7 @@ def only(typing: Any, weight: Any, value: Any) -> Any:
     """The value in lanes whose weight is above zero, and 0 elsewhere (also for NaN)."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        above = builder.fcmp_ordered(">", args[0], ir.Constant(args[0].type, None))
-        return builder.select(above, args[1], ir.Constant(args[1].type, None))
+        return builder.select(_above(builder, args[0]), args[1], ir.Constant(args[1].type, None))
 
     return value(weight, value), emit
 
@@ -380,7 +381,7 @@ def either(typing: Any, weight: Any, gradient: Any, value: Any) -> Any:
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         weight, gradient, value = args
-        weighs = builder.fcmp_ordered(">", weight, ir.Constant(weight.type, None))
+        weighs = _above(builder, weight)
         counts = builder.fcmp_unordered("!=", gradient, ir.Constant(gradient.type, None))
         return builder.select(builder.or_(weighs, counts), value, ir.Constant(value.type, None))
 

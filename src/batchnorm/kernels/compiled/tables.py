@@ -14,7 +14,8 @@ I64 = ir.IntType(64)
 _INT = types.int64
 
 
-def _place(builder: Any, address: Any, index: Any, kind: ir.Type) -> Any:
+def pointer(builder: Any, address: Any, index: Any, kind: ir.Type) -> Any:
+    """Where a value of a kind lies; for what emits code."""
     return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
 
 
@@ -23,7 +24,7 @@ def item(typing: Any, address: Any, place: Any) -> Any:
     """A number of a row of numbers of 64 bits."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(_place(builder, *args, I64))
+        return builder.load(pointer(builder, *args, I64))
 
     return _INT(_INT, _INT), emit
 
@@ -33,7 +34,7 @@ def set_item(typing: Any, address: Any, place: Any, value: Any) -> Any:
     """Write a number of a row of numbers of 64 bits."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[2], _place(builder, *args[:2], I64))
+        builder.store(args[2], pointer(builder, *args[:2], I64))
         return context.get_dummy_value()
 
     return types.void(_INT, _INT, _INT), emit
@@ -44,7 +45,7 @@ def real_item(typing: Any, address: Any, place: Any) -> Any:
     """The same as a float64."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load(_place(builder, *args, ir.DoubleType()))
+        return builder.load(pointer(builder, *args, ir.DoubleType()))
 
     return types.float64(_INT, _INT), emit
 
