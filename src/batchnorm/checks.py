@@ -10,6 +10,7 @@ import itertools
 import numbers
 import operator
 import os
+import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -50,7 +51,12 @@ def subject(x: Array, axis: int | tuple[int, ...], argument: str = "x") -> Layou
 
 # Layouts of calls that passed, by what decides whether a call passes. Most calls are like the last.
 _passed: dict[Any, Layout] = {}
-_PLAIN = {("numpy", "ndarray"), ("torch", "Tensor"), ("torch.nn.parameter", "Parameter")}
+_PLAIN = {
+    ("numpy", "ndarray"),
+    ("cupy", "ndarray"),
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
+}
 _plain: dict[type, bool] = {}
 
 
@@ -69,7 +75,8 @@ def key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> Any:
             plain = _plain[kind] = (kind.__module__, kind.__name__) in _PLAIN
         if not plain:
             return None
-        parts.append((kind, a.shape, a.dtype, a.device))
+        device = a.device
+        parts.append((kind, a.shape, a.dtype, getattr(device, "id", device)))  # CuPy's has no hash
     return tuple(parts)
 
 
@@ -255,6 +262,10 @@ def seen_false(truth: Array) -> bool:
 
 def _hidden(x: Array) -> bool:
     """Whether values cannot be looked at without running a graph. JAX's can, unless it is tracing."""
+    if compat.is_cupy_array(x):
+        return bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
+    if compat.is_torch_array(x) and x.device.type == "cuda":
+        return bool(sys.modules["torch"].cuda.is_current_stream_capturing())
     return bool(compat.is_lazy_array(x) and not compat.is_jax_array(x))
 
 

@@ -17,7 +17,7 @@ from batchnorm.kernels import generic
 Array = Any
 
 VARIABLE = "BATCHNORM_KERNELS"
-NAMES = ("numba", "numpy", "generic")
+NAMES = ("numba", "numpy", "cupy", "generic")
 
 
 class KernelSet(NamedTuple):
@@ -91,6 +91,8 @@ def _for_others(x: Array, *others: Array | None) -> KernelSet:
 def _for_numpy(*arrays: Array | None) -> KernelSet:
     """The kernel set for NumPy arrays: the first that can run on all."""
     asked = get_kernels()
+    if asked == "cupy":
+        checks.fail(TypeError, "kernels", "'cupy' asked for, but the arrays are NumPy's", "arrays on a GPU")
     if asked is None or asked == "numba":
         compiled, why_not = _numba()
         if compiled is not None:
@@ -104,24 +106,53 @@ def _for_numpy(*arrays: Array | None) -> KernelSet:
     return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
 
 
-def _for_torch(*arrays: Array | None) -> KernelSet:
-    """The kernel set for PyTorch's tensors: those of NumPy, where it can look at their memory."""
+def _for_torch(x: Array, *others: Array | None) -> KernelSet:
+    """The kernel set for PyTorch's tensors: CUDA kernels, or those of NumPy, on the same memory."""
     from batchnorm.kernels import torch as adapter
+
+    asked, arrays = get_kernels(), (x, *others)
+    if asked == "generic":
+        return _generic("it was asked for")
+    on_gpu = x.device.type == "cuda"
+    why_not = adapter.refuses(arrays, x.device.type)
+    if why_not is not None:
+        why_not = f"the tensors {why_not}"
+    elif not on_gpu and asked != "cupy":
+        return adapter.adapted(_for_numpy(*(a if a is None else adapter.view(a) for a in arrays)))
+    elif on_gpu and asked in (None, "cupy"):
+        from batchnorm.kernels import cupy
+
+        why_not = cupy.unusable()
+        if why_not is None:
+            return cupy.on_tensors(x.device.index)
+    if asked is not None:
+        why_not = why_not or f"the tensors are on the device {x.device}"
+        checks.fail(TypeError, "kernels", f"{asked!r} asked for, but {why_not}", "arrays it can run on")
+    return _generic(str(why_not))
+
+
+def _for_cupy(x: Array, *others: Array | None) -> KernelSet:
+    """The kernel set for CuPy's arrays."""
+    from batchnorm.kernels import cupy
 
     asked = get_kernels()
     if asked == "generic":
         return _generic("it was asked for")
-    why_not = adapter.refuses(arrays)
-    if why_not is None:
-        return adapter.adapted(_for_numpy(*(a if a is None else adapter.view(a) for a in arrays)))
+    why_not = cupy.unusable()
+    if asked in (None, "cupy") and why_not is None:
+        return cupy.on_arrays(x.device.id)
     if asked is not None:
-        got = f"{asked!r} asked for, but the tensors {why_not}"
+        got = f"{asked!r} asked for, but {why_not or 'x is an array of cupy'}"
         checks.fail(TypeError, "kernels", got, "arrays it can run on")
-    return _generic(f"the tensors {why_not}")
+    return _generic(str(why_not))
 
 
 # Libraries whose arrays have kernels of their own: module, class, rule.
-_HOSTS = (("numpy", "ndarray", _for_numpy), ("torch", "Tensor", _for_torch))
+_HOSTS = (
+    ("numpy", "ndarray", _for_numpy),
+    ("torch", "Tensor", _for_torch),
+    ("cupy", "ndarray", _for_cupy),
+)
 
 
 def set_kernels(name: str | None) -> None:
@@ -129,7 +160,7 @@ def set_kernels(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"numba", "numpy", "generic"} or None
+    name : {"numba", "numpy", "cupy", "generic"} or None
         None for the default: the environment variable ``BATCHNORM_KERNELS``, or the fastest that can
         run. Where the named one cannot run on an array, the call is an error.
 

@@ -45,9 +45,9 @@ def merged(
     `steps` has the strides of each array in values; the first `data` arrays are as large as x, one
     that may follow them holds weights.
     """
-    chan = _merge([(shape[i], tuple(s[i] for s in steps)) for i in kept])
+    chan = merge([(shape[i], tuple(s[i] for s in steps)) for i in kept])
     reduced = [(n, tuple(s[i] for s in steps)) for i, n in enumerate(shape) if i not in kept]
-    rows = _merge(sorted(reduced, key=lambda axis: -abs(axis[1][0])))
+    rows = merge(sorted(reduced, key=lambda axis: -abs(axis[1][0])))
     length, inner = rows[-1] if rows else (1, (1,) * len(steps))
     outer = math.prod(n for n, _ in rows[:-1])
 
@@ -89,7 +89,7 @@ def _copies(rows: list[Axis], chan: list[Axis]) -> int:
     return next(copies for copies in range(most, 0, -1) if count % copies == 0)
 
 
-def _merge(axes: list[Axis]) -> list[Axis]:
+def merge(axes: list[Axis]) -> list[Axis]:
     """Join neighbours that one step leads through; drop axes of length 1."""
     found: list[Axis] = []
     for n, steps in axes:

@@ -16,8 +16,8 @@ from batchnorm.moments import Moments
 Array = Any
 
 
-def refuses(arrays: tuple[Array | None, ...]) -> str | None:
-    """Why NumPy cannot look at some tensors, or None."""
+def refuses(arrays: tuple[Array | None, ...], device: str) -> str | None:
+    """Why kernels cannot look at the memory of some tensors, or None."""
     torch = sys.modules["torch"]
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return "are traced or transformed"
@@ -29,9 +29,9 @@ def refuses(arrays: tuple[Array | None, ...]) -> str | None:
             return f"include a {type(a).__name__}"
         if gradients and a.requires_grad:
             return "require gradients, which are PyTorch's to record"
-        if a.device.type != "cpu" or a.layout is not torch.strided:
-            return "are not strided memory of the CPU"
-        if a.dtype is torch.bfloat16 and _bfloat16() is None:
+        if device not in ("cpu", "cuda") or a.layout is not torch.strided:
+            return "are not strided memory of a CPU or a CUDA device"
+        if a.dtype is torch.bfloat16 and device == "cpu" and _bfloat16() is None:
             return "are bfloat16, for which ml_dtypes is not installed"
     return None
 

@@ -1,0 +1,128 @@
+// The forward pass: moments of each channel, then y = a (x - m) + b.
+
+template <typename T, int V, bool COLUMNS, typename W> struct Forward {
+    typedef typename Number<T>::Compute A;
+    typedef typename Weight<W, A>::Type U;
+    static const bool WEIGHTED = Weight<W, A>::THERE;
+    static const int CH = COLUMNS ? V : 1;  // channels of a thread
+    static const int SUMS = 4;              // doubles of a partial result: the moments
+    static const int FACTORS = 3;           // m, a, b
+    static const int DEPTH = COLUMNS || WEIGHTED ? 4 : V == 1 ? 16 : (sizeof(A) == 8 ? 16 : 32) / V;
+    typedef Room<A, CH> Shared;
+
+    static __device__ void prepare(const Job&, const Tile&, Shared&) {}
+
+    static __device__ void sum(const Job& job, const Tile& tile, Shared&, double (&m)[CH][SUMS]) {
+        Running running[CH];
+        Walk<V, WEIGHTED> walk(job, tile);
+        for (long long i = tile.begin; i < tile.end; i += DEPTH * job.lanes)
+            if (i + (DEPTH - 1) * job.lanes < tile.end)
+                chunk<true>(job, walk, i, tile.end, running);
+            else
+                chunk<false>(job, walk, i, tile.end, running);
+        for (int ch = 0; ch < CH; ++ch) running[ch].result(m[ch]);
+    }
+
+    // DEPTH positions, loaded before the first is used.
+    template <bool FULL>
+    static __device__ void chunk(
+        const Job& job, Walk<V, WEIGHTED>& walk, long long i, long long end, Running (&running)[CH]) {
+        const int L = COLUMNS ? DEPTH : DEPTH * V;  // values of a channel
+        Pack<T, V> x[DEPTH];
+        U weight[DEPTH];
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k) {
+            bool there = FULL || i + k * job.lanes < end;
+            x[k] = load<T, V>(job.x, there ? walk.at : 0);
+            weight[k] = there ? Weight<W, A>::read(job.weights, walk.w_at) : U(0);
+            walk.next(job);
+        }
+#pragma unroll
+        for (int ch = 0; ch < CH; ++ch) {
+            A v[L];
+            U w[L];
+#pragma unroll
+            for (int j = 0; j < L; ++j) {
+                v[j] = value(x[COLUMNS ? j : j / V].item[COLUMNS ? ch : j % V]);
+                w[j] = weight[COLUMNS ? j : j / V];
+            }
+            running[ch].add(v, w);
+        }
+    }
+
+    static __device__ void combine(double (&m)[CH][SUMS], Shared& room, const Job& job, const Tile& tile) {
+        pool(m, room, job, tile);
+    }
+
+    static __device__ void gather(const Job& job, const Tile& tile, double (&m)[CH][SUMS]) {
+        for (int ch = 0; ch < CH; ++ch) {
+            Running running;
+            for (long long part = tile.lane; tile.end > 0 && part < job.parts; part += job.lanes) {
+                const double* p = job.partial + ((tile.c + ch) * job.parts + part) * SUMS;
+                running.add(__ldcg(p + COUNT), __ldcg(p + MEAN), __ldcg(p + LOW), __ldcg(p + SQUARES));
+            }
+            running.result(m[ch]);
+        }
+    }
+
+    static __device__ void finish(const Job& job, const Tile& tile, Shared& room, double (&m)[CH][SUMS]) {
+        for (int ch = 0; ch < CH; ++ch) {
+            long long c = tile.c + ch;
+            double var = m[ch][SQUARES] / (m[ch][COUNT] > 0 ? m[ch][COUNT] : 1);
+            job.stats[c] = m[ch][COUNT];
+            job.stats[job.channels + c] = m[ch][MEAN];
+            job.stats[2 * job.channels + c] = var;
+            job.stats[3 * job.channels + c] = m[ch][LOW];
+            factor(job, tile, room, ch, m[ch][MEAN], m[ch][LOW], var);
+        }
+    }
+
+    static __device__ void from_statistics(const Job& job, const Tile& tile, Shared& room) {
+        for (int ch = 0; ch < CH; ++ch) {
+            long long c = tile.c + ch;
+            factor(job, tile, room, ch, given(job.mean, c, 0), 0, given(job.var, c, 1));
+        }
+    }
+
+    // y = gamma (x - mean) / std + beta, with the mean as m, a number of x's kind, and the rest of it.
+    static __device__ void factor(
+        const Job& job, const Tile& tile, Shared& room, int ch, double mean, double low, double var) {
+        long long c = tile.c + ch;
+        A m = (A)mean;
+        double a = given(job.gamma, c, 1) * (1 / sqrt(var + job.eps));
+        double b = given(job.beta, c, 0) - a * ((mean - m) + low);
+        double f[4] = {m, a, b, 0};
+        publish<Forward>(f, job, tile, room, ch);
+    }
+
+    static __device__ void write(const Job& job, const Tile& tile, const Shared& room) {
+        A f[CH][4];
+        factors<Forward>(f, job, tile, room);
+        Walk<V, false> walk(job, tile);
+        const int AHEAD = V == 1 ? 8 : 4;
+        for (long long i = tile.begin; i < tile.end; i += AHEAD * job.lanes) {
+            Pack<T, V> x[AHEAD];
+            long long at[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+                at[k] = i + k * job.lanes < tile.end ? walk.at : -1;
+                if (at[k] >= 0) x[k] = load_last<T, V>(job.x, at[k]);
+                walk.next(job);
+            }
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    const A* g = f[COLUMNS ? j : 0];
+                    set(x[k].item[j], g[1] * (value(x[k].item[j]) - g[0]) + g[2]);
+                }
+                if (at[k] >= 0) store<T, V>(job.out, at[k], x[k]);
+            }
+        }
+    }
+};
+
+template <typename T, int V, bool COLUMNS, typename W>
+__global__ void __launch_bounds__(THREADS, 2) forward(const Job job) {
+    run<Forward<T, V, COLUMNS, W>>(job);
+}

@@ -1,0 +1,99 @@
+"""The CUDA kernels, built by the host's C++ compiler and run on NumPy arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import numpy as np
+
+from batchnorm import kernels
+from batchnorm.kernels import cuda, launches
+
+HERE = pathlib.Path(__file__).parent
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+# Little, so that small arrays meet what large ones meet on a GPU: many parts, several groups.
+LIMITS = launches.Limits(processors=3, cache=24 * 2**10)
+_seed = itertools.count()
+
+
+def library(names, source=None, options=()):
+    """A shared library with a function for each kernel; kept from run to run."""
+    lines = ['#include "gpu.h"', source or cuda.source()]
+    for i, name in enumerate(names):
+        lines.append(
+            f'extern "C" int launch_{i}(const Job* job, unsigned blocks, unsigned seed) {{\n'
+            f"    return gpu::launch([=] {{ {name}(*job); }}, blocks, THREADS, seed);\n}}"
+        )
+    command = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+    command += ["-Wall", "-Wno-unknown-pragmas", "-Werror", "-Wno-maybe-uninitialized", *options]
+    text = "\n".join(lines)
+    header = (HERE / "gpu.h").read_text()
+    digest = hashlib.sha256("\0".join([text, header, *command]).encode()).hexdigest()[:16]
+    folder = pathlib.Path(tempfile.gettempdir()) / f"batchnorm-cuda-on-host-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    built = folder / f"{digest}.so"
+    if not built.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = pathlib.Path(scratch) / "made.so"
+            command += [f"-I{HERE}", "-x", "c++", "-", "-o", str(made)]
+            subprocess.run(command, input=text, text=True, check=True, timeout=600)
+            made.replace(built)
+    return ctypes.CDLL(str(built))
+
+
+@functools.cache
+def functions(dtype, kernel, source=None, options=()):
+    """The kernels of a dtype, by name."""
+    wanted = f"{kernel}<{launches.TYPES[dtype][0]},"
+    names = [n for n in launches.instances() if n.startswith(wanted)]
+    built = library(names, source, options)
+    return {name: getattr(built, f"launch_{i}") for i, name in enumerate(names)}
+
+
+class Astray(AssertionError):
+    """Some threads of a block ended while others waited for them."""
+
+
+def device(limits=LIMITS, source=None, options=()):
+    """The host as a device of `kernels/cuda.py`."""
+    dtypes = {name: dtype for dtype, (name, _, _) in launches.TYPES.items()}
+
+    def launch(name, job, blocks, zero_at, zero_bytes):
+        if zero_bytes:
+            ctypes.memset(zero_at, 0, zero_bytes)
+        kernel, _, rest = name.partition("<")
+        run = functions(dtypes[rest.partition(",")[0]], kernel, source, options)[name]
+        if run(job, blocks, next(_seed)):
+            raise Astray(name)
+
+    return cuda.Device(
+        limits,
+        active=contextlib.nullcontext,
+        address=lambda a: a.ctypes.data,
+        steps=lambda a: tuple(step // a.itemsize for step in a.strides),
+        contiguous=np.ascontiguousarray,
+        launch=launch,
+    )
+
+
+@contextlib.contextmanager
+def active(limits=LIMITS, source=None, options=()):
+    """NumPy arrays run on the CUDA kernels."""
+    found = cuda.kernel_set("cupy", "on the host, for tests", device(limits, source, options))
+    hosts = kernels._HOSTS
+    kernels._HOSTS = (("numpy", "ndarray", lambda *arrays: found),)
+    kernels._rule.cache_clear()
+    try:
+        yield found
+    finally:
+        kernels._HOSTS = hosts
+        kernels._rule.cache_clear()

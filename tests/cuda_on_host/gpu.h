@@ -1,0 +1,167 @@
+// As much of a GPU as the kernels need, on a CPU: so that their semantics run where no GPU is.
+//
+// A block is a thread of the host, so that blocks run at the same time; its threads are fibers of it,
+// which run one after the other, each up to the next barrier, in an order that is drawn anew after
+// every barrier. What one writes and another reads without a barrier between is then read too early
+// in one order or the other.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+
+struct Place {
+    unsigned x;
+};
+static thread_local Place threadIdx, blockIdx, gridDim;
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+template <typename T> T __ldcg(const T* p) { return *p; }
+template <typename T> T __ldcs(const T* p) { return *p; }
+template <typename T> void __stcs(T* p, T v) { *p = v; }
+
+inline unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+inline unsigned atomicExch(unsigned* p, unsigned v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __nanosleep(unsigned) { std::this_thread::yield(); }
+
+template <typename To, typename From> To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
+inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
+
+inline float half_to_float(unsigned short bits) {
+    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                 : exponent     ? ldexpf(1024 + mantissa, exponent - 25)
+                                : ldexpf(mantissa, -24);
+    return bits & 0x8000 ? -size : size;
+}
+inline unsigned short float_to_half(float v) {
+    unsigned short sign = signbit(v) ? 0x8000 : 0;
+    float size = fabsf(v);
+    if (isnan(v)) return sign | 0x7e00;
+    if (size >= 65520) return sign | 0x7c00;
+    int exponent;
+    frexpf(size, &exponent);                 // size = f 2^exponent, 1/2 <= f < 1
+    exponent = std::max(exponent, -13);      // subnormal halves share the smallest exponent
+    unsigned units = (unsigned)nearbyintf(ldexpf(size, 11 - exponent));  // to even
+    // A mantissa of 2048 carries into the exponent by itself.
+    return sign | (units < 1024 ? units : (unsigned short)(((exponent + 13) << 10) + units));
+}
+
+namespace gpu {
+
+struct Fiber {
+    std::unique_ptr<char[]> stack{new char[SIZE]};
+    static const size_t SIZE = 48 * 1024;
+    jmp_buf here;
+    bool started, ended;
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    const std::function<void()>* kernel;
+    jmp_buf scheduler;
+    Fiber* running;
+};
+static thread_local Block* block;
+static std::atomic<int> astray;  // barriers that some threads of a block never reached
+
+inline void to_scheduler() {
+    if (!_setjmp(block->running->here)) _longjmp(block->scheduler, 1);
+}
+
+inline void start() {
+    (*block->kernel)();
+    block->running->ended = true;
+    _longjmp(block->scheduler, 1);
+}
+
+inline void go_on(Fiber& fiber) {
+    if (_setjmp(block->scheduler)) return;
+    block->running = &fiber;
+    if (fiber.started) _longjmp(fiber.here, 1);
+    fiber.started = true;
+    ucontext_t context, unused;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = Fiber::SIZE;
+    context.uc_link = nullptr;
+    makecontext(&context, start, 0);
+    swapcontext(&unused, &context);
+}
+
+inline void run_block(Block& mine, std::mt19937& random) {
+    block = &mine;
+    std::vector<int> order(mine.fibers.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    for (Fiber& fiber : mine.fibers) fiber.started = fiber.ended = false;
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int i : order) {
+            threadIdx.x = i;
+            go_on(mine.fibers[i]);
+        }
+        size_t ended = 0;
+        for (Fiber& fiber : mine.fibers) ended += fiber.ended;
+        if (ended == order.size()) return;
+        if (ended) {
+            ++astray;
+            return;
+        }
+    }
+}
+
+// Run a kernel; the number of blocks whose threads did not meet at their barriers.
+inline int launch(const std::function<void()>& kernel, unsigned blocks, int threads, unsigned seed) {
+    const unsigned at_once = std::min(blocks, 3u);
+    std::atomic<unsigned> next{0};
+    astray = 0;
+    auto work = [&](unsigned worker) {
+        std::mt19937 random(seed * 97 + worker);
+        static thread_local Block mine;
+        mine.fibers.resize(threads);
+        mine.kernel = &kernel;
+        gridDim.x = blocks;
+        for (unsigned i; (i = next++) < blocks;) {
+            blockIdx.x = i;
+            run_block(mine, random);
+        }
+    };
+    std::vector<std::thread> workers;
+    for (unsigned i = 0; i < at_once; ++i) workers.emplace_back(work, i);
+    for (std::thread& worker : workers) worker.join();
+    return astray;
+}
+
+}  // namespace gpu
+
+__attribute__((noinline)) inline void __syncthreads() { gpu::to_scheduler(); }
