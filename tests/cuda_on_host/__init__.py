@@ -20,8 +20,12 @@ from batchnorm.kernels import cuda, launches
 
 HERE = pathlib.Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-# Little, so that small arrays meet what large ones meet on a GPU: many parts, several groups.
-LIMITS = launches.Limits(processors=3, cache=24 * 2**10)
+# Tiles as on a GPU; and so small that small arrays meet what large ones meet there: many parts, whose
+# sums meet in a tree, and several groups.
+LIMITS = {
+    "large-tiles": launches.Limits(processors=2, cache=24 * 2**10),
+    "small-tiles": launches.Limits(processors=2, cache=6 * 2**10, tile=256),
+}
 _seed = itertools.count()
 
 
@@ -63,7 +67,7 @@ class Astray(AssertionError):
     """Some threads of a block ended while others waited for them."""
 
 
-def device(limits=LIMITS, source=None, options=()):
+def device(limits, source=None, options=()):
     """The host as a device of `kernels/cuda.py`."""
     dtypes = {name: dtype for dtype, (name, _, _) in launches.TYPES.items()}
 
@@ -86,7 +90,7 @@ def device(limits=LIMITS, source=None, options=()):
 
 
 @contextlib.contextmanager
-def active(limits=LIMITS, source=None, options=()):
+def active(limits=LIMITS["small-tiles"], source=None, options=()):
     """NumPy arrays run on the CUDA kernels."""
     found = cuda.kernel_set("cupy", "on the host, for tests", device(limits, source, options))
     hosts = kernels._HOSTS

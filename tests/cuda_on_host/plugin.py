@@ -17,10 +17,10 @@ class OnHost(libraries.NumPy):
 
     @contextlib.contextmanager
     def active(self):
-        with cuda_on_host.active():
+        with cuda_on_host.active(cuda_on_host.LIMITS[self.device_name]):
             yield
 
 
 NAME = "cuda_on_host"
-capabilities.LIBRARIES[NAME] = capabilities.Library("numpy", ("CUDA kernels on the host",), "")
+capabilities.LIBRARIES[NAME] = capabilities.Library("numpy", tuple(cuda_on_host.LIMITS), "")
 libraries.OWN_WAY[NAME] = OnHost

@@ -18,6 +18,8 @@ Steps = tuple[int, ...]
 THREADS = 256  # of a block
 MOST = 256  # channels of a slice, at most
 
+FAN = 32  # parts whose sums one block puts together
+
 # Phases of a job, as lanes.cu numbers them.
 SUM, WRITE, ORDERED, GIVEN, RAW = 1, 2, 4, 8, 16
 
@@ -34,17 +36,22 @@ WEIGHTS = {None: "None", "bool": "Mask", "float64": "double"}
 KINDS = {None: 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 KERNELS = ("forward", "backward")
 
-# Bytes of a slice that one block sums and then writes. More blocks on less each would be faster only
-# by what drawing tickets and waiting for each other cost: some 5 us.
-ALONE = 128 * 2**10
-# Bytes of a tile: at most as many as hide what a tile costs at its ends; at least one round of loads.
-LARGE, SMALL = 64 * 2**10, 16 * 2**10
+# Tiles' worth of a slice that one block sums and then writes. More blocks on less each would be faster
+# only by what drawing tickets and waiting for each other cost: some 5 us.
+ALONE = 2
+# The smallest tile, as a share of the largest: one round of loads.
+LEAST = 1 / 4
 # Bytes of a row that a block reads together: below, memory is read in pieces that it does not like.
 LINE = 128
 # Of the L2 cache, what one group may take: two are in it, and what is written passes through.
 SHARE = 1 / 6
 # Blocks of a processor that run at a time: as many as their registers allow.
 RESIDENT = 2
+# Tiles of each block that runs, at most: the last ones then take little of the time.
+ROUNDS = 16
+# Bytes of all channels, channels last, that are cut into more slices than whole lines allow, and the
+# bytes of a row that are then read together: a sector of the cache.
+CUT, SECTOR = 16 * 2**20, 32
 
 
 class Limits(NamedTuple):
@@ -53,6 +60,8 @@ class Limits(NamedTuple):
     processors: int
     cache: int
     """Bytes of its L2 cache."""
+    tile: int = 64 * 2**10
+    """Bytes of a tile, at most: so many that what it costs at its ends is little."""
 
 
 class Form(NamedTuple):
@@ -134,9 +143,10 @@ def vector(form: Form, dtype: str, alignment: int, weighted: bool) -> tuple[int,
         return 1, False
     columns = form.channel_step == 1 and form.channels > 1
     along = form.channels if columns else form.inner
-    others = (form.outer_step, form.inner_step) if columns else (form.outer_step, form.channel_step)
     if not columns and (form.inner == 1 or form.inner_step != 1):
         return 1, False
+    across = (form.inner, form.inner_step) if columns else (form.channels, form.channel_step)
+    others = [step for n, step in ((form.outer, form.outer_step), across) if n > 1]
     for width in widths:
         divides = along % width == 0 and all(step % width == 0 for step in others)
         if divides and alignment % (width * size) == 0 and not (columns and width > BUNDLE):
@@ -200,13 +210,13 @@ def launch(
     fill = min(most, max(narrow, THREADS // max(1, positions)))  # few positions: more channels
     slice_bytes = bytes_of * fill
     if phases & SUM and phases & WRITE:
-        small = bytes_of * bundles <= 2**20
-        if small and beside == 1:  # so little that the number of blocks counts, not the lines
-            fill = min(fill, max(1, bundles // limits.processors))
+        if beside == 1 and bytes_of * bundles <= CUT:  # so little that the number of blocks counts
+            least = -(-SECTOR // run)
+            fill = min(fill, max(least, 2 ** (bundles // limits.processors).bit_length() // 2))
             slice_bytes = bytes_of * fill
         at_once = min(-(-bundles // fill), RESIDENT * limits.processors) * slice_bytes
         enough = -(-bundles // fill) >= 1.5 * limits.processors and at_once <= limits.cache / 2
-        if slice_bytes <= ALONE or enough:
+        if slice_bytes <= ALONE * limits.tile or enough:
             return laid(fill, 1, 1, phases)
         phases |= ORDERED
 
@@ -218,10 +228,12 @@ def launch(
         lane_channels = fill
     slice_bytes = bytes_of * lane_channels
     slices = -(-bundles // lane_channels)
-    wanted = 4 * RESIDENT * limits.processors  # tiles, so that the last ones do not count
-    tile = min(LARGE, max(SMALL, slice_bytes * slices // wanted))
-    parts = max(1, min(slice_bytes // tile, positions))
-    group = max(1, int(limits.cache * SHARE) // max(1, slice_bytes)) if phases & ORDERED else 1
+    group = max(1, int(limits.cache * SHARE) // slice_bytes) if phases & ORDERED else slices
+    at_once = slice_bytes * min(group, slices)  # a tile of it for each block that runs, or several
+    running = RESIDENT * limits.processors
+    tile = min(limits.tile, max(int(LEAST * limits.tile), at_once // running))
+    tile = max(tile, at_once // (ROUNDS * running))
+    parts = max(1, min(-(-slice_bytes // tile), positions))
     return laid(lane_channels, parts, group, phases)
 
 
@@ -288,9 +300,9 @@ class Vectors(NamedTuple):
 VECTORS = Vectors()
 
 
-# The struct Job of lanes.cu: 4 addresses; 3 + 3 steps; 3 lengths; 3 of lanes; 5 of walks; 3 of tiles;
+# The struct Job of lanes.cu: 4 addresses; 3 + 3 steps; 3 lengths; 4 of lanes; 5 of walks; 4 of tiles;
 # the group and the phases; 8 vectors; 7 addresses; eps.
-_JOB = struct.Struct("=4Q 6q 3q 3q 5q 3q 2q 24q 7Q d")
+_JOB = struct.Struct("=4Q 6q 3q 4q 5q 4q 2q 24q 7Q d")
 JOB_BYTES = _JOB.size
 
 
@@ -315,23 +327,32 @@ def job(
         *operands,
         form.outer_step, form.channel_step, inner, w.outer_step, w.channel_step, w.inner_step,
         form.channels, at.row, at.positions,
-        at.lane_run, at.lane_channels, at.lanes,
+        at.lane_run, at.lane_channels, at.lanes, math.isqrt(at.lanes - 1) + 1,
         rest,
         rows * form.outer_step + rest * inner, form.outer_step - at.row * inner,
         rows * w.outer_step + rest * w.inner_step, w.outer_step - at.row * w.inner_step,
-        at.slices, at.parts, at.length, at.group, at.phases,
+        at.slices, at.parts, at.length, sum(_levels(at.parts)[1:]), at.group, at.phases,
         *(number for v in vectors for number in v),
         stats, *(*coef, 0, 0, 0, 0)[:4], partial, counters, eps,
     )
     # fmt: on
 
 
+def _levels(parts: int) -> list[int]:
+    """Sums at each level of the tree in which those of a slice's parts meet."""
+    levels = [parts]
+    while levels[-1] > 1:
+        levels.append(-(-levels[-1] // FAN))
+    return levels
+
+
 def scratch(at: Launch, sums: int, size: int) -> tuple[int, int, int]:
     """Bytes of factors, partial sums and counters that a launch needs, each for 8-byte alignment."""
     ordered, parts = bool(at.phases & ORDERED), at.phases & SUM and at.parts > 1
+    levels = _levels(at.parts) if parts else [1]
     factors = 4 * at.form.channels * size if ordered else 0
-    partial = at.form.channels * at.parts * sums * 8 if parts else 0
-    counters = 4 * (1 + 2 * at.slices) if parts or ordered else 0
+    partial = at.form.channels * sum(levels[:-1]) * sums * 8
+    counters = 4 * (1 + at.slices * (1 + sum(levels[1:]))) if parts or ordered else 0
     return -(-factors // 8) * 8, partial, -(-counters // 8) * 8
 
 

@@ -7,7 +7,7 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
     static const int CH = COLUMNS ? V : 1;  // channels of a thread
     static const int SUMS = 2;              // doubles of a partial result
     static const int FACTORS = 4;           // m, a, b, c
-    static const int DEPTH = COLUMNS || WEIGHTED ? 4 : V == 1 ? 8 : (sizeof(A) == 8 ? 8 : 16) / V;
+    static const int DEPTH = COLUMNS || WEIGHTED || V > 1 ? 4 : 8;
     typedef Room<A, CH> Shared;
 
     // What is subtracted from x: the mean, as a number of x's kind.
@@ -66,12 +66,13 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
         for (int ch = 0; ch < CH; ++ch) m[ch][0] = v[2 * ch], m[ch][1] = v[2 * ch + 1];
     }
 
-    static __device__ void gather(const Job& job, const Tile& tile, double (&m)[CH][SUMS]) {
+    static __device__ void gather(
+        const Job& job, const Tile& tile, const double* sums, long long stride, long long count,
+        double (&m)[CH][SUMS]) {
         for (int ch = 0; ch < CH; ++ch) {
             m[ch][0] = m[ch][1] = 0;
-            for (long long part = tile.lane; tile.end > 0 && part < job.parts; part += job.lanes)
-                for (int k = 0; k < SUMS; ++k)
-                    m[ch][k] += __ldcg(job.partial + ((tile.c + ch) * job.parts + part) * SUMS + k);
+            for (long long i = tile.lane; tile.end > 0 && i < count; i += job.lanes)
+                for (int k = 0; k < SUMS; ++k) m[ch][k] += __ldcg(sums + (ch * stride + i) * SUMS + k);
         }
     }
 

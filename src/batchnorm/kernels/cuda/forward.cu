@@ -7,7 +7,8 @@ template <typename T, int V, bool COLUMNS, typename W> struct Forward {
     static const int CH = COLUMNS ? V : 1;  // channels of a thread
     static const int SUMS = 4;              // doubles of a partial result: the moments
     static const int FACTORS = 3;           // m, a, b
-    static const int DEPTH = COLUMNS || WEIGHTED ? 4 : V == 1 ? 16 : (sizeof(A) == 8 ? 16 : 32) / V;
+    // Loads in flight: as many as registers allow.
+    static const int DEPTH = COLUMNS || WEIGHTED ? 4 : V == 1 && sizeof(A) == 4 ? 16 : V == 8 ? 6 : 8;
     typedef Room<A, CH> Shared;
 
     static __device__ void prepare(const Job&, const Tile&, Shared&) {}
@@ -54,11 +55,13 @@ template <typename T, int V, bool COLUMNS, typename W> struct Forward {
         pool(m, room, job, tile);
     }
 
-    static __device__ void gather(const Job& job, const Tile& tile, double (&m)[CH][SUMS]) {
+    static __device__ void gather(
+        const Job& job, const Tile& tile, const double* sums, long long stride, long long count,
+        double (&m)[CH][SUMS]) {
         for (int ch = 0; ch < CH; ++ch) {
             Running running;
-            for (long long part = tile.lane; tile.end > 0 && part < job.parts; part += job.lanes) {
-                const double* p = job.partial + ((tile.c + ch) * job.parts + part) * SUMS;
+            for (long long i = tile.lane; tile.end > 0 && i < count; i += job.lanes) {
+                const double* p = sums + (ch * stride + i) * SUMS;
                 running.add(__ldcg(p + COUNT), __ldcg(p + MEAN), __ldcg(p + LOW), __ldcg(p + SQUARES));
             }
             running.result(m[ch]);

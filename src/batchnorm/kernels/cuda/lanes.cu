@@ -21,16 +21,18 @@ struct Job {
     long long w_outer, w_channel, w_inner;  // the same of the weights
     long long channels, row, positions;  // C; positions in a row of a channel; positions of a channel
     long long lane_run, lane_channels, lanes;  // neighbouring lanes of a channel; channels; lanes of each
+    long long few;  // lanes that sum for the others
     long long rest, advance, wrap, w_advance, w_wrap;  // from a lane's position to its next
     long long slices, parts, length;  // tiles: slices x parts, of so many positions each
+    long long nodes;  // where sums of parts meet, of each slice
     long long group;  // slices whose sums come before their outputs, while they are in cache
     long long phases;
     Vector gamma, beta, count, mean, var, low;  // what is given
     Vector dgamma, dbeta;  // what is found
     double* stats;  // (4, C): count, mean, variance, and the low part of the mean
     void* coef[4];  // factors of each channel, in what values are worked on in
-    double* partial;  // (C, parts, SUMS)
-    unsigned* counters;  // ticket, parts summed of each slice, slices that are done
+    double* partial;  // sums of parts, level by level of a tree
+    unsigned* counters;  // the next ticket; slices that are done; for each slice, who arrived at each node
     double eps;
 };
 
@@ -89,21 +91,27 @@ template <typename A, int CH> struct Room {
     bool last;
 };
 
-// Sum K numbers over the lanes of each channel; afterwards all of these have the sums.
+// Sum K numbers over the lanes of each channel; afterwards all of these have the sums. In two steps of
+// about the root of the lanes: fewer barriers than a tree, and in one order, whoever comes first.
 template <int K, typename A, int CH>
 __device__ inline void total(double (&v)[K], Room<A, CH>& room, const Job& job, const Tile& tile) {
-    int width = (int)job.lane_channels, mine = tile.lane * width + tile.column;
-    bool works = tile.lane < job.lanes;
+    int width = (int)job.lane_channels, lanes = (int)job.lanes, few = (int)job.few;
+    int mine = tile.lane * width + tile.column;
+    bool works = tile.lane < lanes;
     __syncthreads();  // until the last totals have been read
     if (works)
         for (int k = 0; k < K; ++k) room.sums[k][mine] = v[k];
     __syncthreads();
-    for (int n = (int)job.lanes; n > 1; n = (n + 1) / 2) {
-        int half = (n + 1) / 2;
-        if (tile.lane < n - half)
-            for (int k = 0; k < K; ++k) room.sums[k][mine] += room.sums[k][mine + half * width];
-        __syncthreads();
-    }
+    if (tile.lane < few)
+        for (int k = 0; k < K; ++k) {
+            for (int lane = tile.lane + few; lane < lanes; lane += few)
+                v[k] += room.sums[k][lane * width + tile.column];
+            room.sums[k][mine] = v[k];
+        }
+    __syncthreads();
     if (works)
-        for (int k = 0; k < K; ++k) v[k] = room.sums[k][tile.column];
+        for (int k = 0; k < K; ++k) {
+            v[k] = 0;
+            for (int lane = 0; lane < few; ++lane) v[k] += room.sums[k][lane * width + tile.column];
+        }
 }

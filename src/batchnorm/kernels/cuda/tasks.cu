@@ -2,8 +2,9 @@
 // cache can hold what lies between its two readings.
 //
 // A task is a tile and what to do with it: SUM, WRITE or, where a block has all of a slice, both.
-// Where a slice has several parts, the block that comes last with its sums finishes the slice. Where
-// the outputs of a slice are tasks of their own (ORDERED), blocks draw tickets for
+// Where a slice has several parts, their sums meet in a tree: of every FAN neighbours, the block that
+// comes last puts them together and goes on to the next level, and the last of all finishes the slice.
+// Where the outputs of a slice are tasks of their own (ORDERED), blocks draw tickets for
 //
 //     SUM group 0 | SUM group 1, WRITE group 0 | SUM group 2, WRITE group 1 | ... | WRITE last group
 //
@@ -11,28 +12,38 @@
 // cache. A WRITE waits only for tasks with earlier tickets, which blocks that run already have drawn,
 // and a SUM waits for nothing: some block can always go on, however few run at a time.
 
+const int FAN = 32;
+
 template <class P>
 __device__ void task(const Job& job, long long slice, long long part, int what, typename P::Shared& room) {
     Tile tile = tile_of<P::CH>(job, slice, part);
-    unsigned *arrived = job.counters + 1 + slice, *done = arrived + job.slices;
+    unsigned* done = job.counters + 1 + slice;
     if (what & SUM) {
         double m[P::CH][P::SUMS];
         P::prepare(job, tile, room);
         P::sum(job, tile, room, m);
         P::combine(m, room, job, tile);
-        if (job.parts > 1) {
+        double* level = job.partial;  // (C, count, SUMS)
+        unsigned* arrived = job.counters + 1 + job.slices + slice * job.nodes;
+        for (long long count = job.parts, node = part; count > 1;) {
             if (tile.leads)
                 for (int i = 0; i < P::CH; ++i)
                     for (int k = 0; k < P::SUMS; ++k)
-                        job.partial[((tile.c + i) * job.parts + part) * P::SUMS + k] = m[i][k];
+                        level[((tile.c + i) * count + node) * P::SUMS + k] = m[i][k];
             __threadfence();
             __syncthreads();
-            if (threadIdx.x == 0) room.last = atomicAdd(arrived, 1u) + 1 == job.parts;
+            long long parent = node / FAN, first = parent * FAN;
+            long long siblings = count - first < FAN ? count - first : FAN;
+            if (threadIdx.x == 0) room.last = atomicAdd(arrived + parent, 1u) + 1 == siblings;
             __syncthreads();
             if (!room.last) return;
             __threadfence();
-            P::gather(job, tile, m);
+            P::gather(job, tile, level + (tile.c * count + first) * P::SUMS, count, siblings, m);
             P::combine(m, room, job, tile);
+            level += job.channels * count * P::SUMS;
+            count = (count + FAN - 1) / FAN;
+            arrived += count;
+            node = parent;
         }
         if (tile.leads) P::finish(job, tile, room, m);
         if (job.phases & ORDERED) {

@@ -1,0 +1,372 @@
+"""What the CUDA kernels compute, executed on the host: no GPU is needed, only a C++ compiler."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import cuda_on_host
+import numpy as np
+import pytest
+from test_suite import run_suite
+
+import batchnorm as bn
+from batchnorm import kernels
+from batchnorm.kernels import cuda, launches
+from batchnorm.kernels.cuda import Arranged
+from batchnorm.kernels.launches import GIVEN, WRITE, Form
+from batchnorm.testing import data, verdict
+from batchnorm.testing.oracle import Problem
+
+pytestmark = pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no C++ compiler")
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.mark.parametrize("tiles", cuda_on_host.LIMITS)
+def test_the_conformance_suite_passes(tiles, tmp_path):
+    done = run_suite("-p", "cuda_on_host.plugin", "--array-library", "cuda_on_host", "-k", tiles, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "231 passed" in done.stdout, done.stdout[-300:]
+
+
+def check(shape, axis, dtype="float32", weighted=None, start=0, seed=0):
+    """Forward and backward on arrays that begin `start` values into memory, against the oracle."""
+    x, dy = (_displaced(data.batch(shape, dtype, mean=5.0, seed=s), start) for s in (seed, seed + 1))
+    gamma, beta = data.parameters(data.channels(shape, axis), dtype)
+    where = None if weighted is None else data.weights(shape, weighted)
+    expected = Problem(x, gamma, beta, axis=axis, where=where)
+    y, stats = bn.batch_norm(x, gamma, beta, axis=axis, where=where)
+    grads = bn.batch_norm_backward(dy, x, stats, gamma, axis=axis, where=where)
+    verdict.forward(y, expected, dtype)
+    verdict.moments(stats, expected)
+    verdict.backward(grads, expected.backward(dy), dtype, dtype)
+
+
+def _displaced(a, start):
+    memory = np.empty(a.size + start + 16, a.dtype)
+    inside = memory[start : start + a.size].reshape(a.shape)
+    inside[...] = a
+    return inside
+
+
+@pytest.mark.parametrize("tiles", cuda_on_host.LIMITS)
+@pytest.mark.parametrize("dtype", launches.TYPES)
+@pytest.mark.parametrize("start", [0, 1, 2, 4])
+def test_any_alignment(tiles, dtype, start):
+    with cuda_on_host.active(cuda_on_host.LIMITS[tiles]):
+        check((4, 6, 16), 1, dtype, start=start)
+        check((24, 12), 1, dtype, start=start)
+
+
+SHAPES = [
+    ((16, 300), 1),  # channels last, more of them than a slice has
+    ((700, 3), 1),  # few channels, last
+    ((2, 5, 777), 1),  # an odd plane
+    ((150, 7, 3), 1),  # short rows
+    ((2, 9, 31, 32), 1),
+    ((41, 13, 24), -1),
+    ((5000,), ()),  # one channel
+]
+
+
+@pytest.mark.parametrize("tiles", cuda_on_host.LIMITS)
+@pytest.mark.parametrize("weighted", [None, "mask", "weights"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_shapes(tiles, shape, axis, weighted):
+    with cuda_on_host.active(cuda_on_host.LIMITS[tiles]):
+        check(shape, axis, weighted=weighted)
+
+
+def test_results_do_not_depend_on_who_comes_first():
+    """Blocks run at the same time, in another order each time: the same bits each time."""
+    x, dy = data.batch((16, 9, 120)), data.batch((16, 9, 120), seed=1)
+    found = set()
+    with cuda_on_host.active():
+        for _ in range(12):
+            y, stats = bn.batch_norm(x)
+            grads = bn.batch_norm_backward(dy, x, stats)
+            found.add(b"".join(a.tobytes() for a in (y, *stats, *grads)))
+    assert len(found) == 1
+
+
+def test_an_outlier_at_a_thread_s_first_value():
+    """The pivot is an outlier: nothing that the spread holds is lost."""
+    for dtype in ("float32", "float64"):
+        x = data.batch((4000, 3), dtype)
+        x[0], x[256], x[-1] = 1e6, -1e7, 1e5
+        with cuda_on_host.active(cuda_on_host.LIMITS["large-tiles"]):
+            y, stats = bn.batch_norm(x)
+        verdict.forward(y, Problem(x), dtype)
+        verdict.moments(stats, Problem(x))
+
+
+FAULTS = {
+    "no barrier before sums are read": (
+        "    __syncthreads();\n    if (works)\n        for (int k = 0; k < K; ++k) {\n            v[k] = 0;",
+        "    if (works)\n        for (int k = 0; k < K; ++k) {\n            v[k] = 0;",
+    ),
+    "no barrier after sums are written": (
+        "room.sums[k][mine] = v[k];\n    __syncthreads();\n    if (tile.lane < few)",
+        "room.sums[k][mine] = v[k];\n    if (tile.lane < few)",
+    ),
+    "no barrier before factors are read": (
+        "        __syncthreads();\n        P::write(job, tile, room);",
+        "        P::write(job, tile, room);",
+    ),
+    "outputs do not wait for sums": (
+        "while (atomicAdd(done, 0u) == 0) __nanosleep(64);",
+        ";",
+    ),
+    "the wrong part's sums": ("parent * FAN;", "parent * FAN + 1;"),
+    "a row's end missed": ("if (place >= job.row) {", "if (place > job.row) {"),
+    "one position too many": ("last < job.positions ? last :", "last < job.positions ? last + 1 :"),
+    "the neighbour's factors": ("tile.column * CH + ch] = (A)given", "tile.column * CH] = (A)given"),
+    "the last part's group skipped": ("room.last = atomicAdd(arrived + parent, 1u) + 1 == siblings", "room.last = atomicAdd(arrived + parent, 1u) + 2 == siblings"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault):
+    right, wrong = FAULTS[fault]
+    assert cuda.source().count(right) == 1, "the text to break is there once"
+    source = cuda.source().replace(right, wrong)
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            for limits in cuda_on_host.LIMITS.values():
+                with cuda_on_host.active(limits, source=source):
+                    check((40, 6, 12), 1, seed=seed)
+                    check((40, 12), 1, seed=seed)
+                    check((40, 3, 100), 1, seed=seed)
+
+
+def test_steps_of_more_than_32_bits():
+    """Rows 9 GB apart, of which only the first values are ever touched."""
+    far = 2**31 + 64
+    memory = np.empty(far + 4096, np.float32)  # pages that nobody touches take no memory
+    given = Form(2, 4, 8, far, 8, 1)
+    rows = [slice(0, 32), slice(far, far + 32)]
+    for row in rows:
+        memory[row] = data.batch((32,), seed=row.start % 7)
+    before = [memory[row].copy() for row in rows]
+    device = cuda_on_host.device(cuda_on_host.LIMITS["small-tiles"])
+    at = bn.checks.subject(np.empty((2, 4, 8), np.float32), 1)
+    coef = [np.full(4, v, np.float32) for v in (0.5, 2.0, 1.0)]
+    laid = Arranged((memory,), None, given, None, (0, 1, 2))
+    cuda._run(device, at, "forward", WRITE | GIVEN, laid, memory, out=memory, coef=coef)
+    for row, was in zip(rows, before, strict=True):
+        np.testing.assert_array_equal(memory[row], 2 * (was - np.float32(0.5)) + 1)
+
+
+BOUNDS = """
+import sys
+import cuda_on_host
+import test_cuda_on_host as t
+options = ("-fsanitize=address", "--param=asan-stack=0")
+source = t.cuda.source()
+if len(sys.argv) > 1:
+    source = source.replace("there ? walk.at : 0", "walk.at")
+with cuda_on_host.active(source=source, options=options):
+    for shape, axis in (((5, 6, 9), 1), ((33, 12), 1), ((7, 4, 20), 1), ((3, 5, 7), -1)):
+        for weighted in (None, "mask"):
+            t.check(shape, axis, weighted=weighted)
+print("within bounds")
+"""
+
+
+def test_no_access_outside_of_arrays():
+    """AddressSanitizer watches every load and store; and sees one that is out of bounds."""
+    find = [cuda_on_host.COMPILER, "-print-file-name=libasan.so"]
+    runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("the C++ compiler has no AddressSanitizer")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE),
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+    }
+
+    def run(*arguments):
+        command = [sys.executable, "-c", BOUNDS, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    right = run()
+    assert right.returncode == 0, right.stderr[-3000:]
+    assert "within bounds" in right.stdout
+    wrong = run("broken")
+    assert wrong.returncode != 0
+    assert "ERROR: AddressSanitizer" in wrong.stderr
+
+
+# What surrounds the kernels: CuPy and PyTorch's CUDA tensors, with what they need of a GPU replaced.
+
+
+class OnFakeGPU(np.ndarray):
+    """A NumPy array with what `kernels/cupy.py` looks at of CuPy's."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+class Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """A module that looks like CuPy and runs kernels on the host; `calls` says what it was asked."""
+    import ctypes
+
+    calls = []
+    host = cuda_on_host.device(cuda_on_host.LIMITS["small-tiles"])
+
+    class RawModule:
+        def __init__(self, code, options, name_expressions):
+            assert code == cuda.source()
+            assert options == ("-std=c++17",)
+            (self.name,) = name_expressions
+
+        def get_function(self, name):
+            assert name == self.name
+
+            def launch(grid, block, arguments):
+                assert block == (launches.THREADS,)
+                (job,) = arguments
+                assert job.size == 1, "CuPy passes an array of one value by value"
+                calls.append(name)
+                host.launch(name, job.tobytes(), grid[0], 0, 0)
+
+            return launch
+
+    def memset(address, value, size, stream):
+        assert (value, stream) == (0, 7)
+        ctypes.memset(address, 0, size)
+        calls.append("memset")
+
+    def get_device():
+        return 0
+
+    class Device(Nothing):
+        attributes = {"MultiProcessorCount": 2, "L2CacheSize": 6 * 2**10}
+
+        def __init__(self, index):
+            calls.append(f"device {index}")
+
+    class ExternalStream(Nothing):
+        def __init__(self, pointer, index):
+            calls.append(f"stream {pointer} of device {index}")
+
+    runtime = types.SimpleNamespace(memsetAsync=memset, getDevice=get_device, is_hip=False)
+    runtime.getDeviceCount = lambda: 1
+    cupy = types.ModuleType("cupy")
+    cupy.RawModule, cupy.ascontiguousarray, cupy.ndarray = RawModule, np.ascontiguousarray, OnFakeGPU
+    cupy.cuda = types.SimpleNamespace(
+        runtime=runtime,
+        Device=Device,
+        ExternalStream=ExternalStream,
+        get_current_stream=lambda: types.SimpleNamespace(ptr=7),
+    )
+    from batchnorm.kernels import cupy as module
+
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    caches = (module.unusable, module.on_arrays, module.on_tensors, module._kernel, kernels._rule)
+    for cache in caches:
+        cache.cache_clear()
+    yield calls
+    for cache in caches:
+        cache.cache_clear()
+
+
+class OnFakeGPUOnly:
+    """NumPy whose new arrays look like CuPy's."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def empty(self, *args, **kwargs):
+        return np.empty(*args, **{**kwargs, "device": None}).view(OnFakeGPU)
+
+
+def test_cupy_launches_what_was_laid_out(fake_cupy):
+    from batchnorm.kernels import cupy as module
+
+    x = data.batch((40, 6, 1200))
+    gamma, beta = data.parameters((6,))
+    at = bn.checks.subject(x, 1)._replace(xp=OnFakeGPUOnly(), device=None)
+    found = module.on_arrays(0)
+    assert found.name == "cupy"
+    y, stats = found.forward(*(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, at, None)
+    expected = Problem(x, gamma, beta)
+    verdict.forward(np.asarray(y), expected, "float32")
+    verdict.moments(stats, expected)
+    assert fake_cupy == ["device 0", "memset", "forward<float, 4, false, None>"]
+
+
+def test_pytorch_s_stream_is_used(fake_cupy, monkeypatch):
+    import torch
+
+    current = types.SimpleNamespace(cuda_stream=99)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    from batchnorm.kernels import cupy as module
+
+    x = torch.from_numpy(data.batch((40, 6, 12)))
+    at = bn.checks.subject(x, 1)
+    y, stats = module.on_tensors(0).forward(x, None, None, None, 1e-5, at, None)
+    verdict.forward(y.numpy(), Problem(x.numpy()), "float32")
+    assert "stream 99 of device 0" in fake_cupy
+    found = module.on_tensors(0).backward(y, x, None, stats, None, 1e-5, at, None)
+    verdict.backward(
+        tuple(v.numpy() for v in found), Problem(x.numpy()).backward(y.numpy()), "float32", "float32"
+    )
+
+
+def _cuda_tensor(monkeypatch):
+    """Something that the rule for tensors takes for one on a GPU."""
+    from batchnorm.kernels import torch as adapter
+
+    monkeypatch.setattr(adapter, "refuses", lambda arrays, device: None)
+    device = types.SimpleNamespace(type="cuda", index=0)
+    return types.SimpleNamespace(device=device)
+
+
+def test_cuda_tensors_run_on_them_where_cupy_is_there(fake_cupy, monkeypatch):
+    found = kernels._for_torch(_cuda_tensor(monkeypatch))
+    assert found.name == "cupy"
+    assert "PyTorch's stream" in found.why
+
+
+def test_cuda_tensors_without_cupy_say_so(monkeypatch):
+    from batchnorm.kernels import cupy as module
+
+    monkeypatch.setattr(module, "unusable", lambda: "CuPy is not installed: pip install it")
+    x = _cuda_tensor(monkeypatch)
+    found = kernels._for_torch(x)
+    assert found.name == "generic"
+    assert "CuPy is not installed" in found.why
+    with asked("cupy"), pytest.raises(TypeError, match="'cupy' asked for, but CuPy is not installed"):
+        kernels._for_torch(x)
+    with asked("numba"), pytest.raises(TypeError, match="'numba' asked for, but the tensors are on"):
+        kernels._for_torch(x)
+
+
+@contextlib.contextmanager
+def asked(name):
+    bn.set_kernels(name)
+    try:
+        yield
+    finally:
+        bn.set_kernels(None)
+
+
+def test_numpy_arrays_are_not_on_a_gpu():
+    with asked("cupy"), pytest.raises(TypeError, match="'cupy' asked for, but"):
+        bn.batch_norm(np.zeros((4, 3), np.float32))
