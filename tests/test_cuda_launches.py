@@ -145,7 +145,7 @@ def test_small_arrays_are_one_launch_without_counters():
     for shape in ((64, 100, 1), (256, 1024, 1), (32, 512, 49)):
         at = launches.launch(form(*shape, shape[2] == 1), "float32", 16, False, 1, SUM | WRITE, H200)
         assert not at.phases & ORDERED
-        assert launches.scratch(at, 4, 4) == (0, 0, 0)
+        assert launches.scratch(at, "forward", "float32").total == 0
 
 
 def test_more_values_than_32_bits_count():
@@ -166,7 +166,9 @@ def test_the_job_is_the_struct_of_the_source():
     body = re.search(r"struct Job \{(.*?)\};", cuda.source(), re.S).group(1)
     body = re.sub(r"//.*", "", body)
     size = 0
-    for kind, names in re.findall(r"(const void\*|void\*|long long|Vector|double\*|unsigned\*|double)\s+([^;]+);", body):
+    for kind, names in re.findall(
+        r"(const void\*|void\*|long long|Vector|double\*|unsigned\*|double)\s+([^;]+);", body
+    ):
         for name in names.split(","):
             many = re.search(r"\[(\d+)\]", name)
             size += (24 if kind == "Vector" else 8) * (int(many.group(1)) if many else 1)

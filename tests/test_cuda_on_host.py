@@ -26,7 +26,9 @@ HERE = pathlib.Path(__file__).parent
 
 @pytest.mark.parametrize("tiles", cuda_on_host.LIMITS)
 def test_the_conformance_suite_passes(tiles, tmp_path):
-    done = run_suite("-p", "cuda_on_host.plugin", "--array-library", "cuda_on_host", "-k", tiles, cwd=tmp_path)
+    done = run_suite(
+        "-p", "cuda_on_host.plugin", "--array-library", "cuda_on_host", "-k", tiles, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "231 passed" in done.stdout, done.stdout[-300:]
 
@@ -123,7 +125,10 @@ FAULTS = {
     "a row's end missed": ("if (place >= job.row) {", "if (place > job.row) {"),
     "one position too many": ("last < job.positions ? last :", "last < job.positions ? last + 1 :"),
     "the neighbour's factors": ("tile.column * CH + ch] = (A)given", "tile.column * CH] = (A)given"),
-    "the last part's group skipped": ("room.last = atomicAdd(arrived + parent, 1u) + 1 == siblings", "room.last = atomicAdd(arrived + parent, 1u) + 2 == siblings"),
+    "the last part's group skipped": (
+        "room.last = atomicAdd(arrived + parent, 1u) + 1 == siblings",
+        "room.last = atomicAdd(arrived + parent, 1u) + 2 == siblings",
+    ),
 }
 
 
@@ -133,12 +138,16 @@ def test_a_planted_fault_is_caught(fault):
     assert cuda.source().count(right) == 1, "the text to break is there once"
     source = cuda.source().replace(right, wrong)
     with pytest.raises(AssertionError):
-        for seed in range(20):
-            for limits in cuda_on_host.LIMITS.values():
-                with cuda_on_host.active(limits, source=source):
-                    check((40, 6, 12), 1, seed=seed)
-                    check((40, 12), 1, seed=seed)
-                    check((40, 3, 100), 1, seed=seed)
+        check_often(source)
+
+
+def check_often(source):
+    for seed in range(20):
+        for limits in cuda_on_host.LIMITS.values():
+            with cuda_on_host.active(limits, source=source):
+                check((40, 6, 12), 1, seed=seed)
+                check((40, 12), 1, seed=seed)
+                check((40, 3, 100), 1, seed=seed)
 
 
 def test_steps_of_more_than_32_bits():
@@ -152,9 +161,9 @@ def test_steps_of_more_than_32_bits():
     before = [memory[row].copy() for row in rows]
     device = cuda_on_host.device(cuda_on_host.LIMITS["small-tiles"])
     at = bn.checks.subject(np.empty((2, 4, 8), np.float32), 1)
-    coef = [np.full(4, v, np.float32) for v in (0.5, 2.0, 1.0)]
+    factors = tuple(np.full(4, v, np.float32) for v in (0.5, 2.0, 1.0))
     laid = Arranged((memory,), None, given, None, (0, 1, 2))
-    cuda._run(device, at, "forward", WRITE | GIVEN, laid, memory, out=memory, coef=coef)
+    cuda._run(device, at, "forward", WRITE | GIVEN, laid, out=memory, factors=factors)
     for row, was in zip(rows, before, strict=True):
         np.testing.assert_array_equal(memory[row], 2 * (was - np.float32(0.5)) + 1)
 
@@ -255,9 +264,8 @@ def fake_cupy(monkeypatch):
         return 0
 
     class Device(Nothing):
-        attributes = {"MultiProcessorCount": 2, "L2CacheSize": 6 * 2**10}
-
         def __init__(self, index):
+            self.attributes = {"MultiProcessorCount": 2, "L2CacheSize": 6 * 2**10}
             calls.append(f"device {index}")
 
     class ExternalStream(Nothing):
@@ -272,7 +280,7 @@ def fake_cupy(monkeypatch):
         runtime=runtime,
         Device=Device,
         ExternalStream=ExternalStream,
-        get_current_stream=lambda: types.SimpleNamespace(ptr=7),
+        get_current_stream=lambda: types.SimpleNamespace(ptr=7, is_capturing=lambda: False),
     )
     from batchnorm.kernels import cupy as module
 
@@ -303,7 +311,9 @@ def test_cupy_launches_what_was_laid_out(fake_cupy):
     at = bn.checks.subject(x, 1)._replace(xp=OnFakeGPUOnly(), device=None)
     found = module.on_arrays(0)
     assert found.name == "cupy"
-    y, stats = found.forward(*(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, at, None)
+    y, stats = found.forward(
+        *(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, at, None
+    )
     expected = Problem(x, gamma, beta)
     verdict.forward(np.asarray(y), expected, "float32")
     verdict.moments(stats, expected)

@@ -3,7 +3,6 @@
 import contextlib
 
 import cuda_on_host
-
 from batchnorm import capabilities
 from batchnorm.testing import libraries
 

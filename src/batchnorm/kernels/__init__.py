@@ -92,7 +92,9 @@ def _for_numpy(*arrays: Array | None) -> KernelSet:
     """The kernel set for NumPy arrays: the first that can run on all."""
     asked = get_kernels()
     if asked == "cupy":
-        checks.fail(TypeError, "kernels", "'cupy' asked for, but the arrays are NumPy's", "arrays on a GPU")
+        checks.fail(
+            TypeError, "kernels", "'cupy' asked for, but the arrays are NumPy's", "arrays on a GPU"
+        )
     if asked is None or asked == "numba":
         compiled, why_not = _numba()
         if compiled is not None:

@@ -33,6 +33,8 @@ class Device(NamedTuple):
     """Strides, counted in values."""
     contiguous: Callable[[Array], Array]
     """An array with its values in the order of its axes: itself where they are so."""
+    capturing: Callable[[], bool]
+    """Whether a graph is captured whose memory nobody keeps for it."""
     launch: Callable[[str, bytes, int, int, int], None]
     """Zero some bytes at an address, then run a kernel: its name, job, blocks, the address, bytes."""
 
@@ -82,7 +84,9 @@ def arrange(device: Device, at: Layout, w: Array | None, *arrays: Array) -> Arra
         order = (*at.kept, *at.reduced)
         first = _copied(device, xp, first, order)
         steps = device.steps(first)
-    laid = [a if _alike(shape, device.steps(a), steps) else _copied(device, xp, a, order) for a in others]
+    laid = [
+        a if _alike(shape, device.steps(a), steps) else _copied(device, xp, a, order) for a in others
+    ]
 
     found = None
     if w is not None:
@@ -111,21 +115,21 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(i) for i in range(len(order)))
 
 
-def _output(device: Device, at: Layout, laid: Arranged, like: Array, out: Array | None) -> Array:
+def _output(device: Device, at: Layout, laid: Arranged, out: Array | None) -> Array:
     """An array for the result: the caller's, where it lies as the others do."""
     x = laid.arrays[0]
     if out is not None and _alike(x.shape, device.steps(out), device.steps(x)):
         return out
     shape = tuple(x.shape[i] for i in laid.order)
-    fresh = at.xp.empty(shape, dtype=like.dtype, device=at.device)
+    fresh = at.xp.empty(shape, dtype=x.dtype, device=at.device)
     return at.xp.permute_dims(fresh, _inverse(laid.order))
 
 
 # Launches.
 
 
-def _dtype(at: Layout, a: Array) -> str:
-    name = float_name(at.xp, a.dtype)
+def _dtype(at: Layout, dtype: Any) -> str:
+    name = float_name(at.xp, dtype)
     assert name is not None
     return name
 
@@ -140,14 +144,7 @@ def _vector(device: Device, at: Layout, v: Any, kept: list[Array]) -> Vector:
         v = at.xp.reshape(v, (-1,))
     kept.append(v)  # until the launch
     step = device.steps(v)[0] if v.shape[0] > 1 else 0
-    return Vector(device.address(v), launches.KINDS[_dtype(at, v)], step)
-
-
-def _factors(device: Device, at: Layout, *factors: Array) -> list[Array]:
-    """Factors of each channel as kernels take them: in order, in what values are worked on in."""
-    return [
-        device.contiguous(at.xp.reshape(at.xp.astype(v, at.compute, copy=False), (-1,))) for v in factors
-    ]
+    return Vector(device.address(v), launches.KINDS[_dtype(at, v.dtype)], step)
 
 
 def _run(
@@ -156,58 +153,95 @@ def _run(
     kernel: str,
     phases: int,
     laid: Arranged,
-    x: Array,
-    dy: Array | None = None,
+    *,
     out: Array | None = None,
-    vectors: Vectors = launches.VECTORS,
-    stats: Array | None = None,
-    coef: list[Array] | None = None,
+    vectors: dict[str, Any] | None = None,
+    factors: tuple[Array, ...] = (),
     eps: float = 0.0,
-) -> None:
-    """Lay out a pass and launch it."""
-    address = device.address
-    operands = launches.Operands(
-        address(x),
-        0 if dy is None else address(dy),
-        0 if out is None else address(out),
-        0 if laid.weights is None else address(laid.weights),
-    )
-    dtype = _dtype(at, x)
-    alignment = launches.alignment(*operands[:3])
-    reads = 1 if dy is None else 2
+    table: tuple[int, Any] | None = None,
+) -> Array:
+    """Lay out a pass and launch it; returns a table of the vectors that it finds.
+
+    `vectors` and `factors` are given for each channel; `table` says how many vectors are found, and
+    their dtype.
+    """
+    x, *dy = laid.arrays
+    xp, address, channels = at.xp, device.address, laid.form.channels
+    dtype, weights = _dtype(at, x.dtype), laid.weights
+    arrays = (address(x), address(dy[0]) if dy else 0, 0 if out is None else address(out))
     plan = launches.launch(
-        laid.form, dtype, alignment, laid.weights is not None, reads, phases, device.limits
+        laid.form,
+        dtype,
+        launches.alignment(*arrays),
+        weights is not None,
+        len(laid.arrays),
+        phases,
+        device.limits,
     )
-    factors, partial, counters = launches.scratch(plan, 4 if dy is None else 2, 8 if dtype == "float64" else 4)
-    memory, start = None, 0
-    if factors + partial + counters:
-        memory = at.xp.empty(((factors + partial + counters) // 8,), dtype=at.wide, device=at.device)
-        start = address(memory)
-    pointers = tuple(address(v) for v in coef or ())
-    if factors:
-        pointers = tuple(start + i * factors // 4 for i in range(4))
+    room = launches.scratch(plan, kernel, dtype)
+    found, start, memory = _table(device, at, table, channels, room.total)
+    kept: list[Array] = [memory]
+    given = {name: _vector(device, at, v, kept) for name, v in (vectors or {}).items()}
+    if kernel == "backward" and not phases & RAW and found is not None:
+        given.update(
+            zip(("dgamma", "dbeta"), (_vector(device, at, v, kept) for v in found), strict=True)
+        )
+    coef = launches.quarters(start, room.factors)
+    if factors:  # in order, and in what values are worked on in
+        flat = [xp.reshape(xp.astype(v, at.compute, copy=False), (-1,)) for v in factors]
+        kept += [device.contiguous(v) for v in flat]
+        coef = tuple(address(v) for v in kept[-len(factors) :])
     job = launches.job(
         plan,
-        operands,
+        launches.Operands(*arrays, 0 if weights is None else address(weights)),
         laid.weights_form,
-        vectors,
-        0 if stats is None else address(stats),
-        pointers,
-        start + factors,
-        start + factors + partial,
+        Vectors(**given),
+        0 if found is None else address(found),
+        coef,
+        start + room.factors,
+        start + room.factors + room.partial,
         eps,
     )
-    weights = None if laid.weights is None else "bool" if laid.weights.dtype == at.xp.bool else "float64"
-    name = launches.instance(kernel, plan, dtype, weights)
+    kind = None if weights is None else "bool" if weights.dtype == xp.bool else "float64"
+    name = launches.instance(kernel, plan, dtype, kind)
     blocks = launches.blocks(plan, device.limits)
-    device.launch(name, job, blocks, start + factors + partial, counters)
+    device.launch(name, job, blocks, start + room.factors + room.partial, room.counters)
+    return found
 
 
-def _shaped(at: Layout, table: Array, shape: tuple[int, ...]) -> list[Array]:
-    """The rows of a table of vectors."""
+def _table(
+    device: Device, at: Layout, wanted: tuple[int, Any] | None, channels: int, scratch: int
+) -> tuple[Array, int, Array]:
+    """A table of vectors, and an address where there are bytes to work with, and what holds these.
+
+    The latter is free for others when the call returns: what follows on the stream comes later. Not so
+    where a graph is captured, which may run at any time while its results are there: it is then part
+    of the memory of these.
+    """
+    if wanted is None:
+        return None, 0, None
+    rows, dtype = wanted
+    shape, size = (rows, channels), launches.TYPES[_dtype(at, dtype)][1]
+    if not scratch or not device.capturing():
+        memory = at.xp.empty((scratch // 8,), dtype=at.wide, device=at.device) if scratch else None
+        table = at.xp.empty(shape, dtype=dtype, device=at.device)
+        return table, device.address(memory) if scratch else 0, memory
+    start = -(-rows * channels * size // 256) * 256
+    memory = at.xp.empty(((start + scratch) // size,), dtype=dtype, device=at.device)
+    table = at.xp.reshape(memory[: rows * channels], shape)
+    return table, device.address(memory) + start, memory
+
+
+def _rows(at: Layout, table: Array, shape: tuple[int, ...]) -> list[Array]:
+    """The rows of a table of vectors, in some shape."""
     if len(shape) != 1:
         table = at.xp.reshape(table, (-1, *shape))
     return [table[i, ...] for i in range(table.shape[0])]
+
+
+def _handed_out(result: Array, out: Array | None) -> Array:
+    """A result, in the caller's array where there is one."""
+    return result if result is out else written(result, out)
 
 
 # Passes fused, as `functional.py` calls them.
@@ -224,16 +258,13 @@ def forward(
     out: Array | None,
 ) -> tuple[Array, Moments]:
     """Give y and the batch's moments."""
-    kept: list[Array] = []
     laid = arrange(device, at, w, x)
-    y = _output(device, at, laid, x, out)
-    stats = at.xp.empty((4, laid.form.channels), dtype=at.wide, device=at.device)
-    vectors = Vectors(gamma=_vector(device, at, gamma, kept), beta=_vector(device, at, beta, kept))
-    _run(
-        device, at, "forward", SUM | WRITE, laid, laid.arrays[0], out=y, vectors=vectors, stats=stats, eps=eps
+    y = _output(device, at, laid, out)
+    given = {"gamma": gamma, "beta": beta}
+    table = _run(
+        device, at, "forward", SUM | WRITE, laid, out=y, vectors=given, eps=eps, table=(4, at.wide)
     )
-    count, mean, var, low = _shaped(at, stats, at.channels)
-    return y if out is None or y is out else written(y, out), Moments(count, mean, var, low)
+    return _handed_out(y, out), Moments(*_rows(at, table, at.channels))
 
 
 def backward(
@@ -251,15 +282,15 @@ def backward(
     if dy.dtype != x.dtype:
         dx, *grads = backward(device, *_in_one_dtype(at, dy, x), w, stats, gamma, eps, at, None)
         return written(at.xp.astype(dx, x.dtype), out), grads[0], grads[1]
-    kept: list[Array] = []
     laid = arrange(device, at, w, x, dy)
-    dx = _output(device, at, laid, x, out)
+    dx = _output(device, at, laid, out)
+    given = dict(zip(("n", "mean", "var", "low"), stats, strict=True), gamma=gamma)
     dtype = at.compute if gamma is None else gamma.dtype
-    grads = [at.xp.empty(at.channels, dtype=dtype, device=at.device) for _ in range(2)]
-    given = (gamma, None, stats.count, stats.mean, stats.var, stats.mean_lo, *grads)
-    vectors = Vectors(*(_vector(device, at, v, kept) for v in given))
-    _run(device, at, "backward", SUM | WRITE, laid, *laid.arrays, out=dx, vectors=vectors, eps=eps)
-    return dx if out is None or dx is out else written(dx, out), grads[0], grads[1]
+    table = _run(
+        device, at, "backward", SUM | WRITE, laid, out=dx, vectors=given, eps=eps, table=(2, dtype)
+    )
+    dgamma, dbeta = _rows(at, table, at.channels)
+    return _handed_out(dx, out), dgamma, dbeta
 
 
 def inference(
@@ -276,18 +307,16 @@ def inference(
     """Give y from statistics that are given."""
     if 0 in x.shape:
         return at.xp.empty_like(x) if out is None else out
-    kept: list[Array] = []
     laid = arrange(device, at, None, x)
-    y = _output(device, at, laid, x, out)
-    given = (gamma, beta, None, mean, var)
-    vectors = Vectors(*(_vector(device, at, v, kept) for v in given))
-    _run(device, at, "forward", WRITE, laid, laid.arrays[0], out=y, vectors=vectors, eps=eps)
-    return y if out is None or y is out else written(y, out)
+    y = _output(device, at, laid, out)
+    given = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    _run(device, at, "forward", WRITE, laid, out=y, vectors=given, eps=eps)
+    return _handed_out(y, out)
 
 
 def _in_one_dtype(at: Layout, dy: Array, x: Array) -> tuple[Array, Array]:
     """Gradients and data in one dtype that holds both: the kernels read both in the same."""
-    double = "float64" in (_dtype(at, dy), _dtype(at, x))
+    double = "float64" in (_dtype(at, dy.dtype), _dtype(at, x.dtype))
     dtype = at.xp.float64 if double else at.xp.float32
     return at.xp.astype(dy, dtype), at.xp.astype(x, dtype)
 
@@ -295,16 +324,13 @@ def _in_one_dtype(at: Layout, dy: Array, x: Array) -> tuple[Array, Array]:
 # The four kernels, as `generic.py` specifies them.
 
 
-def moments(
-    device: Device, x: Array, w: Array | None, at: Layout
-) -> tuple[Array, Array, Array, Array]:
+def moments(device: Device, x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
     """Count, mean as a high and a low part, and population variance of each channel."""
     if 0 in x.shape:
         return generic.moments(x, w, at)
     laid = arrange(device, at, w, x)
-    stats = at.xp.empty((4, laid.form.channels), dtype=at.wide, device=at.device)
-    _run(device, at, "forward", SUM, laid, laid.arrays[0], stats=stats)
-    count, mean, var, low = _shaped(at, stats, at.broadcast)
+    table = _run(device, at, "forward", SUM, laid, table=(4, at.wide))
+    count, mean, var, low = _rows(at, table, at.broadcast)
     return count, mean, low, var
 
 
@@ -315,10 +341,9 @@ def scale_shift(
     if 0 in x.shape:
         return at.xp.empty_like(x) if out is None else out
     laid = arrange(device, at, None, x)
-    y = _output(device, at, laid, x, out)
-    coef = _factors(device, at, m, a, b)
-    _run(device, at, "forward", WRITE | GIVEN, laid, laid.arrays[0], out=y, coef=coef)
-    return y if out is None or y is out else written(y, out)
+    y = _output(device, at, laid, out)
+    _run(device, at, "forward", WRITE | GIVEN, laid, out=y, factors=(m, a, b))
+    return _handed_out(y, out)
 
 
 def grad_sums(
@@ -330,10 +355,8 @@ def grad_sums(
     if dy.dtype != x.dtype:
         dy, x = _in_one_dtype(at, dy, x)
     laid = arrange(device, at, w, x, dy)
-    sums = at.xp.empty((2, laid.form.channels), dtype=at.wide, device=at.device)
-    coef = _factors(device, at, m)
-    _run(device, at, "backward", SUM | RAW | GIVEN, laid, *laid.arrays, stats=sums, coef=coef)
-    sum_dy, sum_dy_d = _shaped(at, sums, at.broadcast)
+    table = _run(device, at, "backward", SUM | RAW | GIVEN, laid, factors=(m,), table=(2, at.wide))
+    sum_dy, sum_dy_d = _rows(at, table, at.broadcast)
     return sum_dy, sum_dy_d
 
 
@@ -356,7 +379,6 @@ def grad_input(
         dx = grad_input(device, *_in_one_dtype(at, dy, x), m, a, b, c, w, at, None)
         return written(at.xp.astype(dx, x.dtype), out)
     laid = arrange(device, at, w, x, dy)
-    dx = _output(device, at, laid, x, out)
-    coef = _factors(device, at, m, a, b, c)
-    _run(device, at, "backward", WRITE | GIVEN, laid, *laid.arrays, out=dx, coef=coef)
-    return dx if out is None or dx is out else written(dx, out)
+    dx = _output(device, at, laid, out)
+    _run(device, at, "backward", WRITE | GIVEN, laid, out=dx, factors=(m, a, b, c))
+    return _handed_out(dx, out)

@@ -46,6 +46,7 @@ def on_arrays(index: int) -> KernelSet:
         address=lambda a: int(a.data.ptr),
         steps=lambda a: tuple(step // a.itemsize for step in a.strides),
         contiguous=cupy.ascontiguousarray,
+        capturing=lambda: bool(cupy.cuda.get_current_stream().is_capturing()),
         launch=_launch,
     )
     return cuda.kernel_set("cupy", "CUDA kernels, launched by CuPy", device)
@@ -71,6 +72,7 @@ def on_tensors(index: int) -> KernelSet:
         address=lambda a: int(a.data_ptr()),
         steps=lambda a: tuple(a.stride()),
         contiguous=lambda a: a.contiguous(),
+        capturing=lambda: False,  # PyTorch keeps the memory of a graph for it
         launch=_launch,
     )
     return cuda.kernel_set("cupy", "CUDA kernels, launched by CuPy on PyTorch's stream", device)

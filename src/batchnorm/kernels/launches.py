@@ -48,7 +48,7 @@ SHARE = 1 / 6
 # Blocks of a processor that run at a time: as many as their registers allow.
 RESIDENT = 2
 # Tiles of each block that runs, at most: the last ones then take little of the time.
-ROUNDS = 16
+ROUNDS = 8
 # Bytes of all channels, channels last, that are cut into more slices than whole lines allow, and the
 # bytes of a row that are then read together: a sector of the cache.
 CUT, SECTOR = 16 * 2**20, 32
@@ -128,9 +128,7 @@ def forms(shape: tuple[int, ...], kept: tuple[int, ...], steps: tuple[Steps, ...
         (outer, outer_steps), (inner, inner_steps) = one, rows[0]
     else:
         (outer, outer_steps), (inner, inner_steps) = rows[0] if rows else one, one
-    return [
-        Form(outer, c, inner, outer_steps[i], c_steps[i], inner_steps[i]) for i in range(count)
-    ]
+    return [Form(outer, c, inner, outer_steps[i], c_steps[i], inner_steps[i]) for i in range(count)]
 
 
 def vector(form: Form, dtype: str, alignment: int, weighted: bool) -> tuple[int, bool]:
@@ -221,7 +219,7 @@ def launch(
         phases |= ORDERED
 
     if beside == 1:  # channels last: a piece of each row, in groups that the cache holds, or all of it
-        whole = min(most, -(-8 * LINE // run))
+        whole = min(most, -(-2 * LINE // run))
         fits = slice_bytes <= limits.cache * SHARE and phases & ORDERED
         lane_channels = narrow if fits and narrow < whole else whole
     else:
@@ -289,7 +287,7 @@ class Vectors(NamedTuple):
 
     gamma: Vector = NOTHING
     beta: Vector = NOTHING
-    count: Vector = NOTHING
+    n: Vector = NOTHING
     mean: Vector = NOTHING
     var: Vector = NOTHING
     low: Vector = NOTHING
@@ -322,12 +320,13 @@ def job(
     inner = form.inner_step * (1 if at.columns else at.vector)
     rows, rest = divmod(at.lanes, at.row)
     w = weights or Form(0, 0, 0, 0, 0, 0)
+    few = math.isqrt(max(0, at.lanes - 1)) + 1
     # fmt: off
     return _JOB.pack(
         *operands,
         form.outer_step, form.channel_step, inner, w.outer_step, w.channel_step, w.inner_step,
         form.channels, at.row, at.positions,
-        at.lane_run, at.lane_channels, at.lanes, math.isqrt(at.lanes - 1) + 1,
+        at.lane_run, at.lane_channels, at.lanes, few,
         rest,
         rows * form.outer_step + rest * inner, form.outer_step - at.row * inner,
         rows * w.outer_step + rest * w.inner_step, w.outer_step - at.row * w.inner_step,
@@ -346,14 +345,37 @@ def _levels(parts: int) -> list[int]:
     return levels
 
 
-def scratch(at: Launch, sums: int, size: int) -> tuple[int, int, int]:
-    """Bytes of factors, partial sums and counters that a launch needs, each for 8-byte alignment."""
+class Scratch(NamedTuple):
+    """Bytes that a launch needs to work with, each a multiple of 8."""
+
+    factors: int
+    partial: int
+    counters: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+# Doubles of a partial result of each kernel.
+SUMS = {"forward": 4, "backward": 2}
+
+
+def scratch(at: Launch, kernel: str, dtype: str) -> Scratch:
+    """The bytes that a launch needs: factors of each channel, sums of parts, counters."""
     ordered, parts = bool(at.phases & ORDERED), at.phases & SUM and at.parts > 1
+    size = 8 if dtype == "float64" else 4
     levels = _levels(at.parts) if parts else [1]
     factors = 4 * at.form.channels * size if ordered else 0
-    partial = at.form.channels * sum(levels[:-1]) * sums * 8
+    partial = at.form.channels * sum(levels[:-1]) * SUMS[kernel] * 8
     counters = 4 * (1 + at.slices * (1 + sum(levels[1:]))) if parts or ordered else 0
-    return -(-factors // 8) * 8, partial, -(-counters // 8) * 8
+    return Scratch(-(-factors // 8) * 8, partial, -(-counters // 8) * 8)
+
+
+def quarters(start: int, size: int) -> tuple[int, ...]:
+    """The addresses of four vectors of the same length that follow each other; none where size is 0."""
+    return tuple(start + i * size // 4 for i in range(4)) if size else ()
 
 
 def blocks(at: Launch, limits: Limits) -> int:

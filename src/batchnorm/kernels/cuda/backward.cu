@@ -85,7 +85,7 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
                 job.stats[job.channels + c] = m[ch][1];
                 continue;
             }
-            double mean = given(job.mean, c, 0), n = given(job.count, c, 1);
+            double mean = given(job.mean, c, 0), n = given(job.n, c, 1);
             A nearest = (A)mean;
             double rest = (mean - nearest) + given(job.low, c, 0);
             double rstd = 1 / sqrt(given(job.var, c, 1) + job.eps);

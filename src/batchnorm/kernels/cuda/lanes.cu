@@ -27,7 +27,7 @@ struct Job {
     long long nodes;  // where sums of parts meet, of each slice
     long long group;  // slices whose sums come before their outputs, while they are in cache
     long long phases;
-    Vector gamma, beta, count, mean, var, low;  // what is given
+    Vector gamma, beta, n, mean, var, low;  // what is given
     Vector dgamma, dbeta;  // what is found
     double* stats;  // (4, C): count, mean, variance, and the low part of the mean
     void* coef[4];  // factors of each channel, in what values are worked on in
