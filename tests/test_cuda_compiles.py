@@ -42,7 +42,7 @@ def compile_all(source, names, *options):
 @pytest.mark.parametrize("dtype", launches.TYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instance(target, dtype):
-    """Each is in the object file; and two blocks of it fit on a processor, which launches.py counts on."""
+    """Each is in the object file; and as many blocks as launches.py counts on fit on a processor."""
     names = [n for n in launches.instances() if f"<{launches.TYPES[dtype][0]}," in n]
     cubin, log, lowered = compile_all(cuda.source(), names, f"-arch=sm_{target}", *OPTIONS)
     for name, symbol in zip(names, lowered, strict=True):

@@ -42,12 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="the picture (default: %(default)s)",
     )
     bench = commands.add_parser("bench", help="measure this machine: this package, its peers, a copy")
+    bench.add_argument(
+        "--gpu",
+        action="store_true",
+        help="measure an NVIDIA GPU: CuPy, PyTorch; the output is a .csv file",
+    )
     bench.add_argument("--all", action="store_true", help="all shapes of the published table (minutes)")
     bench.add_argument(
         "--output",
         type=Path,
-        default=Path("batchnorm-bench.png"),
-        help="the chart (default: %(default)s)",
+        help="the chart (default: batchnorm-bench.png), or the table of --gpu (batchnorm-bench.csv)",
     )
     commands.add_parser("info", help="list the array libraries found, and the kernels each would run")
 
@@ -60,11 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
             command.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")
+    on_gpu = command is bench and chosen.gpu
+    chosen.output = chosen.output or Path("batchnorm-bench.csv" if on_gpu else "batchnorm-bench.png")
     if not chosen.output.parent.is_dir():
         command.error(f"argument --output: no folder {chosen.output.parent}")
-    if chosen.output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        command.error(f"argument --output: got {chosen.output}, expected a .png, .pdf or .svg file")
+    suffixes = (".csv",) if on_gpu else (".png", ".pdf", ".svg")
+    if chosen.output.suffix.lower() not in suffixes:
+        expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
+        command.error(f"argument --output: got {chosen.output}, expected a {expected} file")
 
+    if on_gpu:
+        from batchnorm.bench import gpu
+
+        why_not = gpu.missing()
+        if why_not is not None:
+            command.error(f"argument --gpu: {why_not}")
+        return gpu.run(chosen.all, chosen.output)
     if command is bench:
         from batchnorm.bench import run as measure
 

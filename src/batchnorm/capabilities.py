@@ -51,11 +51,16 @@ LIBRARIES = {
         "with boolean indexing and data-dependent shapes off",
     ),
     "torch": Library(
-        "torch", ("cpu-numba", "cpu-numpy", "cpu-generic", "cuda"), "torch", "cuda: not run yet"
+        "torch",
+        ("cpu-numba", "cpu-numpy", "cpu-generic", "cuda-cupy", "cuda-generic"),
+        "torch",
+        "cuda: not run yet",
     ),
     "jax": Library("jax.numpy", ("eager", "eager-x64", "jit", "jit-x64"), "jax"),
     "dask": Library("dask.array", ("lazy",), "dask", "`compute` is never called"),
-    "cupy": Library("cupy", ("cuda",), "cupy-cuda12x", "not run yet"),
+    "cupy": Library(
+        "cupy", ("cupy", "generic"), "cupy-cuda13x", "not run yet: its kernels only as executed on a CPU"
+    ),
     "ndonnx": Library(
         "ndonnx", ("static", "dynamic"), "test", "traces to an ONNX graph, static or dynamic in shape"
     ),

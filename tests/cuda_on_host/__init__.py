@@ -63,7 +63,7 @@ def functions(dtype, kernel, source=None, options=()):
     return {name: getattr(built, f"launch_{i}") for i, name in enumerate(names)}
 
 
-class Astray(AssertionError):
+class BarrierError(AssertionError):
     """Some threads of a block ended while others waited for them."""
 
 
@@ -77,7 +77,7 @@ def device(limits, source=None, options=()):
         kernel, _, rest = name.partition("<")
         run = functions(dtypes[rest.partition(",")[0]], kernel, source, options)[name]
         if run(job, blocks, next(_seed)):
-            raise Astray(name)
+            raise BarrierError(name)
 
     return cuda.Device(
         limits,

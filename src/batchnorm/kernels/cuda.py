@@ -310,7 +310,7 @@ def inference(
     laid = arrange(device, at, None, x)
     y = _output(device, at, laid, out)
     given = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
-    _run(device, at, "forward", WRITE, laid, out=y, vectors=given, eps=eps)
+    _run(device, at, "normalize", WRITE, laid, out=y, vectors=given, eps=eps)
     return _handed_out(y, out)
 
 
@@ -342,7 +342,7 @@ def scale_shift(
         return at.xp.empty_like(x) if out is None else out
     laid = arrange(device, at, None, x)
     y = _output(device, at, laid, out)
-    _run(device, at, "forward", WRITE | GIVEN, laid, out=y, factors=(m, a, b))
+    _run(device, at, "normalize", WRITE | GIVEN, laid, out=y, factors=(m, a, b))
     return _handed_out(y, out)
 
 

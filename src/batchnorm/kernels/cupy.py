@@ -6,7 +6,8 @@ import contextlib
 import functools
 import importlib
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def on_arrays(index: int) -> KernelSet:
         steps=lambda a: tuple(step // a.itemsize for step in a.strides),
         contiguous=cupy.ascontiguousarray,
         capturing=lambda: bool(cupy.cuda.get_current_stream().is_capturing()),
-        launch=_launch,
+        launch=functools.partial(_launch, cupy.cuda.get_current_stream),
     )
     return cuda.kernel_set("cupy", "CUDA kernels, launched by CuPy", device)
 
@@ -55,16 +56,14 @@ def on_arrays(index: int) -> KernelSet:
 @functools.cache
 def on_tensors(index: int) -> KernelSet:
     """The kernels for PyTorch's CUDA tensors on a device, on PyTorch's current stream."""
-    torch, cupy = sys.modules["torch"], importlib.import_module("cupy")
+    torch = sys.modules["torch"]
 
     def active() -> Any:
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index)
-        if torch.cuda.current_device() == index:
-            return stream
-        both = contextlib.ExitStack()
-        both.enter_context(torch.cuda.device(index))
-        both.enter_context(stream)
-        return both
+        on_it = torch.cuda.current_device() == index
+        return contextlib.nullcontext() if on_it else torch.cuda.device(index)
+
+    def stream() -> Any:
+        return _Stream(torch.cuda.current_stream(index).cuda_stream)
 
     device = cuda.Device(
         _limits(index),
@@ -73,7 +72,7 @@ def on_tensors(index: int) -> KernelSet:
         steps=lambda a: tuple(a.stride()),
         contiguous=lambda a: a.contiguous(),
         capturing=lambda: False,  # PyTorch keeps the memory of a graph for it
-        launch=_launch,
+        launch=functools.partial(_launch, stream),
     )
     return cuda.kernel_set("cupy", "CUDA kernels, launched by CuPy on PyTorch's stream", device)
 
@@ -92,10 +91,18 @@ def _kernel(name: str) -> Any:
     return module.get_function(name)
 
 
-def _launch(name: str, job: bytes, blocks: int, zero_at: int, zero_bytes: int) -> None:
-    """Zero some bytes and run a kernel, on CuPy's current stream."""
+class _Stream(NamedTuple):
+    """Another library's stream, as CuPy's launches take one."""
+
+    ptr: int
+
+
+def _launch(
+    stream: Callable[[], Any], name: str, job: bytes, blocks: int, zero_at: int, zero_bytes: int
+) -> None:
+    """Zero some bytes and run a kernel."""
+    on = stream()
     if zero_bytes:
-        cuda_module = sys.modules["cupy"].cuda
-        cuda_module.runtime.memsetAsync(zero_at, 0, zero_bytes, cuda_module.get_current_stream().ptr)
+        sys.modules["cupy"].cuda.runtime.memsetAsync(zero_at, 0, zero_bytes, on.ptr)
     # CuPy passes an array of one value by value: the struct.
-    _kernel(name)((blocks,), (THREADS,), (np.frombuffer(job, f"V{len(job)}"),))
+    _kernel(name)((blocks,), (THREADS,), (np.frombuffer(job, f"V{len(job)}"),), stream=on)

@@ -11,12 +11,13 @@ import math
 import struct
 from typing import NamedTuple
 
+from batchnorm import checks
 from batchnorm.kernels.axes import merge
 
 Steps = tuple[int, ...]
 
 THREADS = 256  # of a block
-MOST = 256  # channels of a slice, at most
+MOST = 64  # lanes beside each other that have channels of their own, at most
 
 FAN = 32  # parts whose sums one block puts together
 
@@ -34,7 +35,7 @@ TYPES = {
 BUNDLE = 4
 WEIGHTS = {None: "None", "bool": "Mask", "float64": "double"}
 KINDS = {None: 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
-KERNELS = ("forward", "backward")
+KERNELS = ("forward", "backward", "normalize")
 
 # Tiles' worth of a slice that one block sums and then writes. More blocks on less each would be faster
 # only by what drawing tickets and waiting for each other cost: some 5 us.
@@ -188,6 +189,8 @@ def launch(
     beside = row if form.inner_step == 1 else 1  # positions of a channel that lie beside each other
     bundle = width if columns else 1  # channels of a thread
     bundles = -(-form.channels // bundle)
+    if row >= 2**32:
+        checks.fail(ValueError, "x", f"{row} values in a row of a channel", "less than 2**32")
     bytes_of = positions * width * size * reads  # of the channels of a thread
 
     def laid(lane_channels: int, parts: int, group: int, phases: int) -> Launch:
@@ -202,9 +205,9 @@ def launch(
         # fmt: on
 
     # Lanes beside each other read memory that is: as many channels as it takes for whole lines.
-    most = min(bundles, MOST // bundle, 64)
+    most = min(bundles, MOST)
     run = min(beside, THREADS) * width * size
-    narrow = min(most, -(-LINE // run)) if run < LINE else 1
+    narrow = min(most, -(-LINE // run)) if run < LINE // 2 else 1
     fill = min(most, max(narrow, THREADS // max(1, positions)))  # few positions: more channels
     slice_bytes = bytes_of * fill
     if phases & SUM and phases & WRITE:
@@ -229,9 +232,9 @@ def launch(
     group = max(1, int(limits.cache * SHARE) // slice_bytes) if phases & ORDERED else slices
     at_once = slice_bytes * min(group, slices)  # a tile of it for each block that runs, or several
     running = RESIDENT * limits.processors
-    tile = min(limits.tile, max(int(LEAST * limits.tile), at_once // running))
-    tile = max(tile, at_once // (ROUNDS * running))
-    parts = max(1, min(-(-slice_bytes // tile), positions))
+    rounds = min(ROUNDS, -(-at_once // (running * limits.tile)))
+    tile = max(int(LEAST * limits.tile), -(-at_once // (running * rounds)))
+    parts = max(1, min(slice_bytes // tile, positions))
     return laid(lane_channels, parts, group, phases)
 
 
@@ -258,7 +261,8 @@ def instances() -> list[str]:
         plain = [f"<{name}, {w}, false, None>" for w in widths]
         bundles = [f"<{name}, {w}, true, None>" for w in widths if 1 < w <= BUNDLE]
         weighted = [f"<{name}, 1, false, {w}>" for w in ("Mask", "double")]
-        found += [k + i for k in KERNELS for i in plain + bundles[:1] + weighted]
+        found += [k + i for k in KERNELS[:2] for i in plain + bundles[:1] + weighted]
+        found += [KERNELS[2] + i for i in plain + bundles[:1]]
     return found
 
 
@@ -359,7 +363,7 @@ class Scratch(NamedTuple):
 
 
 # Doubles of a partial result of each kernel.
-SUMS = {"forward": 4, "backward": 2}
+SUMS = {"forward": 4, "backward": 2, "normalize": 0}
 
 
 def scratch(at: Launch, kernel: str, dtype: str) -> Scratch:
@@ -380,7 +384,7 @@ def quarters(start: int, size: int) -> tuple[int, ...]:
 
 def blocks(at: Launch, limits: Limits) -> int:
     """Blocks to launch: one for each tile; as many as can run at a time where they draw tickets."""
-    most = 8 * RESIDENT * limits.processors if at.phases & ORDERED else 2**31 - 1
+    most = RESIDENT * limits.processors if at.phases & ORDERED else 2**31 - 1
     return max(1, min(at.slices * at.parts, most))
 
 

@@ -7,6 +7,7 @@ and returns NumPy arrays, so that a case is one body for eager, compiled and laz
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -131,7 +132,12 @@ class OnKernels(Target):
     def missing(self) -> str | None:
         if self.kernels == "numba" and importlib.util.find_spec("numba") is None:
             return "Numba is not installed"
-        return super().missing()
+        why_not = super().missing()
+        if self.kernels == "cupy" and why_not is None:
+            from batchnorm.kernels.cupy import unusable
+
+            return unusable()
+        return why_not
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -286,7 +292,19 @@ class Ndonnx(Target):
         return tree_map(lambda a: next(out) if hasattr(a, "dtype") else a, result)
 
 
-class CuPy(Target):
+class CuPy(NumPy):
+    """CuPy's arrays; the mode is a kernel set."""
+
+    def asarray(self, a: Array) -> Array:
+        """Bring an array over with its strides: the memory between its values comes along."""
+        cupy = importlib.import_module("cupy")
+        if a.flags.c_contiguous or a.size == 0:
+            return cupy.asarray(a)
+        low, high = np.lib.array_utils.byte_bounds(a)
+        memory = cupy.asarray(np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low)))
+        start = memory.data + (a.ctypes.data - low)
+        return cupy.ndarray(a.shape, a.dtype, start, strides=a.strides)
+
     def to_numpy(self, a: Array) -> Array:
         return a.get()
 

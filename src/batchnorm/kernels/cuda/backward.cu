@@ -10,13 +10,8 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
     static const int DEPTH = COLUMNS || WEIGHTED || V > 1 ? 4 : 8;
     typedef Room<A, CH> Shared;
 
-    // What is subtracted from x: the mean, as a number of x's kind.
     static __device__ void prepare(const Job& job, const Tile& tile, Shared& room) {
-        if (job.phases & GIVEN) return;
-        __syncthreads();  // until the last tile's factors have been read
-        if (tile.leads)
-            for (int ch = 0; ch < CH; ++ch)
-                room.coef[0][tile.column * CH + ch] = (A)given(job.mean, tile.c + ch, 0);
+        fetch(job, tile, room);
         __syncthreads();
     }
 
@@ -24,9 +19,9 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
         A mean[CH];
         for (int ch = 0; ch < CH; ++ch) {
             m[ch][0] = m[ch][1] = 0;
-            if (tile.begin < tile.end)
+            if (tile.begin < tile.end)  // the mean, as a number of x's kind
                 mean[ch] = job.phases & GIVEN ? ((const A*)job.coef[0])[tile.c + ch]
-                                              : room.coef[0][tile.column * CH + ch];
+                                              : (A)room.given[GIVEN_MEAN][tile.column * CH + ch];
         }
         Walk<V, WEIGHTED> walk(job, tile);
         for (long long i = tile.begin; i < tile.end; i += DEPTH * job.lanes) {
@@ -67,13 +62,15 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
     }
 
     static __device__ void gather(
-        const Job& job, const Tile& tile, const double* sums, long long stride, long long count,
-        double (&m)[CH][SUMS]) {
-        for (int ch = 0; ch < CH; ++ch) {
-            m[ch][0] = m[ch][1] = 0;
-            for (long long i = tile.lane; tile.end > 0 && i < count; i += job.lanes)
-                for (int k = 0; k < SUMS; ++k) m[ch][k] += __ldcg(sums + (ch * stride + i) * SUMS + k);
-        }
+        const Job& job, const Tile& tile, const double* sums, long long count, double (&m)[CH][SUMS]) {
+        for (int ch = 0; ch < CH; ++ch) m[ch][0] = m[ch][1] = 0;
+#pragma unroll 4
+        for (long long i = tile.lane; i < (tile.end > 0 ? count : 0); i += job.lanes)
+#pragma unroll
+            for (int ch = 0; ch < CH; ++ch)
+#pragma unroll
+                for (int k = 0; k < SUMS; ++k)
+                    m[ch][k] += __ldcg(sums + i * job.channels * SUMS + ch * SUMS + k);
     }
 
     // Gradients of the parameters, and the factors of dx, as functional.py has them.
@@ -85,27 +82,26 @@ template <typename T, int V, bool COLUMNS, typename W> struct Backward {
                 job.stats[job.channels + c] = m[ch][1];
                 continue;
             }
-            double mean = given(job.mean, c, 0), n = given(job.n, c, 1);
+            int at = tile.column * CH + ch;
+            double mean = room.given[GIVEN_MEAN][at], n = room.given[N][at];
             A nearest = (A)mean;
-            double rest = (mean - nearest) + given(job.low, c, 0);
-            double rstd = 1 / sqrt(given(job.var, c, 1) + job.eps);
+            double rest = (mean - nearest) + room.given[GIVEN_LOW][at];
+            double rstd = 1 / sqrt(room.given[VAR][at] + job.eps);
             double sum_dy = m[ch][0], dgamma = rstd * (m[ch][1] - rest * sum_dy);
             if (!(n > 0)) n = 1;
             double b = -rstd * (dgamma / n);
-            double f[4] = {nearest, given(job.gamma, c, 1) * rstd, b, -sum_dy / n - b * rest};
+            double f[4] = {nearest, room.given[GAMMA][at] * rstd, b, -sum_dy / n - b * rest};
             give(job.dgamma, c, dgamma);
             give(job.dbeta, c, sum_dy);
             publish<Backward>(f, job, tile, room, ch);
         }
     }
 
-    static __device__ void from_statistics(const Job&, const Tile&, Shared&) {}  // factors are GIVEN
-
     static __device__ void write(const Job& job, const Tile& tile, const Shared& room) {
         A f[CH][4];
         factors<Backward>(f, job, tile, room);
         Walk<V, WEIGHTED> walk(job, tile);
-        const int AHEAD = V == 1 ? 8 : 4;
+        const int AHEAD = V * sizeof(T) >= 8 ? 4 : 8;  // vectors on their way, of dy and of x
         for (long long i = tile.begin; i < tile.end; i += AHEAD * job.lanes) {
             Pack<T, V> dy[AHEAD], x[AHEAD];
             long long at[AHEAD];

@@ -7,8 +7,9 @@
 // `lanes` of them walk through the positions of each of `lane_channels` channels (or bundles of V).
 
 const int THREADS = 256;
-const int MOST = 256;  // channels of a slice, at most
+const int MOST = 64;  // lanes beside each other that have channels of their own, at most
 
+enum Given { GAMMA, BETA, N, GIVEN_MEAN, VAR, GIVEN_LOW, VECTORS };
 enum Phase { SUM = 1, WRITE = 2, ORDERED = 4, GIVEN = 8, RAW = 16 };
 
 // Python packs this, field by field (launches.py).
@@ -27,7 +28,7 @@ struct Job {
     long long nodes;  // where sums of parts meet, of each slice
     long long group;  // slices whose sums come before their outputs, while they are in cache
     long long phases;
-    Vector gamma, beta, n, mean, var, low;  // what is given
+    Vector given[6];  // gamma, beta, count, mean, variance, the low part of the mean
     Vector dgamma, dbeta;  // what is found
     double* stats;  // (4, C): count, mean, variance, and the low part of the mean
     void* coef[4];  // factors of each channel, in what values are worked on in
@@ -63,20 +64,23 @@ template <int CH> __device__ inline Tile tile_of(const Job& job, long long slice
 
 // Where a lane's next position is in memory, without a division per step.
 template <int V, bool WEIGHTED> struct Walk {
-    long long at, w_at, place;
+    long long at, w_at;
+    unsigned place, rest, row;
 
     __device__ Walk(const Job& job, const Tile& tile) {
-        long long row = tile.begin / job.row;
-        place = tile.begin % job.row;
-        at = tile.c * job.channel + row * job.outer + place * job.inner;
-        if (WEIGHTED) w_at = tile.c * job.w_channel + row * job.w_outer + place * job.w_inner;
+        long long outer = tile.begin / job.row;
+        row = (unsigned)job.row;
+        rest = (unsigned)job.rest;
+        place = (unsigned)(tile.begin - outer * job.row);
+        at = tile.c * job.channel + outer * job.outer + place * job.inner;
+        if (WEIGHTED) w_at = tile.c * job.w_channel + outer * job.w_outer + place * job.w_inner;
     }
     __device__ void next(const Job& job) {
-        place += job.rest;
+        place += rest;
         at += job.advance;
         if (WEIGHTED) w_at += job.w_advance;
-        if (place >= job.row) {
-            place -= job.row;
+        if (place >= row || place < rest) {  // the latter: more than 32 bits
+            place -= row;
             at += job.wrap;
             if (WEIGHTED) w_at += job.w_wrap;
         }
@@ -86,7 +90,8 @@ template <int V, bool WEIGHTED> struct Walk {
 // Memory that the threads of a block share.
 template <typename A, int CH> struct Room {
     double sums[2 * CH][THREADS];
-    A coef[4][MOST];
+    double given[VECTORS][MOST * CH];
+    A coef[4][MOST * CH];
     unsigned ticket;
     bool last;
 };
@@ -102,16 +107,26 @@ __device__ inline void total(double (&v)[K], Room<A, CH>& room, const Job& job, 
     if (works)
         for (int k = 0; k < K; ++k) room.sums[k][mine] = v[k];
     __syncthreads();
-    if (tile.lane < few)
-        for (int k = 0; k < K; ++k) {
-            for (int lane = tile.lane + few; lane < lanes; lane += few)
-                v[k] += room.sums[k][lane * width + tile.column];
-            room.sums[k][mine] = v[k];
-        }
+    if (tile.lane < few) {
+        for (int lane = tile.lane + few; lane < lanes; lane += few)
+            for (int k = 0; k < K; ++k) v[k] += room.sums[k][lane * width + tile.column];
+        for (int k = 0; k < K; ++k) room.sums[k][mine] = v[k];
+    }
     __syncthreads();
-    if (works)
-        for (int k = 0; k < K; ++k) {
-            v[k] = 0;
-            for (int lane = 0; lane < few; ++lane) v[k] += room.sums[k][lane * width + tile.column];
-        }
+    if (works) {
+        for (int k = 0; k < K; ++k) v[k] = 0;
+        for (int lane = 0; lane < few; ++lane)
+            for (int k = 0; k < K; ++k) v[k] += room.sums[k][lane * width + tile.column];
+    }
+}
+
+// Bring what is given for the channels of a tile into the block, one vector per lane: to be read after
+// the next barrier.
+template <typename A, int CH>
+__device__ inline void fetch(const Job& job, const Tile& tile, Room<A, CH>& room) {
+    const double otherwise[VECTORS] = {1, 0, 1, 0, 1, 0};
+    __syncthreads();  // until the last tile's have been read
+    for (int k = tile.lane; k < VECTORS && tile.end > 0; k += (int)job.lanes)
+        for (int i = 0; i < CH; ++i)
+            room.given[k][tile.column * CH + i] = given(job.given[k], tile.c + i, otherwise[k]);
 }

@@ -39,13 +39,12 @@ struct Running {
     }
 
     // Moments of a part.
-    __device__ void add(double n, double mean, double low, double q) {
-        if (!(n > 0)) return;
-        if (count == 0) pivot = mean;
-        double d = (mean - pivot) + low;
-        count += n;
-        sum += n * d;
-        squares += q + n * d * d;
+    __device__ void add(const double (&m)[4]) {
+        if (count == 0) pivot = m[MEAN];
+        double d = m[COUNT] > 0 ? (m[MEAN] - pivot) + m[LOW] : 0;
+        count += m[COUNT];
+        sum += m[COUNT] * d;
+        squares += m[SQUARES] + m[COUNT] * d * d;
     }
 
     __device__ void result(double (&m)[4]) const {

@@ -14,6 +14,14 @@
 
 const int FAN = 32;
 
+// Count an arrival, after which all that the block has written is seen by whoever counts a later one.
+__device__ inline unsigned arrive(unsigned* counter) {
+    __threadfence();
+    unsigned before = atomicAdd(counter, 1u);
+    __threadfence();
+    return before + 1;
+}
+
 template <class P>
 __device__ void task(const Job& job, long long slice, long long part, int what, typename P::Shared& room) {
     Tile tile = tile_of<P::CH>(job, slice, part);
@@ -23,22 +31,20 @@ __device__ void task(const Job& job, long long slice, long long part, int what, 
         P::prepare(job, tile, room);
         P::sum(job, tile, room, m);
         P::combine(m, room, job, tile);
-        double* level = job.partial;  // (C, count, SUMS)
+        double* level = job.partial;  // (count, C, SUMS)
         unsigned* arrived = job.counters + 1 + job.slices + slice * job.nodes;
         for (long long count = job.parts, node = part; count > 1;) {
             if (tile.leads)
                 for (int i = 0; i < P::CH; ++i)
                     for (int k = 0; k < P::SUMS; ++k)
-                        level[((tile.c + i) * count + node) * P::SUMS + k] = m[i][k];
-            __threadfence();
-            __syncthreads();
+                        level[(node * job.channels + tile.c + i) * P::SUMS + k] = m[i][k];
             long long parent = node / FAN, first = parent * FAN;
             long long siblings = count - first < FAN ? count - first : FAN;
-            if (threadIdx.x == 0) room.last = atomicAdd(arrived + parent, 1u) + 1 == siblings;
+            __syncthreads();
+            if (threadIdx.x == 0) room.last = arrive(arrived + parent) == siblings;
             __syncthreads();
             if (!room.last) return;
-            __threadfence();
-            P::gather(job, tile, level + (tile.c * count + first) * P::SUMS, count, siblings, m);
+            P::gather(job, tile, level + (first * job.channels + tile.c) * P::SUMS, siblings, m);
             P::combine(m, room, job, tile);
             level += job.channels * count * P::SUMS;
             count = (count + FAN - 1) / FAN;
@@ -47,19 +53,16 @@ __device__ void task(const Job& job, long long slice, long long part, int what, 
         }
         if (tile.leads) P::finish(job, tile, room, m);
         if (job.phases & ORDERED) {
-            __threadfence();
             __syncthreads();
-            if (threadIdx.x == 0) atomicExch(done, 1u);
+            if (threadIdx.x == 0) arrive(done);
         }
     }
     if (what & WRITE) {
         if (job.phases & ORDERED) {
-            if (threadIdx.x == 0)
+            if (threadIdx.x == 0) {
                 while (atomicAdd(done, 0u) == 0) __nanosleep(64);
-            __threadfence();
-        } else if (!(what & SUM) && !(job.phases & GIVEN)) {
-            __syncthreads();  // until the last tile's factors have been read
-            if (tile.leads) P::from_statistics(job, tile, room);
+                __threadfence();
+            }
         }
         __syncthreads();
         P::write(job, tile, room);
@@ -91,31 +94,39 @@ __device__ inline void publish(
 
 template <class P> __device__ void run(const Job& job) {
     __shared__ typename P::Shared room;
-    long long tiles = job.slices * job.parts;
-    if (!(job.phases & ORDERED)) {
-        for (long long i = blockIdx.x; i < tiles; i += gridDim.x)
-            task<P>(job, i % job.slices, i / job.slices, job.phases & (SUM | WRITE), room);
-        return;
-    }
-    long long step = job.group * job.parts, groups = (job.slices + job.group - 1) / job.group;
-    unsigned next = 0;
-    if (threadIdx.x == 0) next = atomicAdd(job.counters, 1u);
+    const bool ordered = job.phases & ORDERED;
+    const unsigned slices = job.slices, parts = job.parts, in_group = job.group;
+    const unsigned step = in_group * parts, groups = (slices + in_group - 1) / in_group;
+    const unsigned tasks = ordered ? 2 * groups * step : slices * parts;
+    unsigned next = blockIdx.x;
+    if (ordered && threadIdx.x == 0) next = atomicAdd(job.counters, 1u);
     for (;;) {
-        __syncthreads();
-        if (threadIdx.x == 0) room.ticket = next;
-        __syncthreads();
-        long long at = room.ticket;
-        if (at >= 2 * groups * step) return;
-        if (threadIdx.x == 0) next = atomicAdd(job.counters, 1u);  // known when this task is through
-
-        // The steps above: the sums of group 0, of group 1, the outputs of group 0, ...
-        long long block = at / step, place = at % step, group = (block + 1) / 2;
-        bool sums = block == 0 || (block % 2 == 1 && group < groups);
-        if (!sums) {
-            group -= 1;
-            place = step - 1 - place;  // the last that was read is most likely still in the cache
+        unsigned at = next;
+        if (ordered) {
+            __syncthreads();
+            if (threadIdx.x == 0) room.ticket = next;
+            __syncthreads();
+            at = room.ticket;
         }
-        long long slice = group * job.group + place % job.group;
-        if (slice < job.slices) task<P>(job, slice, place / job.group, sums ? SUM : WRITE, room);
+        if (at >= tasks) return;
+        if (!ordered)
+            next += gridDim.x;
+        else if (threadIdx.x == 0)
+            next = atomicAdd(job.counters, 1u);  // known when this task is through
+
+        unsigned slice = at % slices, part = at / slices;
+        int what = job.phases & (SUM | WRITE);
+        if (ordered) {  // the steps above: sums of group 0, of group 1, outputs of group 0, ...
+            unsigned block = at / step, place = at % step, group = (block + 1) / 2;
+            bool sums = block == 0 || (block % 2 == 1 && group < groups);
+            if (!sums) {
+                group -= 1;
+                place = step - 1 - place;  // the last that was read is most likely still in the cache
+            }
+            slice = group * in_group + place % in_group;
+            part = place / in_group;
+            what = sums ? SUM : WRITE;
+        }
+        if (slice < slices) task<P>(job, slice, part, what, room);
     }
 }

@@ -1,0 +1,287 @@
+"""Measured on a GPU, by its own clock: this package on CuPy and PyTorch, PyTorch's own paths, a copy."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import batchnorm as bn
+from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES
+from batchnorm.bench.report import geometric
+
+Array = Any
+Timed = Callable[[], Any]
+EPS = 1e-5
+DTYPES = ("float32", "float16")
+BATCHES = (32, 256)
+# Copies of the device memory's traffic that each pass cannot do without: x is read twice and y written
+# once; dy and x are read twice and dx written once; x is read and y written.
+FLOOR = {"forward": 1.5, "backward": 2.5, "inference": 1.0}
+# A contestant has this many rounds, of so many seconds.
+ROUNDS, ROUND_SECONDS = 5, 4e-3
+# Arrays that take turns, so that none is in the cache from the call before: at most so many.
+SETS = 12
+
+
+class Case(NamedTuple):
+    """Tensors of one problem, in the shape that PyTorch has it (channels second)."""
+
+    x: Array
+    dy: Array
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+
+
+class Result(NamedTuple):
+    """One measurement."""
+
+    shape: str
+    layout: str
+    dtype: str
+    which: str
+    contestant: str
+    seconds: float
+    megabytes: float
+    error: float
+    """The largest error of y or dx in eps of its dtype, against float64; NaN where not looked at."""
+
+
+def shapes() -> Iterator[tuple[int, ...]]:
+    """The shapes of the table for a CPU, at a batch of 32 and of 256."""
+    yield from SHAPES.values()
+    larger = ((256, *shape[1:]) for shape in SHAPES.values() if shape[0] == 32)
+    yield from itertools.filterfalse(set(SHAPES.values()).__contains__, larger)
+
+
+def cases(shape: tuple[int, ...], layout: str, dtype: str, device: str, sets: int) -> list[Case]:
+    """Normal data around a mean of 3, several times."""
+    torch = importlib.import_module("torch")
+    torch.manual_seed(0)
+    stored = shape if layout == "second" else (shape[0], *shape[2:], shape[1])
+
+    def data(mean: float) -> Array:
+        a = torch.randn(stored, device=device).add_(mean).to(getattr(torch, dtype))
+        return a if layout == "second" else a.movedim(-1, 1)
+
+    channels = shape[1]
+    gamma, beta = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
+    mean, var = torch.full_like(gamma, 3.0), torch.ones_like(gamma)
+    return [Case(data(3.0), data(0.0), gamma, beta, mean, var) for _ in range(sets)]
+
+
+# Contestants: each prepares one pass and returns what to time, or None where it has no such pass.
+
+
+def package(convert: Callable[[Array], Array]) -> Callable[[Case, str], Timed]:
+    """Run this package on tensors, or on what they are converted to."""
+
+    def prepare(case: Case, which: str) -> Timed:
+        x, dy, gamma, beta, mean, var = (convert(a) for a in case)
+        if which == "forward":
+            return lambda: bn.batch_norm(x, gamma, beta, eps=EPS)[0]
+        if which == "inference":
+            return lambda: bn.normalize(x, mean, var, gamma, beta, eps=EPS)
+        _, stats = bn.batch_norm(x, gamma, beta, eps=EPS)
+        return lambda: bn.batch_norm_backward(dy, x, stats, gamma, eps=EPS)[0]
+
+    return prepare
+
+
+def _to_cupy(a: Array) -> Array:
+    return importlib.import_module("cupy").from_dlpack(a)
+
+
+def _native(case: Case, which: str) -> Timed:
+    """PyTorch's own kernels."""
+    aten = importlib.import_module("torch").ops.aten
+    x, dy, gamma, beta, mean, var = case
+    if which == "inference":
+        return lambda: aten.native_batch_norm(x, gamma, beta, mean, var, False, 0.1, EPS)[0]
+    if which == "forward":
+        return lambda: aten.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)[0]
+    _, m, rstd = aten.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
+    masks = [True, True, True]
+    return lambda: aten.native_batch_norm_backward(dy, x, gamma, None, None, m, rstd, True, EPS, masks)[
+        0
+    ]
+
+
+def _cudnn(case: Case, which: str) -> Timed:
+    """The same by cuDNN."""
+    aten = importlib.import_module("torch").ops.aten
+    x, dy, gamma, beta, mean, var = case
+    if which == "inference":
+        return lambda: aten.cudnn_batch_norm(x, gamma, beta, mean, var, False, 0.1, EPS)[0]
+    if which == "forward":
+        return lambda: aten.cudnn_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)[0]
+    _, m, rstd, reserve = aten.cudnn_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
+    return lambda: aten.cudnn_batch_norm_backward(x, dy, gamma, None, None, m, rstd, EPS, reserve)[0]
+
+
+def _copy(case: Case, which: str) -> Timed:
+    """The limit: x copied, by the device."""
+    target = case.x.clone()
+    return lambda: target.copy_(case.x)
+
+
+CONTESTANTS: dict[str, Callable[[Case, str], Timed]] = {
+    "batchnorm on CuPy": package(_to_cupy),
+    "batchnorm on PyTorch": package(lambda a: a),
+    "PyTorch": _native,
+    "PyTorch, cuDNN": _cudnn,
+    "copy": _copy,
+}
+OURS, PEERS = tuple(CONTESTANTS)[:2], tuple(CONTESTANTS)[2:4]
+
+
+def missing() -> str | None:
+    """Why nothing can be measured here, or None."""
+    for name in ("torch", "cupy"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    if not importlib.import_module("torch").cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    from batchnorm.kernels import cupy
+
+    return cupy.unusable()
+
+
+def device_seconds(calls: list[Timed]) -> float:
+    """Median seconds of a call by the device's events, the calls taking turns."""
+    torch = importlib.import_module("torch")
+    turn = itertools.cycle(calls)
+
+    def elapsed(repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            next(turn)()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / repeats
+
+    once = elapsed(len(calls))
+    repeats = max(len(calls), round(ROUND_SECONDS / max(once, 1e-6)))
+    return statistics.median(elapsed(repeats) for _ in range(ROUNDS))
+
+
+def expected(case: Case, which: str) -> tuple[Array, Array]:
+    """Y or dx in float64, and what its error is measured against: the size of its terms."""
+    torch = importlib.import_module("torch")
+    x, dy, gamma, beta, mean, var = (a.double() for a in case)
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+    if which != "inference":
+        mean = x.mean(axes)
+        var = (x - mean.reshape(shape)).square().mean(axes)
+    scaled = (x - mean.reshape(shape)) / (var + EPS).sqrt().reshape(shape)
+    if which != "backward":
+        y = gamma.reshape(shape) * scaled + beta.reshape(shape)
+        return y, torch.clamp((gamma.reshape(shape) * scaled).abs() + beta.abs().reshape(shape), min=1)
+    a = (gamma / (var + EPS).sqrt()).reshape(shape)
+    n = x.numel() // x.shape[1]
+    sums = dy.sum(axes).reshape(shape), (dy * scaled).sum(axes).reshape(shape)
+    return a * (dy - (sums[0] + scaled * sums[1]) / n), (a.abs().max() * dy.abs().max()).expand_as(x)
+
+
+def error(result: Array, case: Case, which: str) -> float:
+    """The largest error in eps of the dtype."""
+    torch = importlib.import_module("torch")
+    result = torch.from_dlpack(result)
+    right, size = expected(case, which)
+    worst: float = ((result.double() - right).abs() / size).max().item()
+    eps: float = torch.finfo(result.dtype).eps
+    return worst / eps
+
+
+def measure(shape: tuple[int, ...], layout: str, dtype: str, cache: int) -> Iterator[Result]:
+    """Every contestant's passes at one shape."""
+    torch = importlib.import_module("torch")
+    size = math.prod(shape) * (4 if dtype == "float32" else 2)
+    sets = min(SETS, -(-3 * cache // size))
+    given = cases(shape, layout, dtype, "cuda", sets)
+    for which in PASSES:
+        for name, prepare in CONTESTANTS.items():
+            try:
+                calls = [prepare(case, which) for case in given]
+                first = calls[0]()
+            except RuntimeError as problem:  # a layout or a size that a library refuses
+                if name in OURS or isinstance(problem, torch.cuda.OutOfMemoryError):
+                    raise
+                continue
+            off = math.nan if name == "copy" else error(first, given[0], which)
+            del first
+            seconds = device_seconds(calls)
+            yield Result(_text(shape), layout, dtype, which, name, seconds, size / 1e6, off)
+    torch.cuda.empty_cache()
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def run(everything: bool, output: Path) -> int:
+    """Measure, write the full table to a file and print a short one; returns the exit status."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    torch = importlib.import_module("torch")
+    properties = torch.cuda.get_device_properties(0)
+    wanted = list(shapes())
+    wanted = wanted if everything else wanted[:: len(wanted) // 8]
+    todo = list(itertools.product(wanted, LAYOUTS, DTYPES))
+    results: list[Result] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=len(todo))
+        for shape, layout, dtype in todo:
+            results += measure(shape, layout, dtype, properties.L2_cache_size)
+            progress.update(task, advance=1, description=f"{_text(shape)}, {dtype}")
+    with output.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Result._fields)
+        writer.writerows(results)
+    print(f"{properties.name}, PyTorch {torch.__version__}, {len(wanted)} shapes, by device events")
+    print("\n".join(summary(results, properties.L2_cache_size / 1e6)))
+    print(f"every time: {output}")
+    return 0
+
+
+def summary(results: list[Result], cache: float) -> list[str]:
+    """A line for each of our contestants, passes, dtypes and layouts."""
+    rows: dict[tuple[str, ...], dict[str, Result]] = {}
+    for r in results:
+        rows.setdefault((r.shape, r.layout, r.dtype, r.which), {})[r.contestant] = r
+    heading = ("", "times the better of PyTorch", "of the floor", "largest error, eps")
+    lines = [f"{heading[0]:52}{heading[1]:30}{heading[2]:26}{heading[3]}"]
+    lines += [f"{'':52}{'mean (worst, at MB)':30}{'beyond cache: mean (worst)':26}ours, PyTorch's"]
+    keys = itertools.product(OURS, PASSES, DTYPES, LAYOUTS)
+    for name, which, dtype, layout in keys:
+        chosen = [row for key, row in rows.items() if key[1:] == (layout, dtype, which) and name in row]
+        raced = [
+            (min(row[p].seconds for p in PEERS if p in row) / row[name].seconds, row[name].megabytes)
+            for row in chosen
+            if any(p in row for p in PEERS)
+        ]
+        shares = [
+            FLOOR[which] * row["copy"].seconds / row[name].seconds
+            for row in chosen
+            if row[name].megabytes > cache and "copy" in row
+        ]
+        if not raced:
+            continue
+        worst, at = min(raced)
+        errors = [max(row[n].error for row in chosen if n in row) for n in (name, PEERS[0])]
+        text = f"{name:22}{which:10} {dtype:9} {layout:8}"
+        mean = f"{geometric([r for r, _ in raced]):.2f} ({worst:.2f}, {at:.1f})"
+        floor = f"{geometric(shares):.2f} ({min(shares):.2f})" if shares else "-"
+        lines.append(f"{text:52}{mean:30}{floor:26}{errors[0]:.2f}, {errors[1]:.2g}")
+    return lines
