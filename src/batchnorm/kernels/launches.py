@@ -17,7 +17,7 @@ from batchnorm.kernels.axes import merge
 Steps = tuple[int, ...]
 
 THREADS = 256  # of a block
-MOST = 64  # lanes beside each other that have channels of their own, at most
+MOST = 32  # lanes beside each other that have channels of their own, at most
 
 FAN = 32  # parts whose sums one block puts together
 
@@ -221,16 +221,19 @@ def launch(
             return laid(fill, 1, 1, phases)
         phases |= ORDERED
 
-    if beside == 1:  # channels last: a piece of each row, in groups that the cache holds, or all of it
-        whole = min(most, -(-2 * LINE // run))
-        fits = slice_bytes <= limits.cache * SHARE and phases & ORDERED
-        lane_channels = narrow if fits and narrow < whole else whole
-    else:
-        lane_channels = fill
+    # Groups that the cache holds; channels last, all slices where it does not hold one: pieces of a row
+    # are then read at about the same time, and longer ones.
+    share = int(limits.cache * SHARE)
+    lane_channels = fill
+    if beside == 1:
+        fits = bytes_of * narrow <= share and phases & ORDERED
+        lane_channels = narrow if fits else min(most, -(-2 * LINE // run))
     slice_bytes = bytes_of * lane_channels
     slices = -(-bundles // lane_channels)
-    group = max(1, int(limits.cache * SHARE) // slice_bytes) if phases & ORDERED else slices
-    at_once = slice_bytes * min(group, slices)  # a tile of it for each block that runs, or several
+    group = slices
+    if phases & ORDERED and (beside > 1 or fits):
+        group = min(slices, max(1, share // slice_bytes))
+    at_once = slice_bytes * group  # a tile of it for each block that runs, or several
     running = RESIDENT * limits.processors
     rounds = min(ROUNDS, -(-at_once // (running * limits.tile)))
     tile = max(int(LEAST * limits.tile), -(-at_once // (running * rounds)))

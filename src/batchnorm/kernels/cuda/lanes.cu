@@ -7,7 +7,7 @@
 // `lanes` of them walk through the positions of each of `lane_channels` channels (or bundles of V).
 
 const int THREADS = 256;
-const int MOST = 64;  // lanes beside each other that have channels of their own, at most
+const int MOST = 32;  // lanes beside each other that have channels of their own, at most
 
 enum Given { GAMMA, BETA, N, GIVEN_MEAN, VAR, GIVEN_LOW, VECTORS };
 enum Phase { SUM = 1, WRITE = 2, ORDERED = 4, GIVEN = 8, RAW = 16 };
