@@ -111,7 +111,7 @@ def test_a_library_that_is_not_installed(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--array-library", "cupy"])
     assert stopped.value.code == 2
-    assert "pip install 'batchnorm[cupy-cuda12x]'" in capsys.readouterr().err
+    assert "pip install 'batchnorm[cupy-cuda13x]'" in capsys.readouterr().err
 
 
 def test_info():

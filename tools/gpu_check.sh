@@ -18,7 +18,7 @@ failed=0
 step() {
     local limit=$1 name=$2 lines=$3
     shift 3
-    timeout "$limit" "$@" >"$folder/$name.txt" 2>&1
+    timeout --kill-after=20 "$limit" "$@" >"$folder/$name.txt" 2>&1
     local status=$?
     [ $status -eq 0 ] || failed=1
     echo "== $name: exit status $status after $((SECONDS - started)) s in all"
@@ -32,6 +32,7 @@ plugin=()
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 4)
 
+"$python" -c 'from batchnorm.bench.gpu import missing; exit(missing())' || exit 2
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 step 60 versions 6 "$python" -m batchnorm info
 step 90 device-tests 15 "${pytest[@]}" tests/test_gpu.py -rs

@@ -6,6 +6,7 @@ import csv
 import importlib
 import itertools
 import math
+import signal
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def shapes() -> Iterator[tuple[int, ...]]:
     yield from itertools.filterfalse(set(SHAPES.values()).__contains__, larger)
 
 
-def cases(shape: tuple[int, ...], layout: str, dtype: str, device: str, sets: int) -> list[Case]:
+def cases(shape: tuple[int, ...], layout: str, dtype: str, device: str, count: int) -> list[Case]:
     """Normal data around a mean of 3, several times."""
     torch = importlib.import_module("torch")
     torch.manual_seed(0)
@@ -74,7 +75,16 @@ def cases(shape: tuple[int, ...], layout: str, dtype: str, device: str, sets: in
     channels = shape[1]
     gamma, beta = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
     mean, var = torch.full_like(gamma, 3.0), torch.ones_like(gamma)
-    return [Case(data(3.0), data(0.0), gamma, beta, mean, var) for _ in range(sets)]
+    return [Case(data(3.0), data(0.0), gamma, beta, mean, var) for _ in range(count)]
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * (4 if dtype == "float32" else 2)
+
+
+def sets(shape: tuple[int, ...], dtype: str, cache: int) -> int:
+    """How many arrays it takes so that none is in the cache from the call before."""
+    return min(SETS, -(-3 * cache // _bytes(shape, dtype)))
 
 
 # Contestants: each prepares one pass and returns what to time, or None where it has no such pass.
@@ -205,9 +215,8 @@ def error(result: Array, case: Case, which: str) -> float:
 def measure(shape: tuple[int, ...], layout: str, dtype: str, cache: int) -> Iterator[Result]:
     """Every contestant's passes at one shape."""
     torch = importlib.import_module("torch")
-    size = math.prod(shape) * (4 if dtype == "float32" else 2)
-    sets = min(SETS, -(-3 * cache // size))
-    given = cases(shape, layout, dtype, "cuda", sets)
+    given = cases(shape, layout, dtype, "cuda", sets(shape, dtype, cache))
+    megabytes = _bytes(shape, dtype) / 1e6
     for which in PASSES:
         for name, prepare in CONTESTANTS.items():
             try:
@@ -220,7 +229,7 @@ def measure(shape: tuple[int, ...], layout: str, dtype: str, cache: int) -> Iter
             off = math.nan if name == "copy" else error(first, given[0], which)
             del first
             seconds = device_seconds(calls)
-            yield Result(_text(shape), layout, dtype, which, name, seconds, size / 1e6, off)
+            yield Result(_text(shape), layout, dtype, which, name, seconds, megabytes, off)
     torch.cuda.empty_cache()
 
 
@@ -239,20 +248,25 @@ def run(everything: bool, output: Path) -> int:
     wanted = wanted if everything else wanted[:: len(wanted) // 8]
     todo = list(itertools.product(wanted, LAYOUTS, DTYPES))
     results: list[Result] = []
+    stopped = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: what there is, is said
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(todo))
-        for shape, layout, dtype in todo:
-            results += measure(shape, layout, dtype, properties.L2_cache_size)
-            progress.update(task, advance=1, description=f"{_text(shape)}, {dtype}")
+        try:
+            for shape, layout, dtype in todo:
+                results += measure(shape, layout, dtype, properties.L2_cache_size)
+                progress.update(task, advance=1, description=f"{_text(shape)}, {dtype}")
+        except KeyboardInterrupt:
+            stopped = True
     with output.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Result._fields)
         writer.writerows(results)
     print(f"{properties.name}, PyTorch {torch.__version__}, {len(wanted)} shapes, by device events")
     print("\n".join(summary(results, properties.L2_cache_size / 1e6)))
-    print(f"every time: {output}")
-    return 0
+    print(f"every time: {output}" + (", STOPPED before the last shape" if stopped else ""))
+    return int(stopped)
 
 
 def summary(results: list[Result], cache: float) -> list[str]:

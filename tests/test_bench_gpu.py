@@ -1,0 +1,60 @@
+"""The GPU benchmark without a GPU: its contestants on a CPU, and its summary of known times."""
+
+import pytest
+
+from batchnorm.__main__ import main
+from batchnorm.bench import gpu
+from batchnorm.bench.gpu import Result
+from batchnorm.kernels import cupy as kernels
+
+
+@pytest.mark.parametrize("layout", ["second", "last"])
+@pytest.mark.parametrize("which", ["forward", "backward", "inference"])
+def test_contestants_compute_the_same(layout, which):
+    (case,) = gpu.cases((6, 4, 5, 5), layout, "float32", "cpu", 1)
+    for name in ("batchnorm on PyTorch", "PyTorch"):
+        result = gpu.CONTESTANTS[name](case, which)()
+        assert gpu.error(result, case, which) < 20
+    assert gpu.error(case.x, case, which) > 1e4, "a wrong result is seen"
+
+
+def test_arrays_lie_as_the_layout_says():
+    (case,) = gpu.cases((6, 4, 5, 5), "last", "float16", "cpu", 1)
+    assert case.x.shape == (6, 4, 5, 5)
+    assert case.x.stride() == (100, 1, 20, 4)
+
+
+def test_the_summary():
+    """Ours takes 1 ms; PyTorch 2 ms, with cuDNN 1.5; a copy 0.6."""
+    seconds = {"batchnorm on CuPy": 1e-3, "PyTorch": 2e-3, "PyTorch, cuDNN": 1.5e-3, "copy": 0.6e-3}
+    results = [
+        Result("8 x 4", layout, dtype, which, name, s, 100.0, 1.0)
+        for layout in ("second", "last")
+        for dtype in gpu.DTYPES
+        for which in ("forward", "backward")
+        for name, s in seconds.items()
+    ]
+    lines = [" ".join(line.split()) for line in gpu.summary(results, 60.0)]
+    assert "batchnorm on CuPy forward float32 second 1.50 (1.50, 100.0) 0.90 (0.90) 1.00, 1" in lines
+    assert "batchnorm on CuPy backward float16 last 1.50 (1.50, 100.0) 1.50 (1.50) 1.00, 1" in lines
+    assert len(lines) == 2 + 8
+
+
+def test_every_shape_is_there_at_both_batches():
+    found = list(gpu.shapes())
+    assert len(found) == len(set(found))
+    assert (32, 64, 112, 112) in found
+    assert (256, 64, 112, 112) in found
+
+
+@pytest.mark.skipif(kernels.unusable() is None, reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--gpu"])
+    assert "argument --gpu: " in capsys.readouterr().err
+
+
+def test_its_output_is_a_table(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["bench", "--gpu", "--output", str(tmp_path / "a.png")])
+    assert "expected a .csv file" in capsys.readouterr().err
