@@ -84,7 +84,7 @@ def test_what_was_not_there_is_listed(tmp_path):
     done = run_suite("-k", "test_constant_channel", cwd=tmp_path)
     if "cupy" not in sys.modules and not _installed("cupy"):
         assert "array libraries that were not there" in done.stdout
-        assert "cupy[cuda]: not installed" in done.stdout
+        assert "cupy[cupy]: not installed" in done.stdout
 
 
 def _installed(name):
