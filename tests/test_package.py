@@ -77,7 +77,13 @@ def wheel(tmp_path_factory):
 def test_wheel(wheel):
     assert wheel.name == f"batchnorm-{bn.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
-    for file in ("py.typed", "testing/conftest.py", "testing/nist/nist.npz", "kernels/generic.py"):
+    for file in (
+        "py.typed",
+        "testing/conftest.py",
+        "testing/nist/nist.npz",
+        "kernels/generic.py",
+        "kernels/cuda/tasks.cu",
+    ):
         assert f"batchnorm/{file}" in names
     assert not [n for n in names if n.startswith(("tests", "docs"))]
     metadata = zipfile.ZipFile(wheel).read(f"batchnorm-{bn.__version__}.dist-info/METADATA").decode()
