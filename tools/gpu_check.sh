@@ -34,9 +34,9 @@ parallel=()
 
 "$python" -c 'from batchnorm.bench.gpu import missing; exit(missing())' || exit 2
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-step 60 versions 6 "$python" -m batchnorm info
+step 30 versions 6 "$python" -m batchnorm info
 step 90 device-tests 15 "${pytest[@]}" tests/test_gpu.py -rs
-step 150 conformance 15 "${pytest[@]}" "${plugin[@]}" "${parallel[@]}" --pyargs batchnorm.testing \
+step 130 conformance 15 "${pytest[@]}" "${plugin[@]}" "${parallel[@]}" --pyargs batchnorm.testing \
     --array-library cupy --array-library torch -k "cuda or cupy"
-step 240 benchmark 30 "$python" -m batchnorm bench --gpu --all --output "$folder/benchmark.csv"
+step 215 benchmark 30 "$python" -m batchnorm bench --gpu --all --output "$folder/benchmark.csv"
 exit $failed
