@@ -1,5 +1,6 @@
 """Batch normalization for any array library."""
 
+from batchnorm.derivatives import batch_norm_double_backward, batch_norm_jvp
 from batchnorm.folding import fold, fold_conv, fold_linear
 from batchnorm.functional import (
     batch_norm,
@@ -22,6 +23,8 @@ __all__ = [
     "Moments",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_jvp",
     "fold",
     "fold_conv",
     "fold_linear",

@@ -15,6 +15,7 @@ OPERATIONS = {
     "forward": "batch_norm",
     "inference": "normalize",
     "backward": "batch_norm_backward, normalize_backward",
+    "derivatives": "batch_norm_jvp, batch_norm_double_backward",
     "moments": "moments, Moments.merge, update_running",
     "where": "masks and weights",
     "layer": "BatchNorm",

@@ -89,7 +89,7 @@ def batch_norm(
 
     kernels = kernels_for(x, gamma, beta, where, out)
     if kernels.forward is not None and group is None:
-        y, stats = kernels.forward(x, _weights(where, x.ndim), gamma, beta, eps, at, out)
+        y, stats = kernels.forward(x, weights_of(where, x.ndim), gamma, beta, eps, at, out)
         return y, stats
     stats = _moments(kernels, at, x, where)
     if group is not None:
@@ -162,7 +162,7 @@ def batch_norm_backward(
 
     counted = stats.count if hasattr(stats.count, "dtype") else None
     kernels = kernels_for(dy, x, gamma, where, out, counted, *stats[1:])
-    w = _weights(where, x.ndim)
+    w = weights_of(where, x.ndim)
     if kernels.backward is not None and group is None:
         dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)
         dtype = at.compute if gamma is None else gamma.dtype
@@ -170,8 +170,8 @@ def batch_norm_backward(
             return dx, dgamma, dbeta
         return dx, at.xp.astype(dgamma, dtype), at.xp.astype(dbeta, dtype)
 
-    mid = _centre(at, stats)
-    sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, w)
+    mid = centre(at, stats)
+    sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, w)
     if group is not None:
         sum_dy, sum_dy_d = all_reduce(group, sum_dy, sum_dy_d)
 
@@ -181,7 +181,7 @@ def batch_norm_backward(
     dgamma = rstd * sum_dy_d  # (C)
     b = -rstd * (dgamma / n)  # (C)
     c = -sum_dy / n - b * mid.rest  # (C)
-    a, b, c = (_compute(at, v) for v in (a, b, c))
+    a, b, c = (compute(at, v) for v in (a, b, c))
     grads = _grad_params(at, gamma, dgamma, sum_dy)
     return kernels.grad_input(dy, x, mid.m, a, b, c, w, at, out), *grads
 
@@ -292,18 +292,18 @@ def normalize_backward(
     checks.output(at, x, out)
 
     kernels = kernels_for(dy, x, out, mean, var, gamma)
-    mid = _centre(at, Moments(1, mean, var))
-    sum_dy, sum_dy_d = _grad_sums(kernels, at, dy, x, mid, None)
+    mid = centre(at, Moments(1, mean, var))
+    sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, None)
     rstd, a = slope(at, var, gamma, eps)  # (C), (C)
     grads = _grad_params(at, gamma, rstd * sum_dy_d, sum_dy)
     if stats_grad:
         dmean = at.squeeze(-a * sum_dy)
         dvar = at.squeeze(-0.5 * a * rstd * (rstd * sum_dy_d))
         grads = (*grads, at.xp.astype(dmean, mean.dtype), at.xp.astype(dvar, var.dtype))
-    zero, a = at.xp.zeros_like(mid.m), _compute(at, a)  # (C), (C)
+    zero, a = at.xp.zeros_like(mid.m), compute(at, a)  # (C), (C)
     if dy.dtype == x.dtype:
         return kernels.scale_shift(dy, zero, a, zero, at, out), *grads
-    dx = kernels.scale_shift(_compute(at, dy), zero, a, zero, at, None)
+    dx = kernels.scale_shift(compute(at, dy), zero, a, zero, at, None)
     return written(at.xp.astype(dx, x.dtype), out), *grads
 
 
@@ -336,18 +336,19 @@ def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     return _moments(kernels_for(x, where), at, x, where)
 
 
-class _Centre(NamedTuple):
+class Centre(NamedTuple):
     """A mean in two parts: m in the dtype of the big array, and the rest of it."""
 
     m: Array
     rest: Array
 
 
-def _centre(at: Layout, stats: Moments) -> _Centre:
+def centre(at: Layout, stats: Moments) -> Centre:
+    """Give a mean in two parts."""
     mean = at.vector(stats.mean)  # (C)
-    m = _compute(at, mean)  # (C)
+    m = compute(at, mean)  # (C)
     rest = mean - at.xp.astype(m, at.wide, copy=False)  # (C), exact
-    return _Centre(m, rest if stats.mean_lo is None else rest + at.vector(stats.mean_lo))
+    return Centre(m, rest if stats.mean_lo is None else rest + at.vector(stats.mean_lo))
 
 
 def slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Array, Array]:
@@ -357,7 +358,7 @@ def slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Arra
 
 
 def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> Moments:
-    w = _weights(where, x.ndim)
+    w = weights_of(where, x.ndim)
     count, mean, mean_lo, var = (at.squeeze(v) for v in kernels.moments(x, w, at))
     return Moments(count, mean, var, mean_lo)
 
@@ -372,16 +373,16 @@ def _scale_shift(
     eps: float,
     out: Array | None,
 ) -> Array:
-    mid = _centre(at, stats)
+    mid = centre(at, stats)
     _, a = slope(at, stats.var, gamma, eps)  # (C)
     b = -a * mid.rest  # (C)
     if beta is not None:
         b = b + at.vector(beta)
-    return kernels.scale_shift(x, mid.m, _compute(at, a), _compute(at, b), at, out)
+    return kernels.scale_shift(x, mid.m, compute(at, a), compute(at, b), at, out)
 
 
-def _grad_sums(
-    kernels: KernelSet, at: Layout, dy: Array, x: Array, mid: _Centre, w: Array | None
+def sums_with(
+    kernels: KernelSet, at: Layout, dy: Array, x: Array, mid: Centre, w: Array | None
 ) -> tuple[Array, Array]:
     """Σdy and Σdy·(x − mean), the latter from the kernel's Σdy·(x − m)."""
     sum_dy, sum_dy_d = kernels.grad_sums(dy, x, mid.m, w, at)  # (C), (C)
@@ -394,11 +395,12 @@ def _grad_params(at: Layout, gamma: Array | None, dgamma: Array, dbeta: Array) -
     return tuple(at.xp.astype(at.squeeze(v), dtype) for v in (dgamma, dbeta))
 
 
-def _compute(at: Layout, v: Array) -> Array:
+def compute(at: Layout, v: Array) -> Array:
+    """Bring an array to what the big arrays are worked on in."""
     return at.xp.astype(v, at.compute, copy=False)
 
 
-def _weights(where: Array | None, ndim: int) -> Array | None:
+def weights_of(where: Array | None, ndim: int) -> Array | None:
     """A mask or weights with as many axes as x, which is what kernels take."""
     if where is None or where.ndim == ndim:
         return where
