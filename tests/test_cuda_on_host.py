@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -30,7 +31,8 @@ def test_the_conformance_suite_passes(tiles, tmp_path):
         "-p", "cuda_on_host.plugin", "--array-library", "cuda_on_host", "-k", tiles, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "231 passed" in done.stdout, done.stdout[-300:]
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) > 250
 
 
 def check(shape, axis, dtype="float32", weighted=None, start=0, seed=0):
@@ -336,7 +338,7 @@ def _cuda_tensor(monkeypatch):
 
     monkeypatch.setattr(adapter, "refuses", lambda arrays, device: None)
     device = types.SimpleNamespace(type="cuda", index=0)
-    return types.SimpleNamespace(device=device)
+    return types.SimpleNamespace(device=device, requires_grad=False)
 
 
 def test_cuda_tensors_run_on_them_where_cupy_is_there(fake_cupy, monkeypatch):

@@ -11,11 +11,13 @@ from batchnorm import checks
 from batchnorm.kernels import KernelSet, kernels_for, written
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments, all_reduce, pool
+from batchnorm.tracing import traceable
 
 Array = Any
 Axis = int | tuple[int, ...]
 
 
+@traceable
 def batch_norm(
     x: Array,
     gamma: Array | None = None,
@@ -98,6 +100,7 @@ def batch_norm(
     return _scale_shift(kernels, at, x, stats, gamma, beta, eps, out), stats
 
 
+@traceable
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -186,6 +189,7 @@ def batch_norm_backward(
     return kernels.grad_input(dy, x, mid.m, a, b, c, w, at, out), *grads
 
 
+@traceable
 def normalize(
     x: Array,
     mean: Array,
@@ -241,6 +245,7 @@ def normalize(
     return _scale_shift(kernels, at, x, Moments(1, mean, var), gamma, beta, eps, out)
 
 
+@traceable
 def normalize_backward(
     dy: Array,
     x: Array,
@@ -307,6 +312,7 @@ def normalize_backward(
     return written(at.xp.astype(dx, x.dtype), out), *grads
 
 
+@traceable
 def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     r"""Count, mean and population variance of each channel.
 

@@ -109,12 +109,23 @@ def _for_numpy(*arrays: Array | None) -> KernelSet:
 
 
 def _for_torch(x: Array, *others: Array | None) -> KernelSet:
-    """The kernel set for PyTorch's tensors: CUDA kernels, or those of NumPy, on the same memory."""
+    """The kernel set for PyTorch's tensors: CUDA kernels, or those of NumPy, on the same memory.
+
+    Where PyTorch has to see operators, they are this package's, which call it again on plain tensors.
+    """
     from batchnorm.kernels import torch as adapter
 
     asked, arrays = get_kernels(), (x, *others)
     if asked == "generic":
         return _generic("it was asked for")
+    why = adapter.transformed()
+    if why is not None:
+        return _generic(f"{why}, which it can do with its own operators")
+    why = adapter.recorded(arrays)
+    if why is not None:
+        from batchnorm.torch import operators
+
+        return operators.kernel_set(f"operators of this package, on its fastest kernels: {why}")
     on_gpu = x.device.type == "cuda"
     why_not = adapter.refuses(arrays, x.device.type)
     if why_not is not None:

@@ -16,19 +16,38 @@ from batchnorm.moments import Moments
 Array = Any
 
 
+def recorded(arrays: tuple[Array | None, ...]) -> str | None:
+    """Why PyTorch has to see operators on these tensors, or None."""
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling():
+        return "PyTorch traces the tensors"
+    gradients = torch.is_grad_enabled()
+    for a in arrays:
+        if a is not None and gradients and a.requires_grad:
+            return "PyTorch differentiates the tensors"
+        if a is not None and type(a) is torch._subclasses.FakeTensor:
+            return "PyTorch traces the tensors"
+    return None
+
+
+def transformed() -> str | None:
+    """Why PyTorch has to see its own operators, or None: it knows how to transform only these."""
+    torch = sys.modules["torch"]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the tensors"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "PyTorch differentiates the tensors forward"
+    return None
+
+
 def refuses(arrays: tuple[Array | None, ...], device: str) -> str | None:
     """Why kernels cannot look at the memory of some tensors, or None."""
     torch = sys.modules["torch"]
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "are traced or transformed"
-    gradients = torch.is_grad_enabled()
     for a in arrays:
         if a is None:
             continue
         if type(a) not in (torch.Tensor, torch.nn.Parameter):
             return f"include a {type(a).__name__}"
-        if gradients and a.requires_grad:
-            return "require gradients, which are PyTorch's to record"
         if device not in ("cpu", "cuda") or a.layout is not torch.strided:
             return "are not strided memory of a CPU or a CUDA device"
         if a.dtype is torch.bfloat16 and device == "cpu" and _bfloat16() is None:

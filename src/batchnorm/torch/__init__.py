@@ -1,0 +1,8 @@
+"""At home in PyTorch: modules in the place of `torch.nn`'s, and operators that it differentiates.
+
+`import batchnorm.torch` imports PyTorch. The functions of `batchnorm` take its tensors without it.
+"""
+
+from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert, revert
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
