@@ -1,5 +1,6 @@
 """Batch normalization for any array library."""
 
+from batchnorm.checkpoints import from_state, load, save, to_state
 from batchnorm.derivatives import batch_norm_double_backward, batch_norm_jvp
 from batchnorm.folding import fold, fold_conv, fold_linear
 from batchnorm.functional import (
@@ -28,15 +29,19 @@ __all__ = [
     "fold",
     "fold_conv",
     "fold_linear",
+    "from_state",
     "get_kernels",
     "get_num_threads",
     "get_output_pool",
     "kernels_for",
+    "load",
     "moments",
     "normalize",
     "normalize_backward",
+    "save",
     "set_kernels",
     "set_num_threads",
     "set_output_pool",
+    "to_state",
     "update_running",
 ]
