@@ -1,0 +1,202 @@
+"""At home in JAX: every transformation, and a Flax module; judged by JAX and Flax."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def arrays(shape=(4, 3, 5), channels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    x, gamma, beta = (rng.standard_normal(s) for s in (shape, channels, channels))
+    return jnp.asarray(x), jnp.asarray(gamma), jnp.asarray(beta)
+
+
+def weights(shape, kind):
+    if kind is None:
+        return None
+    w = np.random.default_rng(7).uniform(size=shape)
+    w[0, :, 1] = 0
+    return jnp.asarray(w > 0.3 if kind == "mask" else w)
+
+
+def formula(x, gamma, beta, w=None):
+    """The textbook's, for JAX to differentiate."""
+    w = jnp.ones(x.shape) if w is None else w.astype(x.dtype)
+    n = w.sum((0, 2), keepdims=True)
+    mean = (w * x).sum((0, 2), keepdims=True) / n
+    var = (w * (x - mean) ** 2).sum((0, 2), keepdims=True) / n
+    return gamma[:, None] * (x - mean) / jnp.sqrt(var + 1e-5) + beta[:, None]
+
+
+@pytest.mark.parametrize("kind", [None, "mask", "weights"])
+def test_gradients_of_batch_norm(kind):
+    """Order 2, forward and backward, against differences."""
+    given = arrays()
+    where = weights(given[0].shape, kind)
+
+    def f(*arrays):  # differences come as NumPy's
+        y, stats = bn.batch_norm(*map(jnp.asarray, arrays), where=where)
+        return y, stats.mean, stats.var
+
+    check_grads(f, given, order=2)
+
+
+def test_gradients_of_normalize():
+    x, gamma, beta = arrays()
+    mean, var = arrays(seed=1)[1], jnp.abs(arrays(seed=2)[1]) + 0.5
+    check_grads(bn.normalize, (x, mean, var, gamma, beta), order=2)
+
+
+def test_cotangents_that_are_not_uniform():
+    given = arrays()
+    _, pullback = jax.vjp(lambda *a: bn.batch_norm(*a)[0], *given)
+    dy = arrays(seed=3)[0]
+    _, stats = bn.batch_norm(*given)
+    expected = bn.batch_norm_backward(dy, given[0], stats, given[1])
+    for mine, right in zip(pullback(dy), expected, strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-12, atol=1e-12)
+
+
+LOSSES = {
+    "grad": lambda f: jax.grad(lambda x, g, b: (f(x, g, b) ** 3).sum(), argnums=(0, 1, 2)),
+    "jit": jax.jit,
+    "jit of grad": lambda f: jax.jit(jax.grad(lambda x, g, b: (f(x, g, b) ** 3).sum())),
+    "grad of grad": lambda f: jax.grad(
+        lambda x, g, b: (jax.grad(lambda x: (f(x, g, b) ** 3).sum())(x) ** 2).sum()
+    ),
+    "hessian": lambda f: jax.hessian(lambda x, g, b: (f(x, g, b) ** 3).sum()),
+    "jvp": lambda f: lambda x, g, b: jax.jvp(f, (x, g, b), (jnp.cos(x), g, 2 * b)),
+    "linearize": lambda f: lambda x, g, b: jax.linearize(f, x, g, b)[1](jnp.cos(x), g, b),
+    "vmap": lambda f: lambda x, g, b: jax.vmap(f, (0, None, None))(jnp.stack([x, 2 * x, x + 1]), g, b),
+    "vmap of grad": lambda f: (
+        lambda x, g, b: jax.vmap(jax.grad(lambda x, g, b: (f(x, g, b) ** 3).sum()), (0, 0, None))(
+            jnp.stack([x, 2 * x]), jnp.stack([g, 3 * g]), b
+        )
+    ),
+    "checkpoint": lambda f: jax.grad(
+        lambda x, g, b: (jax.checkpoint(f)(x, g, b) ** 3).sum(), argnums=(0, 1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [None, "weights"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_transformations(name, kind):
+    given = arrays()
+    where = weights(given[0].shape, kind)
+    mine = LOSSES[name](lambda *a: bn.batch_norm(*a, where=where)[0])(*given)
+    right = LOSSES[name](functools.partial(formula, w=where))(*given)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_without_values():
+    given = arrays()
+    y, stats = jax.eval_shape(bn.batch_norm, *given)
+    assert (y.shape, y.dtype) == (given[0].shape, given[0].dtype)
+    assert isinstance(stats, bn.Moments)
+    assert stats.var.shape == (3,)
+
+
+def test_moments_and_state_are_trees():
+    x = arrays()[0]
+    stats = jax.jit(bn.moments)(x)
+    assert isinstance(stats, bn.Moments)
+    doubled = jax.tree.map(lambda v: 2 * v, stats)
+    np.testing.assert_allclose(doubled.mean, 2 * stats.mean)
+    layer = bn.BatchNorm(3, xp=jnp, dtype=jnp.float64)
+
+    @jax.jit
+    def step(state, x):
+        layer = bn.BatchNorm(3, xp=jnp, dtype=jnp.float64)
+        layer.load_state_dict(state)
+        y = layer(x)
+        layer.update()
+        return y, layer.state_dict()
+
+    y, state = step(layer.state_dict(), x)
+    layer.load_state_dict(state)
+    _, stats = bn.batch_norm(x)
+    np.testing.assert_allclose(state["running_mean"], 0.1 * stats.mean)
+    np.testing.assert_allclose(y, formula(x, jnp.ones(3), jnp.zeros(3)))
+
+
+# The Flax module.
+
+nnx = pytest.importorskip("flax.nnx")
+from batchnorm.flax import BatchNorm  # noqa: E402
+
+OPTIONS = [
+    {},
+    {"epsilon": 1e-3, "momentum": 0.7},
+    {"use_scale": False},
+    {"use_bias": False},
+    {"axis": 1},
+    {"dtype": jnp.bfloat16},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_module_does_what_flax_s_does(options):
+    """Three steps of training with gradients, then inference."""
+    modules = [kind(5, rngs=nnx.Rngs(0), **options) for kind in (BatchNorm, nnx.BatchNorm)]
+    assert isinstance(modules[0], nnx.BatchNorm)
+    close = {"rtol": 1e-2, "atol": 3e-2} if "dtype" in options else {"rtol": 2e-5, "atol": 2e-5}
+
+    def loss(module, x):
+        return (module(x).astype(jnp.float32) ** 3).sum()
+
+    for step in range(3):
+        x = np.random.default_rng(step).standard_normal((6, 5, 5)).astype(np.float32) + step
+        outputs = [module(x) for module in modules]
+        assert outputs[0].dtype == outputs[1].dtype
+        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in outputs), **close)
+        grads = [nnx.jit(nnx.grad(loss))(module, x) for module in modules]
+        for a, b in zip(*(jax.tree.leaves(g) for g in grads), strict=True):
+            np.testing.assert_allclose(a, b, rtol=close["rtol"], atol=10 * close["atol"])
+        for name in ("mean", "var"):
+            np.testing.assert_allclose(*(getattr(m, name)[...] for m in modules), **close)
+    outputs = [np.asarray(module(x, use_running_average=True), np.float32) for module in modules]
+    np.testing.assert_allclose(*outputs, **close)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_module_takes_a_mask():
+    modules = [kind(3, rngs=nnx.Rngs(0)) for kind in (BatchNorm, nnx.BatchNorm)]
+    x = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)
+    mask = np.random.default_rng(1).uniform(size=(6, 4, 1)) < 0.7
+    outputs = [module(x, mask=jnp.asarray(mask)) for module in modules]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(*(m.var[...] for m in modules), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_module_is_right_where_flax_s_is_not():
+    """float32 with mean 1e4 and std 1: Flax's default gives NaN or errors of thousands of std."""
+    x = (np.random.default_rng(0).standard_normal((1000, 3)) + 1e4).astype(np.float32)
+    y = np.asarray(BatchNorm(3, rngs=nnx.Rngs(0))(x))
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=4 * 2.0**-23 * abs(expected).max())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_module_says_what_is_missing():
+    module = BatchNorm(3, rngs=nnx.Rngs(0), use_running_average=None)
+    with pytest.raises(ValueError, match="use_running_average: got None, expected True or False"):
+        module(jnp.ones((4, 3)))
