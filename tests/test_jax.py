@@ -104,6 +104,19 @@ def test_transformations(name, kind):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_which_kernels_run():
+    """The pass with a rule, eager and traced; JAX's own derivative for gradients to weights and eps."""
+    x = arrays()[0]
+    assert bn.kernels_for(x).name == "jax"
+    seen = []
+    jax.grad(lambda x: (seen.append(bn.kernels_for(x).name), x.sum())[1])(x)
+    jax.jit(lambda x: (seen.append(bn.kernels_for(x).name), x)[1])(x)
+    assert seen == ["jax", "jax"]
+    w = weights(x.shape, "weights") + 0.5
+    check_grads(lambda w: bn.batch_norm(x, where=jnp.asarray(w))[0], (w,), order=1)
+    check_grads(lambda eps: bn.batch_norm(x, eps=jnp.asarray(eps))[0], (jnp.asarray(0.1),), order=1)
+
+
 def test_shapes_without_values():
     given = arrays()
     y, stats = jax.eval_shape(bn.batch_norm, *given)

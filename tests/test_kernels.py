@@ -215,7 +215,7 @@ def test_torch_shares_its_memory():
 
 def test_errors_name_what_was_asked():
     with pytest.raises(
-        ValueError, match=r"name: got 'fast', expected one of 'numba', 'numpy', 'cupy', 'generic'"
+        ValueError, match=r"name: got 'fast', expected one of 'numba', 'numpy', 'cupy', 'jax', 'generic'"
     ):
         bn.set_kernels("fast")
     jax = pytest.importorskip("jax.numpy")

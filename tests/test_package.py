@@ -91,7 +91,8 @@ def test_wheel(wheel):
     plain = sorted(line.split()[1].partition(">")[0] for line in needed if "extra" not in line)
     assert plain == ["array-api-compat", "numpy"]
     extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
-    wanted = {"numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "demo", "docs", "test"}
+    wanted = {"numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors"}
+    wanted |= {"demo", "docs", "test"}
     assert extras == wanted
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
-import numpy as np
 
 from batchnorm import checks
 from batchnorm.layer import PARAMETERS, RUNNING, BatchNorm
@@ -126,6 +125,8 @@ def to_state(layer: BatchNorm, framework: str) -> State:
         An unknown framework, a layer without running statistics, or a cumulative average
         (``momentum=None``) for a framework that has none.
     """
+    import numpy as np
+
     form = _format(framework)
     if not isinstance(layer, BatchNorm):
         checks.fail(TypeError, "layer", f"a {type(layer).__name__}", "a BatchNorm")
@@ -176,6 +177,8 @@ def from_state(
         An unknown framework, missing or unknown names, a shape or dtype that does not fit, a variance
         below zero.
     """
+    import numpy as np
+
     form = _format(framework)
     known = {*form.names, *filter(None, [form.batches])}
     needed = form.names if framework == "onnx" else form.names[2:]
@@ -281,6 +284,8 @@ def _load(
     layers: Mapping[str, BatchNorm], states: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]
 ) -> None:
     """Check every state, then load every one."""
+    import numpy as np
+
     for prefix, layer in layers.items():
         own = layer.state_dict()
         for name, v in states[prefix].items():
@@ -338,6 +343,8 @@ def _exact(momentum: float) -> float:
 
 def _numpy(v: Array) -> Array:
     """A NumPy array of the same numbers."""
+    import numpy as np
+
     if compat.is_numpy_array(v):
         return v
     if hasattr(v, "detach"):
@@ -352,11 +359,15 @@ def _numpy(v: Array) -> Array:
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
+    import numpy as np
+
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
 def _write_npz(path: Path, arrays: dict[str, Array]) -> None:
+    import numpy as np
+
     with path.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -368,6 +379,7 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
 
 
 def _write_safetensors(path: Path, arrays: dict[str, Array]) -> None:
+    import numpy as np
     from safetensors.numpy import save_file
 
     save_file({name: np.asarray(v, order="C") for name, v in arrays.items()}, path)

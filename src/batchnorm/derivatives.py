@@ -208,10 +208,12 @@ def _along(
     """The tangent of y along u, dgamma and dbeta, and Σw·u and Σw·u·x_hat."""
     at, xp = call.at, call.at.xp
     u = weighted = compute(at, u)  # (..., C, ...)
+    x = call.x  # (..., C, ...)
     if call.w is not None:
-        w = compute(at, xp.astype(call.w, at.compute))  # (..., C, ...)
+        w = xp.astype(call.w, at.compute)  # (..., C, ...)
         weighted = xp.where(w > 0, w * u, xp.zeros_like(u))  # (..., C, ...)
-    u1, u2 = _sums(call, weighted, call.w)  # (C), (C)
+        x = xp.where(w > 0, x, call.mid.m)  # (..., C, ...): what weighs nothing may be NaN
+    u1, u2 = _sums(call._replace(x=x), weighted, None)  # (C), (C)
     b = call.rstd * (at.vector(0.0 if dgamma is None else dgamma) - call.a * u2 / call.n)  # (C)
     c = at.vector(0.0 if dbeta is None else dbeta) - call.a * u1 / call.n - b * call.mid.rest  # (C)
     zero = xp.zeros_like(call.mid.m)  # (C)

@@ -97,7 +97,7 @@ def batch_norm(
     if group is not None:
         stats = pool([stats], group)
         checks.joined(at, stats, where)
-    return _scale_shift(kernels, at, x, stats, gamma, beta, eps, out), stats
+    return scale_shift_by(kernels, at, x, stats, gamma, beta, eps, out), stats
 
 
 @traceable
@@ -242,7 +242,7 @@ def normalize(
     kernels = kernels_for(x, mean, var, gamma, beta, out)
     if kernels.inference is not None:
         return kernels.inference(x, mean, var, gamma, beta, eps, at, out)
-    return _scale_shift(kernels, at, x, Moments(1, mean, var), gamma, beta, eps, out)
+    return scale_shift_by(kernels, at, x, Moments(1, mean, var), gamma, beta, eps, out)
 
 
 @traceable
@@ -369,7 +369,7 @@ def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> M
     return Moments(count, mean, var, mean_lo)
 
 
-def _scale_shift(
+def scale_shift_by(
     kernels: KernelSet,
     at: Layout,
     x: Array,
@@ -379,6 +379,7 @@ def _scale_shift(
     eps: float,
     out: Array | None,
 ) -> Array:
+    """Give y from statistics, by the kernel that makes it."""
     mid = centre(at, stats)
     _, a = slope(at, stats.var, gamma, eps)  # (C)
     b = -a * mid.rest  # (C)

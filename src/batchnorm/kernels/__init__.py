@@ -17,7 +17,7 @@ from batchnorm.kernels import generic
 Array = Any
 
 VARIABLE = "BATCHNORM_KERNELS"
-NAMES = ("numba", "numpy", "cupy", "generic")
+NAMES = ("numba", "numpy", "cupy", "jax", "generic")
 
 
 class KernelSet(NamedTuple):
@@ -91,10 +91,9 @@ def _for_others(x: Array, *others: Array | None) -> KernelSet:
 def _for_numpy(*arrays: Array | None) -> KernelSet:
     """The kernel set for NumPy arrays: the first that can run on all."""
     asked = get_kernels()
-    if asked == "cupy":
-        checks.fail(
-            TypeError, "kernels", "'cupy' asked for, but the arrays are NumPy's", "arrays on a GPU"
-        )
+    if asked in ("cupy", "jax"):
+        got = f"{asked!r} asked for, but the arrays are NumPy's"
+        checks.fail(TypeError, "kernels", got, "arrays it can run on")
     if asked is None or asked == "numba":
         compiled, why_not = _numba()
         if compiled is not None:
@@ -160,11 +159,24 @@ def _for_cupy(x: Array, *others: Array | None) -> KernelSet:
     return _generic(str(why_not))
 
 
+def _for_jax(x: Array, *others: Array | None) -> KernelSet:
+    """The kernel set for JAX's arrays, traced ones too."""
+    from batchnorm import jax
+
+    asked = get_kernels()
+    if asked not in (None, "jax", "generic"):
+        got = f"{asked!r} asked for, but x is an array of jax.numpy"
+        checks.fail(TypeError, "kernels", got, "arrays it can run on")
+    return _generic("it was asked for") if asked == "generic" else jax.kernel_set()
+
+
 # Libraries whose arrays have kernels of their own: module, class, rule.
 _HOSTS = (
     ("numpy", "ndarray", _for_numpy),
     ("torch", "Tensor", _for_torch),
     ("cupy", "ndarray", _for_cupy),
+    ("jax", "Array", _for_jax),
+    ("jax.core", "Tracer", _for_jax),
 )
 
 
@@ -173,7 +185,7 @@ def set_kernels(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"numba", "numpy", "cupy", "generic"} or None
+    name : {"numba", "numpy", "cupy", "jax", "generic"} or None
         None for the default: the environment variable ``BATCHNORM_KERNELS``, or the fastest that can
         run. Where the named one cannot run on an array, the call is an error.
 
