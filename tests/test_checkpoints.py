@@ -238,6 +238,15 @@ def test_pickles_are_not_read(tmp_path):
         bn.load(tmp_path / "model.npz", bn.BatchNorm(6))
 
 
+def test_without_safetensors_it_says_so(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match=r"not installed, expected it: pip install 'batchnorm\[safe"):
+        bn.save(tmp_path / "model.safetensors", trained())
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors(tmp_path):
     layer = trained()
     with pytest.raises(ValueError, match="framework: got 'mxnet', expected one of torch, keras"):

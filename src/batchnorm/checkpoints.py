@@ -7,6 +7,7 @@ them follows a framework's convention (`correction`).
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -372,17 +373,22 @@ def _write_npz(path: Path, arrays: dict[str, Array]) -> None:
         np.savez(file, **arrays)
 
 
-def _read_safetensors(path: Path) -> dict[str, Array]:
-    from safetensors.numpy import load_file
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ImportError:
+        got = "a .safetensors file, but safetensors is not installed"
+        checks.fail(ImportError, "path", got, "it: pip install 'batchnorm[safetensors]'")
 
-    return dict(load_file(path))
+
+def _read_safetensors(path: Path) -> dict[str, Array]:
+    return dict(_safetensors().load_file(path))
 
 
 def _write_safetensors(path: Path, arrays: dict[str, Array]) -> None:
     import numpy as np
-    from safetensors.numpy import save_file
 
-    save_file({name: np.asarray(v, order="C") for name, v in arrays.items()}, path)
+    _safetensors().save_file({name: np.asarray(v, order="C") for name, v in arrays.items()}, path)
 
 
 _Read = Callable[[Path], dict[str, Array]]

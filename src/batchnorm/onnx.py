@@ -23,6 +23,15 @@ NAMES = FORMATS["onnx"].names
 FIRST_OPSET = 15  # since which the operator is as it is
 
 
+def _onnx() -> Any:
+    try:
+        return importlib.import_module("onnx")
+    except ImportError:
+        raise ImportError(
+            "batchnorm.onnx: onnx is not installed, expected it: pip install onnx"
+        ) from None
+
+
 def from_onnx(model: Any) -> dict[str, BatchNorm]:
     """Load a model's batch norms as layers.
 
@@ -43,7 +52,7 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     TypeError, ValueError
         Not a model, or a node whose parameters are not in the model or do not fit.
     """
-    onnx = importlib.import_module("onnx")
+    onnx = _onnx()
     if not isinstance(model, onnx.ModelProto):
         checks.fail(TypeError, "model", f"a {type(model).__name__}", "an onnx.ModelProto")
     return dict(_layers(onnx, model.graph, {}))
@@ -105,7 +114,7 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
         A layer that ONNX's operator cannot be: channels elsewhere, in several axes, a cumulative
         average, no running statistics; an opset that is too old.
     """
-    onnx = importlib.import_module("onnx")
+    onnx = _onnx()
     newest = int(onnx.defs.onnx_opset_version())
     opset = newest if opset is None else checks.whole("opset", opset, FIRST_OPSET)
     state = to_state(layer, "onnx")
@@ -153,7 +162,7 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
     TypeError, ValueError
         Another node, or as `batch_norm`.
     """
-    onnx = importlib.import_module("onnx")
+    onnx = _onnx()
     if getattr(node, "op_type", None) != OPERATOR:
         got = getattr(node, "op_type", None) or f"a {type(node).__name__}"
         checks.fail(TypeError, "node", got, f"a {OPERATOR} node")
