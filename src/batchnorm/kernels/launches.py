@@ -93,11 +93,6 @@ class Launch(NamedTuple):
     group: int
     phases: int
 
-    @property
-    def blocks(self) -> int:
-        """Blocks to launch without an order: one for each tile."""
-        return self.slices * self.parts
-
 
 def dense(shape: tuple[int, ...], steps: Steps) -> bool:
     """Whether an array has its values in one piece of memory, in whatever order of its axes."""
