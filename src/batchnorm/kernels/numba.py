@@ -19,7 +19,7 @@ from numba import cfunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from batchnorm import outputs, threads
-from batchnorm.kernels import crew, written
+from batchnorm.kernels import crew, team, written
 from batchnorm.kernels.compiled import columns, gradients, planes, terms
 from batchnorm.kernels.compiled.crew import dispatch
 from batchnorm.kernels.compiled.lanes import SENTINELS
@@ -177,13 +177,17 @@ class Job:
     def run(self, name: str, grid: Grid) -> None:
         """Run a pass over the tiles, on as many threads as pay."""
         crew_at = helpers = 0
+        lent = team.current()
         if not self.plan.alone:
             count = threads.count(grid.tiles)
             if count > 1:
-                crew_at, helpers = crew.boxes(count - 1)
+                crew_at, helpers = (0, count - 1) if lent else crew.boxes(count - 1)
         numbers = self.numbers(grid, helpers)  # has to live until the loops are through
         function = _function(grid.loops, name, self.dtype, self.weights)
-        dispatch(function, address(numbers), crew_at, helpers)
+        if lent and helpers:
+            lent(function, address(numbers), helpers + 1)
+        else:
+            dispatch(function, address(numbers), crew_at, helpers)
 
     def join(self, name: str) -> bool:
         """Run what comes between two passes; whether it asks for the first one again."""

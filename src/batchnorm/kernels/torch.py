@@ -126,5 +126,9 @@ def _through(kernel: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def adapted(host: KernelSet) -> KernelSet:
     """A kernel set for NumPy arrays as one for tensors."""
-    kernels: dict[str, Any] = {f: _through(k) for f, k in host._asdict().items() if callable(k)}
-    return host._replace(**kernels)
+    kernels: dict[str, Any] = {f: k for f, k in host._asdict().items() if callable(k)}
+    if host.name == "numba":
+        from batchnorm.kernels.team import on_torch
+
+        kernels = {f: on_torch(k) for f, k in kernels.items()}
+    return host._replace(**{f: _through(k) for f, k in kernels.items()})
