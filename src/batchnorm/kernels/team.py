@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc
 
-from batchnorm.kernels.compiled.atomic import fetch_add, invoke, peek
+from batchnorm.kernels.compiled.crew import share
 from batchnorm.kernels.compiled.terms import OPTIONS
 
 Run = Callable[[int, int, int], None]
@@ -50,26 +50,22 @@ def on_torch(kernel: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _entrance() -> Run | None:
     """Run loops on PyTorch's threads; None on systems where its runtime is another."""
-    torch = sys.modules["torch"]
+    torch: Any = sys.modules["torch"]
     found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     if not found:
         return None
     parallel = ctypes.CDLL(str(found[0])).GOMP_parallel
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    share: Any = cfunc("void(int64)", **OPTIONS)(_share)
+    compiler: Any = cfunc
+    compiled = compiler("void(int64)", **OPTIONS)(share)
 
     def run(loop: int, job: int, count: int) -> None:
         common = np.array([loop, job, 0], np.int64)
         # As many as PyTorch itself would use: one in the workers of its data loaders, say.
-        parallel(share.address, common.ctypes.data, min(count, torch.get_num_threads()), 0)
+        parallel(compiled.address, common.ctypes.data, min(count, torch.get_num_threads()), 0)
 
     return run
-
-
-def _share(common):  # type: ignore[no-untyped-def]
-    """What each thread of a team does: its share of the job, under a number of its own."""
-    invoke(peek(common), peek(common + 8), fetch_add(common + 16))
 
 
 def _forget_after_fork() -> None:

@@ -131,4 +131,5 @@ def adapted(host: KernelSet) -> KernelSet:
         from batchnorm.kernels.team import on_torch
 
         kernels = {f: on_torch(k) for f, k in kernels.items()}
-    return host._replace(**{f: _through(k) for f, k in kernels.items()})
+    through: dict[str, Any] = {f: _through(k) for f, k in kernels.items()}
+    return host._replace(**through)

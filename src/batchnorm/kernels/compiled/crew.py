@@ -13,7 +13,7 @@ import sys
 
 from numba import njit, types
 
-from batchnorm.kernels.compiled.atomic import changed, invoke, peek, poke
+from batchnorm.kernels.compiled.atomic import changed, fetch_add, invoke, peek, poke
 from batchnorm.kernels.compiled.terms import OPTIONS, TILES, compiled
 
 # What is where in a box, in bytes.
@@ -159,3 +159,8 @@ def dispatch(loop, job, boxes, helpers):
                 reads = reread(reads)
                 if reads > AWAKE:
                     _acquire_timed(peek(box + CHAIR), NAP, 0)
+
+
+def share(common):
+    """What each thread of somebody else's team does: loop(job, k), with a k of its own."""
+    invoke(peek(common), peek(common + 8), fetch_add(common + 16))
