@@ -1,5 +1,6 @@
 """Batch normalization for any array library."""
 
+from batchnorm import distributed
 from batchnorm.checkpoints import from_state, load, save, to_state
 from batchnorm.derivatives import batch_norm_double_backward, batch_norm_jvp
 from batchnorm.folding import fold, fold_conv, fold_linear
@@ -26,6 +27,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_double_backward",
     "batch_norm_jvp",
+    "distributed",
     "fold",
     "fold_conv",
     "fold_linear",

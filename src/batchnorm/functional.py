@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from batchnorm import checks
+from batchnorm import checks, groups
 from batchnorm.kernels import KernelSet, kernels_for, written
 from batchnorm.layout import Layout
-from batchnorm.moments import Moments, all_reduce, pool
+from batchnorm.moments import Moments
 from batchnorm.tracing import traceable
 
 Array = Any
@@ -79,13 +79,15 @@ def batch_norm(
     key = checks.key("batch_norm", axis, out, x, gamma, beta) if plain else None
     at = checks.passed(key)
     if at is None:
-        at = checks.subject(x, axis)
-        checks.vectors(at, gamma=gamma, beta=beta)
-        checks.weights(at, x, where)
         checks.group(group)
-        if group is None:
-            checks.enough_values(at, x, where)
-        checks.output(at, x, out)
+        with groups.attending(group, "batch_norm", x, axis):
+            at = checks.subject(x, axis)
+            checks.vectors(at, gamma=gamma, beta=beta)
+            checks.weights(at, x, where)
+            if group is None:
+                checks.enough_values(at, x, where)
+            checks.output(at, x, out)
+            checks.scalar("eps", eps, 0)
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
 
@@ -95,7 +97,7 @@ def batch_norm(
         return y, stats
     stats = _moments(kernels, at, x, where)
     if group is not None:
-        stats = pool([stats], group)
+        stats = groups.join(group, stats)
         checks.joined(at, stats, where)
     return scale_shift_by(kernels, at, x, stats, gamma, beta, eps, out), stats
 
@@ -153,13 +155,15 @@ def batch_norm_backward(
     key = checks.key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
     at = checks.passed(key)
     if at is None:
-        at = checks.subject(x, axis)
-        checks.like(at, x, "dy", dy)
-        checks.statistics(at, stats)
-        checks.vectors(at, gamma=gamma)
-        checks.weights(at, x, where)
         checks.group(group)
-        checks.output(at, x, out)
+        with groups.attending(group, "batch_norm_backward", x, axis):
+            at = checks.subject(x, axis)
+            checks.like(at, x, "dy", dy)
+            checks.statistics(at, stats)
+            checks.vectors(at, gamma=gamma)
+            checks.weights(at, x, where)
+            checks.output(at, x, out)
+            checks.scalar("eps", eps, 0)
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
 
@@ -176,7 +180,7 @@ def batch_norm_backward(
     mid = centre(at, stats)
     sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, w)
     if group is not None:
-        sum_dy, sum_dy_d = all_reduce(group, sum_dy, sum_dy_d)
+        sum_dy, sum_dy_d = groups.all_reduce(group, sum_dy, sum_dy_d)
 
     n = at.vector(stats.count)  # (C)
     n = at.xp.where(n > 0, n, at.xp.ones_like(n))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import array_api_compat as compat
 
-from batchnorm import checks
+from batchnorm import checks, groups
 from batchnorm.functional import (
     batch_norm,
     batch_norm_backward,
@@ -18,7 +18,7 @@ from batchnorm.functional import (
     normalize,
     normalize_backward,
 )
-from batchnorm.layout import has_float64
+from batchnorm.layout import Layout, has_float64
 from batchnorm.moments import Moments, update_running
 from batchnorm.presets import PRESETS
 from batchnorm.state import checked, taken
@@ -69,6 +69,8 @@ class BatchNorm:
         Whether there are gamma and beta.
     track_running_stats : bool, default True
         Whether there are running statistics. Without, inference uses the batch's own too.
+    group : optional
+        The members over which batches are joined, as in `batch_norm`; a call may name another.
     xp : module, optional
         The array API namespace of the layer's arrays. Left out, they are NumPy's until the first
         input, whose library and device they then take.
@@ -126,6 +128,7 @@ class BatchNorm:
         correction: float = 1,
         affine: bool = True,
         track_running_stats: bool = True,
+        group: Any = None,
         xp: ModuleType | None = None,
         device: Any = None,
         dtype: Any = None,
@@ -141,11 +144,12 @@ class BatchNorm:
             momentum = checks.scalar("momentum", momentum, 0, 1)
         if device is not None and xp is None:
             checks.fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
+        checks.group(group)
 
         self.num_features, self.axis, self.eps = num_features, axis, eps
         self.momentum, self.correction = momentum, correction
         self.affine, self.track_running_stats = affine, track_running_stats
-        self.dtype = dtype
+        self.group, self.dtype = group, dtype
         self.num_batches_tracked: Any = 0
         self.gamma_grad: Array | None = None
         self.beta_grad: Array | None = None
@@ -214,8 +218,8 @@ class BatchNorm:
         x : array, shape (..., C, ...)
             float16, bfloat16, float32 or float64.
         where, group, out
-            As in `batch_norm`; `where` and `group` matter to the batch's statistics only. With `x`
-            itself as `out`, there is no `backward` from this call.
+            As in `batch_norm`; `where` and `group` matter to the batch's statistics only. Left out,
+            `group` is the layer's. With `x` itself as `out`, there is no `backward` from this call.
 
         Returns
         -------
@@ -227,19 +231,15 @@ class BatchNorm:
         TypeError, ValueError
             As `batch_norm`; and an `x` of another library than the layer's arrays.
         """
-        at = checks.subject(x, self.axis)
-        expected = _shape(self.num_features)
-        if not checks.same_shape(at.channels, expected):
-            got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
-            checks.fail(ValueError, "x", got, axis)
-        state = self._arrays()
-        if not self._settled:
-            state = self._moved(at.xp, at.device, self.dtype or at.compute)
-        checks.vectors(at, **state)
-        if self.running_mean is None and (self.update_statistics or not self.batch_statistics):
-            switch = "update_statistics" if self.update_statistics else "batch_statistics"
-            got = repr(getattr(self, switch))
-            checks.fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
+        group = self.group if group is None else group
+        checks.group(group)
+        if not (self.batch_statistics or self.update_statistics):
+            group = None  # there is nothing to join
+        try:
+            at, state = self._checked(x)
+        except Exception as error:
+            groups.decline(group, error)
+            raise
 
         gamma, beta = state["gamma"], state["beta"]
         mean, var = state["running_mean"], state["running_var"]
@@ -249,13 +249,11 @@ class BatchNorm:
             y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
             note = stats if self.update_statistics else None
         else:
-            checks.weights(at, x, where)
-            checks.group(group)
+            with groups.attending(group, "moments", x, self.axis):
+                checks.weights(at, x, where)
             if self.update_statistics:
-                if group is not None:
-                    alone = "none where the running statistics normalize"
-                    checks.fail(ValueError, "group", "a group", alone)
                 note = moments(x, axis=self.axis, where=where)
+                note = note if group is None else groups.join(group, note)
             else:
                 self._warn_if_never_committed()
             stats = Moments(1, mean, var)
@@ -371,6 +369,23 @@ class BatchNorm:
         names = ("axis", "eps", "momentum", "correction", "affine", "track_running_stats")
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({self.num_features}, {settings})"
+
+    def _checked(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
+        """Check an input; its layout, and the layer's arrays in its library."""
+        at = checks.subject(x, self.axis)
+        expected = _shape(self.num_features)
+        if not checks.same_shape(at.channels, expected):
+            got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
+            checks.fail(ValueError, "x", got, axis)
+        state = self._arrays()
+        if not self._settled:
+            state = self._moved(at.xp, at.device, self.dtype or at.compute)
+        checks.vectors(at, **state)
+        if self.running_mean is None and (self.update_statistics or not self.batch_statistics):
+            switch = "update_statistics" if self.update_statistics else "batch_statistics"
+            got = repr(getattr(self, switch))
+            checks.fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
+        return at, state
 
     def _arrays(self) -> dict[str, Array | None]:
         return {name: getattr(self, name) for name in PARAMETERS + RUNNING}

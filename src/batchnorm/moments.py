@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -142,25 +143,23 @@ def update_running(
     return moved(mean, batch_mean), moved(var, batch_var * (n / free))
 
 
-def pool(parts: list[Moments], group: Any = None) -> Moments:
-    """Join moments, those of this process and those of all members of a group.
+def pool(parts: list[Moments], reduce: Callable[..., list[Array]] = lambda *sums: list(sums)) -> Moments:
+    """Join moments whose fields are all vectors of one dtype.
 
-    Two sums over the parts: the first finds a mean, which is off by its own rounding; the second
-    gives what it lost, and the variance around it.
+    Two rounds of sums over the parts: the first finds a mean, which is off by its own rounding; the
+    second gives what it lost, and the variance around it. Between the members of a group, `reduce`
+    makes the sums of one member those of all.
     """
     xp = array_namespace(parts[0].mean)
-
-    def total(*terms: list[Array]) -> list[Array]:
-        sums = [_tree_sum(term) for term in terms]
-        return sums if group is None else all_reduce(group, *sums)
-
-    n, weighted = total([p.count for p in parts], [p.count * p.mean for p in parts])
+    n, weighted = reduce(
+        _tree_sum([p.count for p in parts]), _tree_sum([p.count * p.mean for p in parts])
+    )
     nonzero = xp.where(n > 0, n, xp.ones_like(n))  # the union of empty sets is empty
     pivot = definite(xp, weighted / nonzero)
     shifts = [(p.mean - pivot) + p.mean_lo for p in parts]
-    lo, square = total(
-        [p.count * d for p, d in zip(parts, shifts, strict=True)],
-        [p.count * (p.var + d * d) for p, d in zip(parts, shifts, strict=True)],
+    lo, square = reduce(
+        _tree_sum([p.count * d for p, d in zip(parts, shifts, strict=True)]),
+        _tree_sum([p.count * (p.var + d * d) for p, d in zip(parts, shifts, strict=True)]),
     )
     lo = lo / nonzero
     # Never below zero but for rounding: the pivot is within a few units of the mean.
@@ -169,15 +168,19 @@ def pool(parts: list[Moments], group: Any = None) -> Moments:
     return Moments(n, mean, var, mean_lo)
 
 
-def all_reduce(group: Any, *vectors: Array) -> list[Array]:
-    """Sum vectors over the members of a group, packed into one array."""
-    xp = array_namespace(*vectors)
-    packed = xp.stack(vectors)
-    summed = group.all_reduce(packed)
-    if getattr(summed, "shape", None) != packed.shape:
-        got = f"a {type(summed).__name__} of shape {getattr(summed, 'shape', None)}"
-        checks.fail(TypeError, "group.all_reduce", got, f"the sum, an array of shape {packed.shape}")
-    return [summed[i, ...] for i in range(len(vectors))]
+def pool_rows(rows: Moments) -> Moments:
+    """Join moments that are stacked along a first axis: by halves, each half one part of `pool`."""
+    xp = array_namespace(rows.mean)
+    while (count := rows.mean.shape[0]) > 1:
+        half = count // 2
+        joined = pool(
+            [Moments(*(v[s, ...] for v in rows)) for s in (slice(half), slice(half, 2 * half))]
+        )
+        odd = Moments(*(v[2 * half :, ...] for v in rows))
+        rows = joined
+        if count % 2:
+            rows = Moments(*(xp.concat(both) for both in zip(joined, odd, strict=True)))
+    return Moments(*(v[0, ...] for v in rows))
 
 
 def _tree_sum(terms: list[Array]) -> Array:

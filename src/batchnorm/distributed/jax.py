@@ -1,0 +1,46 @@
+"""Devices along a named axis of JAX's `pmap` or `shard_map`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from batchnorm import checks
+
+Array = Any
+
+
+class Jax:
+    """See `batchnorm.distributed.jax`. One program runs on all devices, so their calls always match."""
+
+    def __init__(self, axis_name: Any) -> None:
+        self.axis_name = axis_name
+
+    def __repr__(self) -> str:
+        return f"<Jax group over the axis {self.axis_name!r}>"
+
+    @property
+    def rank(self) -> Array:
+        """Where along the axis a device is; a traced number."""
+        return self._bound(jax.lax.axis_index)
+
+    @property
+    def size(self) -> int:
+        """How many devices there are along the axis."""
+        found: int = self._bound(jax.lax.axis_size)
+        return found
+
+    def all_reduce(self, array: Array) -> Array:
+        """Sum an array over the devices along the axis."""
+        psum: Any = jax.lax.psum
+        return self._bound(lambda name: psum(array, name))
+
+    def _bound(self, function: Any) -> Any:
+        try:
+            return function(self.axis_name)
+        except NameError:
+            got = f"the axis name {self.axis_name!r}, which is not bound here"
+            checks.fail(
+                ValueError, "group", got, "a call inside jax.pmap or jax.shard_map with that axis"
+            )

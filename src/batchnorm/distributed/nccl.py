@@ -1,0 +1,82 @@
+"""GPUs of an NCCL communicator, through CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+from cupy.cuda import nccl
+
+from batchnorm import checks
+from batchnorm.distributed.members import Members, Rows, seconds
+
+Array = Any
+
+# NCCL's names of dtypes, by NumPy's.
+_DTYPES = {"uint8": "NCCL_UINT8", "float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64"}
+
+
+class Nccl(Members):
+    """See `batchnorm.distributed.nccl`. NCCL itself knows no timeout: the host watches an event."""
+
+    def __init__(self, comm: Any, timeout: float | None) -> None:
+        super().__init__()
+        if not isinstance(comm, nccl.NcclCommunicator):
+            got = f"a {type(comm).__name__}"
+            checks.fail(TypeError, "comm", got, "a cupy.cuda.nccl.NcclCommunicator")
+        self.timeout = seconds(timeout)
+        self.rank, self.size = comm.rank_id(), comm.size()
+        self._comm = comm
+        self.quiet = timeout is None  # to read the others' words, the host would have to wait
+
+    def _gather(self, row: Rows) -> Callable[[], Rows]:
+        mine = cupy.asarray(row)
+        rows = cupy.empty((self.size, row.size), cupy.uint8)
+        done = self._run("allGather", mine, rows)
+
+        def wait() -> Rows:
+            self._finish(done)
+            host: Rows = rows.get()
+            return host
+
+        return wait
+
+    def _sum(self, array: Array) -> Array:
+        mine = cupy.ascontiguousarray(array)
+        total = cupy.empty_like(mine)
+        done = self._run("allReduce", mine, total, nccl.NCCL_SUM)
+        if self.timeout is not None:
+            self._finish(done)
+        return total
+
+    def _run(self, collective: str, mine: Array, result: Array, *operation: int) -> Any:
+        """Enqueue a collective on the current stream; an event that comes after it."""
+        dtype = _DTYPES.get(mine.dtype.name)
+        if dtype is None:
+            checks.fail(TypeError, "array", f"dtype {mine.dtype}", "float32 or float64")
+        stream = cupy.cuda.get_current_stream()
+        kind = getattr(nccl, dtype)
+        pointers = mine.data.ptr, result.data.ptr
+        try:
+            getattr(self._comm, collective)(*pointers, mine.size, kind, *operation, stream.ptr)
+        except nccl.NcclError as error:
+            self._break(error)
+        done = cupy.cuda.Event(disable_timing=True)
+        done.record(stream)
+        return done
+
+    def _finish(self, done: Any) -> None:
+        def arrived() -> bool:
+            self._comm.check_async_error()
+            return bool(done.done)
+
+        try:
+            self._await(arrived)
+        except nccl.NcclError as error:
+            self._break(error)
+
+    def _break(self, why: object) -> Any:
+        """Give up, and free the device from waiting for the others."""
+        self._comm.abort()
+        super()._break(why)

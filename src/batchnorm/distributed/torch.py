@@ -1,0 +1,81 @@
+"""Processes of a `torch.distributed` process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from batchnorm import checks
+from batchnorm.distributed.members import Members, Rows, from_host, seconds, to_host
+
+Array = Any
+
+
+class Torch(Members):
+    """See `batchnorm.distributed.torch`."""
+
+    def __init__(self, process_group: Any, timeout: float | None, check: bool | None) -> None:
+        super().__init__()
+        if not dist.is_available() or not dist.is_initialized():
+            got = "no process groups"
+            checks.fail(RuntimeError, "process_group", got, "a call of init_process_group before")
+        group: Any = dist.group.WORLD if process_group is None else process_group
+        if not isinstance(group, dist.ProcessGroup):
+            got = f"a {type(group).__name__}"
+            checks.fail(
+                TypeError, "process_group", got, "a torch.distributed.ProcessGroup with this rank"
+            )
+        self.timeout = seconds(timeout)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+        backend = dist.get_backend(group)
+        self._device = "cuda" if backend == "nccl" else "cpu"
+        self.quiet = backend == "nccl" if check is None else not check
+
+    def _gather(self, row: Rows) -> Callable[[], Rows]:
+        mine = torch.from_numpy(row).to(self._device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        work = self._begin(lambda: dist.all_gather(rows, mine, group=self._group, async_op=True))
+
+        def wait() -> Rows:
+            self._finish(work)
+            return np.stack([to_host(row) for row in rows])
+
+        return wait
+
+    def _sum(self, array: Array) -> Array:
+        own: Any = array if compat.is_torch_array(array) else self._tensor(array)
+        total = own.detach().to(self._device, copy=True).contiguous()
+        self._finish(self._begin(lambda: dist.all_reduce(total, group=self._group, async_op=True)))
+        if own is array:
+            return total.to(array.device)
+        if compat.is_cupy_array(array):
+            return compat.array_namespace(array).from_dlpack(total.to(own.device))
+        return from_host(to_host(total), array)
+
+    def _tensor(self, array: Array) -> Array:
+        """An array of another library as a tensor."""
+        if compat.is_cupy_array(array):
+            return torch.utils.dlpack.from_dlpack(array)
+        return torch.tensor(to_host(array))
+
+    def _begin(self, collective: Callable[[], Any]) -> Any:
+        try:
+            return collective()
+        except RuntimeError as error:
+            self._break(error)
+
+    def _finish(self, work: Any) -> None:
+        try:
+            if self.timeout is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            self._break(error)

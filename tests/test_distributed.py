@@ -1,0 +1,111 @@
+"""Groups over real engines: members in processes get what one process gets from the joined batch."""
+
+import importlib.util
+import pickle
+import re
+import sys
+
+import numpy as np
+import pytest
+from members.faulty import TIMEOUT
+from members.launch import MPIEXEC, launch, results
+from members.problems import STEPS, cases
+
+from batchnorm.testing import verdict
+from batchnorm.testing.oracle import Problem
+
+missing = {
+    "mpi": None if MPIEXEC and importlib.util.find_spec("mpi4py") else "mpi4py or mpiexec is missing",
+    "gloo": None if importlib.util.find_spec("torch") else "torch is missing",
+    "jax": None if importlib.util.find_spec("jax") else "jax is missing",
+}
+ENGINES = [("mpi", "numpy"), ("gloo", "numpy"), ("gloo", "torch"), ("mpi", "torch"), ("jax", "jax")]
+
+
+def judge(members, size):
+    for case in cases(size):
+        gamma, beta = case.parameters()
+        mean, var = 0.0, 1.0
+        for step in range(STEPS):
+            x, dy, where = case.batch(step)
+            found = [member[case.name][0][step] for member in members]
+            expected = Problem(x, gamma, beta, where=where)
+            y = np.concatenate([f[0] for f in found])
+            dx = np.concatenate([f[5] for f in found])
+            verdict.forward(y, expected, case.dtype)
+            for f in found:
+                verdict.moments(_Stats(*f[1:4]), expected)
+                grads = expected.backward(dy)
+                verdict.backward((dx, f[6], f[7]), grads, case.dtype, case.dtype)
+                assert f[8:] == [1, 1], "one reduction forward and one backward"
+                for mine, first in zip(f[1:5], found[0][1:5], strict=True):
+                    np.testing.assert_array_equal(mine, first)  # to the bit
+            n, batch_mean, batch_var = (
+                expected.flat(v).astype(float) for v in (expected.n, expected.mean, expected.var)
+            )
+            mean = 0.9 * mean + 0.1 * batch_mean
+            var = 0.9 * var + 0.1 * batch_var * n / (n - 1)
+        for member in members:
+            running = member[case.name][1]
+            np.testing.assert_allclose(running[0], mean, rtol=1e-13)
+            np.testing.assert_allclose(running[1], var, rtol=1e-13)
+            for mine, first in zip(running, members[0][case.name][1], strict=True):
+                np.testing.assert_array_equal(mine, first)  # to the bit
+
+
+class _Stats:
+    def __init__(self, count, mean, var):
+        self.count, self.mean, self.var = count, mean, var
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("engine", "kind"), ENGINES)
+def test_as_one_process(engine, kind, size, tmp_path):
+    if missing[engine]:
+        pytest.skip(missing[engine])
+    if engine == "mpi" and sys.platform == "win32":
+        pytest.skip("another launcher")
+    program = "members.in_jax" if engine == "jax" else "members.worker"
+    arguments = (size,) if engine == "jax" else (engine, kind)
+    processes = 1 if engine == "jax" else size
+    found = results(engine, processes, program, *arguments, folder=tmp_path)
+    judge(found[0] if engine == "jax" else found, size)
+
+
+# What the members that did nothing wrong are told, by fault.
+TOLD = {
+    "killed": "group: got .*, expected all 3 members to answer",
+    "hangs": "group: got .*, expected all 3 members to answer",
+    "channels": r"group: got batch_norm of float32 with \(6,\) channels from rank 1, expected batch_norm"
+    r" of float32 with \(4,\) channels, as on this rank",
+    "dtype": r"group: got batch_norm of float64 with \(4,\) channels from rank 1, expected batch_norm of"
+    r" float32 with \(4,\) channels",
+    "raises": r"group: got an error on rank 1 \(TypeError: x: got dtype int64, .*\), expected all",
+    "backward": r"group: got an error on rank 1 \(ValueError: dy: got shape \(5, 4\), .*\), expected",
+}
+
+
+@pytest.mark.parametrize("fault", TOLD)
+@pytest.mark.parametrize("engine", ["mpi", "gloo"])
+def test_a_member_goes_wrong(engine, fault, tmp_path):
+    """The others are told within the timeout, and hold what was committed last."""
+    if missing[engine]:
+        pytest.skip(missing[engine])
+    said, _ = launch(engine, 3, "members.faulty", engine, fault, tmp_path)
+    members = {
+        rank: pickle.loads(path.read_bytes())
+        for rank in range(3)
+        if (path := tmp_path / f"{rank}.pickle").exists()
+    }
+    assert {0, 2} <= set(members), said
+    for rank in (0, 2):
+        found = members[rank]
+        assert found["step"] == 2
+        assert re.search("GroupError: " + TOLD[fault], found["error"]), found["error"]
+        assert found["batches"] == 2
+        assert found["unchanged"]
+        assert found["seconds"] < TIMEOUT + 2
+        if fault not in ("killed", "hangs"):
+            assert found["again"] == 24, "the group works again"
+    if fault not in ("killed", "hangs"):
+        assert members[1]["unchanged"] or fault == "channels"
