@@ -36,11 +36,15 @@ def taken(name: str, v: Array, own: Array) -> Array:
     if given is xp:
         if device is not None and compat.device(v) not in (None, device):
             v = compat.to_device(v, device)
-        return xp.astype(v, own.dtype, copy=True)
-    if compat.is_numpy_array(v):
-        return xp.asarray(v.tolist(), dtype=own.dtype, device=device)
-    expected = " or ".join(dict.fromkeys((f"one of {checks.library(xp)}", "one of numpy")))
-    checks.fail(TypeError, name, f"an array of {checks.library(given)}", expected)
+        new = xp.astype(v, own.dtype, copy=True)
+    elif compat.is_numpy_array(v):
+        new = xp.asarray(v.tolist(), dtype=own.dtype, device=device)
+    else:
+        expected = " or ".join(dict.fromkeys((f"one of {checks.library(xp)}", "one of numpy")))
+        checks.fail(TypeError, name, f"an array of {checks.library(given)}", expected)
+    if compat.is_torch_array(own):  # a leaf that is trained as the one before was
+        new = new.detach().requires_grad_(own.requires_grad)
+    return new
 
 
 def _count(value: Any) -> Any:
@@ -48,7 +52,7 @@ def _count(value: Any) -> Any:
     try:
         count = operator.index(value)
     except TypeError:  # a tracer of JAX cannot be an index
-        if compat.is_jax_array(value) and value.shape == ():
+        if compat.is_jax_array(value) and value.shape == () and value.dtype.kind in "iu":
             return value
         count = -1
     if count < 0:
