@@ -28,15 +28,11 @@ def trained(channels=6, seed=0, **settings):
     return layer.eval()
 
 
-def arrays_of(state):
-    return {name: v.astype(np.float32) if v.dtype.kind == "f" else v for name, v in state.arrays.items()}
-
-
 def in_torch(layer, x):
     torch = pytest.importorskip("torch")
     state = bn.to_state(layer, "torch")
     module = torch.nn.BatchNorm1d(**state.settings).eval()
-    module.load_state_dict({name: torch.from_numpy(v) for name, v in arrays_of(state).items()})
+    module.load_state_dict({name: torch.from_numpy(v) for name, v in state.arrays.items()})
     with torch.no_grad():
         y = module(torch.from_numpy(x)).numpy()
     settings = {name: getattr(module, name) for name in state.settings}
@@ -53,7 +49,6 @@ def in_keras(layer, x):
     y = keras.ops.convert_to_numpy(module(x, training=False))
     config = module.get_config()
     settings = {name: config[name] for name in state.settings}
-    settings["axis"] = settings["axis"] if isinstance(settings["axis"], int) else settings["axis"][0]
     found = {w.name: keras.ops.convert_to_numpy(w) for w in module.weights}
     return y, bn.from_state(found, "keras", settings)
 
@@ -63,7 +58,7 @@ def in_flax(layer, x):
     state = bn.to_state(layer, "flax")
     module = nnx.BatchNorm(**state.settings, rngs=nnx.Rngs(0), use_running_average=True)
     for name, v in state.arrays.items():
-        getattr(module, name)[...] = v.astype(np.float32)
+        getattr(module, name)[...] = v
     y = np.asarray(module(x))
     found = {name: np.asarray(getattr(module, name)[...]) for name in state.arrays}
     settings = {name: getattr(module, name) for name in state.settings if name != "num_features"}
@@ -74,7 +69,7 @@ def in_onnx(layer, x):
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     state = bn.to_state(layer, "onnx")
-    found = arrays_of(state)
+    found = state.arrays
     node = onnx.helper.make_node("BatchNormalization", ["x", *found], ["y"], **state.settings)
     tensors = [onnx.numpy_helper.from_array(v, name) for name, v in found.items()]
     value = onnx.helper.make_tensor_value_info
@@ -119,8 +114,7 @@ def test_round_trip_through_all():
     expected = layer(x)
     for framework in ("torch", "keras", "flax", "onnx", "flax", "keras", "torch"):
         state = bn.to_state(layer, framework)
-        settings = dict(state.settings)
-        layer = bn.from_state(arrays_of(state), framework, settings)
+        layer = bn.from_state(state.arrays, framework, dict(state.settings))
         np.testing.assert_allclose(layer(x), expected, rtol=0, atol=2 * 2.0**-23 * abs(expected).max())
     assert (layer.momentum, layer.eps, layer.correction) == (0.1, 1e-5, 1)
 
@@ -146,105 +140,9 @@ def test_one_parameter_is_enough():
     np.testing.assert_array_equal(layer(np.zeros((2, 3), np.float32)), np.ones((2, 3)))
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("affine", [True, False])
-def test_files(tmp_path, suffix, affine):
-    layers = {f"layer{i}.bn": trained(4 + i, seed=i, affine=affine) for i in range(3)}
-    bn.save(tmp_path / f"model{suffix}", layers)
-    others = {name: bn.BatchNorm(layer.num_features, affine=affine) for name, layer in layers.items()}
-    bn.load(tmp_path / f"model{suffix}", others)
-    for name, layer in layers.items():
-        for key, v in layer.state_dict().items():
-            np.testing.assert_array_equal(others[name].state_dict()[key], v)
-    assert [p.name for p in tmp_path.iterdir()] == [f"model{suffix}"], "nothing else is left there"
-    bn.save(tmp_path / f"one{suffix}", layers["layer0.bn"])
-    bn.load(tmp_path / f"one{suffix}", others["layer0.bn"])
-
-
-def test_a_model_of_pytorch_loads_by_prefix(tmp_path):
-    torch = pytest.importorskip("torch")
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6))
-    model(torch.randn(4, 3, 9, 9))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    layer = bn.BatchNorm(6)
-    bn.load(tmp_path / "model.safetensors", {"1": layer})
-    x = torch.randn(4, 6, 5, 5)
-    model.eval(), layer.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(layer(x.numpy())), model[1](x))
-    bn.save(tmp_path / "back.safetensors", {"1": layer})
-    from safetensors.torch import load_file
-
-    model[1].load_state_dict(
-        {name.removeprefix("1."): v for name, v in load_file(tmp_path / "back.safetensors").items()}
-    )
-
-
-def broken(name, change):
-    """A saved layer with one array changed, added or left out."""
-    found = {f"bn.{n}": v for n, v in bn.to_state(trained(), "torch").arrays.items()}
-    if change is None:
-        del found[name]
-    else:
-        found[name] = change(found.get(name))
-    return found
-
-
-BREAKS = {
-    "a wrong shape": ("bn.weight", lambda v: v[:3], "bn.weight: got shape"),
-    "a wrong dtype": ("bn.weight", lambda v: v.astype(int), "bn.weight: got dtype int64"),
-    "a negative variance": ("bn.running_var", lambda v: -v, "bn.running_var: got a variance below"),
-    "not a number": ("bn.running_mean", lambda v: v * np.nan, "bn.running_mean: got a number that is"),
-    "a name too few": ("bn.bias", None, "layers: got names"),
-    "a name too many": ("bn.scale", lambda _: np.ones(6), "layers: got names"),
-}
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("what", BREAKS)
-def test_what_cannot_be_loaded_changes_nothing(tmp_path, what, suffix):
-    name, change, message = BREAKS[what]
-    path = tmp_path / f"broken{suffix}"
-    found = broken(name, change)
-    found |= {n.replace("bn.", "good."): v for n, v in broken("bn.weight", lambda v: v).items()}
-    if suffix == ".npz":
-        np.savez(path, **found)
-    else:
-        pytest.importorskip("safetensors.numpy").save_file(found, path)
-    layers = {"good": trained(seed=5), "bn": trained(seed=6)}
-    before = {n: {k: np.copy(v) for k, v in x.state_dict().items()} for n, x in layers.items()}
-    with pytest.raises((TypeError, ValueError), match=message):
-        bn.load(path, layers)
-    for n, layer in layers.items():
-        for k, v in layer.state_dict().items():
-            np.testing.assert_array_equal(v, before[n][k])
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_a_file_that_is_cut(tmp_path, suffix):
-    path = tmp_path / f"model{suffix}"
-    bn.save(path, trained())
-    whole = path.read_bytes()
-    for length in (0, 5, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"path: got .*, which cannot be read \(.*expected a whole"):
-            bn.load(path, bn.BatchNorm(6))
-
-
-def test_pickles_are_not_read(tmp_path):
-    np.savez(tmp_path / "model.npz", weight=np.array([object()]))
-    with pytest.raises(ValueError, match="which cannot be read"):
-        bn.load(tmp_path / "model.npz", bn.BatchNorm(6))
-
-
-def test_without_safetensors_it_says_so(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(ImportError, match=r"not installed, expected it: pip install 'batchnorm\[safe"):
-        bn.save(tmp_path / "model.safetensors", trained())
-    assert not list(tmp_path.iterdir())
+def trained_arrays(prefix=""):
+    """A saved layer under PyTorch's names."""
+    return {prefix + name: v for name, v in bn.to_state(trained(), "torch").arrays.items()}
 
 
 def test_errors(tmp_path):
@@ -265,3 +163,137 @@ def test_errors(tmp_path):
         bn.save(tmp_path / "model.h5", layer)
     with pytest.raises(FileNotFoundError):
         bn.load(tmp_path / "nothing.npz", layer)
+
+
+DYADIC = np.asarray([0.5, 1.25, -3.0])  # exact in bfloat16
+
+
+def a_bfloat16_layer(library):
+    xp = pytest.importorskip(library)
+    layer = bn.BatchNorm(3, xp=xp, dtype=xp.bfloat16)
+    layer.gamma = xp.asarray(DYADIC, dtype=xp.bfloat16)
+    return layer
+
+
+def test_from_bfloat16_of_pytorch():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.BatchNorm2d(3)
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(DYADIC))
+        module.running_var.copy_(torch.from_numpy(abs(DYADIC)))
+    layer = bn.from_state(module.bfloat16().state_dict(), "torch")
+    np.testing.assert_array_equal(layer.gamma, DYADIC)
+    np.testing.assert_array_equal(layer.running_var, abs(DYADIC))
+
+
+def settled(dtype, **settings):
+    layer = bn.BatchNorm(3, **settings)
+    layer(np.random.default_rng(0).normal(size=(5, 3)).astype(dtype))
+    layer.update()
+    return layer
+
+
+def read(dtype):
+    arrays = {n: np.asarray([0.1, 0.2, 0.3], dtype) for n in FORMATS["keras"].names}
+    return bn.from_state(arrays, "keras")
+
+
+DTYPES = {
+    "fresh": (lambda: bn.BatchNorm(3), np.float32),
+    "fresh without parameters": (lambda: bn.BatchNorm(3, affine=False), np.float32),
+    "to be float64": (lambda: bn.BatchNorm(3, dtype=np.float64), np.float64),
+    "to be float64, without parameters": (
+        lambda: bn.BatchNorm(3, dtype="double", affine=False),
+        np.float64,
+    ),
+    "settled in float16": (lambda: settled(np.float16), np.float32),
+    "settled in float32": (lambda: settled(np.float32), np.float32),
+    "settled in float64": (lambda: settled(np.float64), np.float64),
+    "from float32": (lambda: read(np.float32), np.float32),
+    "from float64": (lambda: read(np.float64), np.float64),
+}
+
+
+@pytest.mark.parametrize("which", DTYPES)
+@pytest.mark.parametrize("framework", FORMATS)
+def test_dtypes_are_those_of_the_framework_s_layer(which, framework):
+    make, dtype = DTYPES[which]
+    arrays = bn.to_state(make(), framework).arrays
+    assert {v.dtype for v in arrays.values() if v.dtype.kind == "f"} == {np.dtype(dtype)}
+
+
+def test_a_dtype_of_another_library_counts():
+    torch = pytest.importorskip("torch")
+    arrays = bn.to_state(bn.BatchNorm(3, dtype=torch.float64), "keras").arrays
+    assert arrays["gamma"].dtype == np.float64
+
+
+def test_statistics_beyond_float32_are_refused():
+    layer = settled(np.float32)
+    layer.running_var = np.asarray([1.0, 1e39, 1.0])
+    with pytest.raises(ValueError, match="running_var: got numbers beyond float32, expected numbers"):
+        bn.to_state(layer, "torch")
+
+
+def test_a_state_is_a_copy():
+    layer = settled(np.float32)
+    state = bn.to_state(layer, "torch")
+    layer.gamma[...] = 7
+    layer.running_mean[...] = 7
+    np.testing.assert_array_equal(state.arrays["weight"], np.ones(3))
+    assert (state.arrays["running_mean"] != 7).all()
+    state.arrays["bias"][...] = 5
+    np.testing.assert_array_equal(layer.beta, np.zeros(3))
+
+
+def test_big_endian_arrays(tmp_path):
+    arrays = trained_arrays()
+    big = {name: v.astype(v.dtype.newbyteorder(">")) for name, v in arrays.items()}
+    np.savez(tmp_path / "model.npz", **big)
+    layer = bn.BatchNorm(6)
+    bn.load(tmp_path / "model.npz", layer)
+    for found in (layer, bn.from_state(big, "torch")):
+        np.testing.assert_array_equal(found.gamma, arrays["weight"])
+        np.testing.assert_array_equal(found.running_var, arrays["running_var"])
+        assert found.num_batches_tracked == 3
+
+
+COUNTS = {
+    "(1,)": (np.asarray([3]), r"shape \(1,\)"),
+    "NaN": (np.asarray(np.nan), "nan"),
+    "infinity": (np.asarray(np.inf), "inf"),
+    "a string": (np.asarray("3"), "'3'"),
+    "a part": (np.asarray(5.7), r"5\.7"),
+    "negative": (np.asarray(-2), "-2"),
+    "a truth": (np.asarray(True), "True"),
+}
+
+
+@pytest.mark.parametrize("what", COUNTS)
+def test_a_number_of_batches_that_is_none(tmp_path, what):
+    count, got = COUNTS[what]
+    message = f"num_batches_tracked: got {got}, expected a whole number >= 0"
+    arrays = trained_arrays() | {"num_batches_tracked": count}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        bn.from_state(arrays, "torch")
+    np.savez(tmp_path / "model.npz", **{f"bn.{name}": v for name, v in arrays.items()})
+    layer = bn.BatchNorm(6)
+    with pytest.raises(ValueError, match=f"^bn.{message}"):
+        bn.load(tmp_path / "model.npz", {"bn": layer})
+    np.testing.assert_array_equal(layer.gamma, np.ones(6))
+
+
+def test_a_number_of_batches_in_a_file_of_floats():
+    arrays = {name: v.astype(np.float16) for name, v in trained_arrays().items()}
+    layer = bn.from_state(arrays, "torch")
+    assert layer.num_batches_tracked == 3
+    assert type(layer.num_batches_tracked) is int
+
+
+def test_an_axis_in_a_list():
+    """As Keras has it in a config."""
+    layer = read(np.float32)
+    state = bn.to_state(layer, "keras")
+    back = bn.from_state(state.arrays, "keras", {**state.settings, "axis": [3]})
+    assert back.axis == 3
+    assert back(np.zeros((2, 4, 4, 3), np.float32)).shape == (2, 4, 4, 3)

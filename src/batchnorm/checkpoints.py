@@ -1,4 +1,4 @@
-"""Trained layers in and out: four frameworks' names and conventions in memory, and files.
+"""Trained layers in and out: four frameworks' names and conventions, in memory and in files.
 
 A framework's state is the arrays that its layer holds, under its names, and the settings that make
 that layer, in its words. Running variances are taken as they are: only what later training adds to
@@ -7,17 +7,16 @@ them follows a framework's convention (`correction`).
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
 
-from batchnorm import checks
+from batchnorm import checks, files
 from batchnorm.layer import PARAMETERS, RUNNING, BatchNorm
+from batchnorm.layout import float_name
 from batchnorm.presets import PRESETS
 from batchnorm.state import checked
 
@@ -28,7 +27,7 @@ class State(NamedTuple):
     """A batch norm in a framework's names and words."""
 
     arrays: dict[str, Array]
-    """NumPy arrays."""
+    """NumPy arrays, copies."""
     settings: dict[str, Any]
     """Arguments of the framework's layer, or attributes of its node."""
 
@@ -117,33 +116,31 @@ def to_state(layer: BatchNorm, framework: str) -> State:
     Returns
     -------
     State
-        `arrays`, as NumPy's, and `settings`, the arguments of the framework's layer. PyTorch's and
-        ONNX's have their channels at axis 1, whatever `axis` the layer has.
+        `arrays`, as NumPy's and no views of the layer's, and `settings`, the arguments of the
+        framework's layer. PyTorch's and ONNX's have their channels at axis 1, whatever `axis` the layer
+        has. All arrays are float64 where the layer's parameters are, and float32 where they are
+        narrower, as the framework's layer would hold them. A layer whose dtype neither `dtype` nor an
+        input has decided, or that has no parameters, counts as float32, unless its parameters would
+        lose digits.
 
     Raises
     ------
     TypeError, ValueError
-        An unknown framework, a layer without running statistics, or a cumulative average
-        (``momentum=None``) for a framework that has none.
+        An unknown framework, a layer without running statistics, statistics beyond float32, or a
+        cumulative average (``momentum=None``) for a framework that has none.
     """
     import numpy as np
 
     form = _format(framework)
-    if not isinstance(layer, BatchNorm):
-        checks.fail(TypeError, "layer", f"a {type(layer).__name__}", "a BatchNorm")
-    if not layer.track_running_stats:
-        checks.fail(ValueError, "layer", "one without running statistics", "one with them")
+    own, dtype = _held(layer)
     if layer.momentum is None and framework != "torch":
         got = f"momentum None, a cumulative average, which {framework} does not have"
         checks.fail(ValueError, "layer", got, "a number")
-    own = layer.state_dict()
+    own |= {name: _rounded(name, own[name], dtype) for name in RUNNING}
     if not layer.affine and framework == "onnx":  # whose operator always has both
         shape = own["running_mean"].shape
-        own = {"gamma": np.ones(shape, np.float32), "beta": np.zeros(shape, np.float32)} | own
-    pairs = zip(OURS, form.names, strict=True)
-    arrays = {theirs: _numpy(own[ours]) for ours, theirs in pairs if ours in own}
-    if form.batches:
-        arrays[form.batches] = np.asarray(int(own[COUNT]))
+        own = {"gamma": np.ones(shape, dtype), "beta": np.zeros(shape, dtype)} | own
+    arrays = _named(own, form)
     settings: dict[str, Any] = {form.eps: layer.eps}
     settings["momentum"] = None if layer.momentum is None else _exact(form.momentum(layer.momentum))
     settings |= dict.fromkeys(form.switches, layer.affine)
@@ -160,8 +157,8 @@ def from_state(
     Parameters
     ----------
     arrays : mapping of str to array
-        Under the framework's names. What its layer may leave out (gamma, beta, the number of batches)
-        may be missing.
+        Under the framework's names, of any library. What its layer may leave out (gamma, beta, the
+        number of batches) may be missing.
     framework : {"torch", "keras", "flax", "onnx"}
         Whose names and words they are.
     settings : mapping, optional
@@ -202,9 +199,10 @@ def from_state(
         dtype = next(given[name].dtype for name in PARAMETERS if name in given)
         given = {"gamma": np.ones(shape, dtype), "beta": np.zeros(shape, dtype)} | given
     layer = BatchNorm(shape[0] if len(shape) == 1 else shape, affine=affine, **words)
-    state: dict[str, Any] = dict(given)
-    state[COUNT] = int(arrays[form.batches]) if form.batches in arrays else 0
-    _load({"": layer}, {"": state}, dict(zip(OURS, form.names, strict=True)))
+    if form.batches in arrays:
+        given[COUNT] = _numpy(arrays[form.batches])
+    names = dict(zip(OURS, form.names, strict=True)) | {COUNT: form.batches}
+    _load({"": layer}, {"": given}, names)
     return layer.eval()
 
 
@@ -215,6 +213,7 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
     ----------
     path : path
         A ``.safetensors`` file (with the package `safetensors`) or an ``.npz`` file, without pickle.
+        Parameters are in float32 or float64, statistics in all the digits that the layer has.
     layers : BatchNorm, or mapping of str to BatchNorm
         One layer, or several under their prefixes: ``{"layer1.bn": layer}`` is written as
         ``layer1.bn.weight`` and so on.
@@ -224,19 +223,13 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
     TypeError, ValueError
         Another kind of file or of layer. Nothing is written then.
     """
-    write = _file(path)[1]
     several = layers if isinstance(layers, Mapping) else {"": layers}
     found = {
         _name(prefix, name): v
         for prefix, layer in several.items()
-        for name, v in to_state(layer, "torch").arrays.items()
+        for name, v in _named(_held(layer)[0], FORMATS["torch"]).items()
     }
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
-        write(partial, found)
-        partial.replace(path)  # a file is there whole or not at all
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write(path, found)
 
 
 def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNorm) -> None:
@@ -246,7 +239,8 @@ def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
     ----------
     path : path
         A ``.safetensors`` or ``.npz`` file with the names that PyTorch uses: of `save`, or a published
-        model's. What is not under a prefix of `layers` is left alone.
+        model's. What is not under a prefix of `layers` is not read. bfloat16 in a ``.safetensors`` file
+        needs the package `ml_dtypes`.
     layers : BatchNorm, or mapping of str to BatchNorm
         One layer, or several under their prefixes.
 
@@ -258,52 +252,117 @@ def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
         A file that is cut or of another kind; missing or unknown names under a prefix; a shape or dtype
         that does not fit; a variance below zero. Every layer is then as it was.
     """
-    arrays = _file(path)[0](Path(path))
+    held = files.names(path)
     several = layers if isinstance(layers, Mapping) else {"": layers}
     names = dict(zip(OURS, FORMATS["torch"].names, strict=True)) | {COUNT: COUNT}
-    states = {}
+    wanted: dict[str, dict[str, str]] = {}
     for prefix, layer in several.items():
         if not isinstance(layer, BatchNorm):
             checks.fail(TypeError, "layers", f"a {type(layer).__name__}", "a BatchNorm")
-        mine = {
-            name.removeprefix(_name(prefix, "")): v
-            for name, v in arrays.items()
-            if name.startswith(_name(prefix, ""))
-        }
-        needed = {names[ours] for ours in layer.state_dict()} - {COUNT}
-        if not needed <= set(mine) <= needed | {COUNT}:
+        above = _name(prefix, "")
+        mine = {name.removeprefix(above) for name in held if name.startswith(above)}
+        own = {ours: names[ours] for ours in layer.state_dict()}
+        needed = {*own.values()} - {COUNT}
+        if not needed <= mine <= needed | {COUNT}:
             got = f"names {sorted(mine)} under {prefix!r} in {os.fspath(path)}"
             checks.fail(ValueError, "layers", got, f"{sorted(needed)}")
-        state = {ours: mine[theirs] for ours, theirs in names.items() if theirs in mine}
-        if COUNT in layer.state_dict():
-            state[COUNT] = int(mine.get(COUNT, 0))
-        states[prefix] = state
+        wanted[prefix] = {ours: above + theirs for ours, theirs in own.items() if theirs in mine}
+    arrays = files.read(path, [name for found in wanted.values() for name in found.values()])
+    states = {
+        prefix: {ours: _numpy(arrays[name]) for ours, name in found.items()}
+        for prefix, found in wanted.items()
+    }
     _load(several, states, names)
 
 
 def _load(
-    layers: Mapping[str, BatchNorm], states: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]
+    layers: Mapping[str, BatchNorm], states: Mapping[str, dict[str, Any]], names: Mapping[str, str]
 ) -> None:
     """Check every state, then load every one."""
     import numpy as np
 
     for prefix, layer in layers.items():
-        own = layer.state_dict()
-        for name, v in states[prefix].items():
+        own, state = layer.state_dict(), states[prefix]
+        for name, v in state.items():
             if name == COUNT:
                 continue
             theirs = _name(prefix, names[name])
-            if v.dtype.kind != "f" and v.dtype.name != "bfloat16":
+            if v.dtype.kind != "f":
                 checks.fail(TypeError, theirs, f"dtype {v.dtype}", "a floating one")
             if v.shape != own[name].shape:
                 checks.fail(ValueError, theirs, f"shape {v.shape}", f"{tuple(own[name].shape)}")
-            if not np.all(np.isfinite(v.astype(np.float64))):
+            if not np.all(np.isfinite(v)):
                 checks.fail(ValueError, theirs, "a number that is infinite or NaN", "finite numbers")
             if name == "running_var" and not np.all(v >= 0):
                 checks.fail(ValueError, theirs, "a variance below zero", "variances >= 0")
-        checked(states[prefix], own)
+        if COUNT in own:
+            state[COUNT] = _batches(_name(prefix, names[COUNT]), state[COUNT]) if COUNT in state else 0
+        checked(state, own)
     for prefix, layer in layers.items():
         layer.load_state_dict(states[prefix])
+
+
+def _batches(argument: str, v: Array) -> int:
+    """A number of batches: a whole one, also where a file holds all that it has in a floating dtype."""
+    number = v.item() if v.shape == () and v.dtype.kind in "iuf" else -1
+    if not (0 <= number < math.inf and number == int(number)):
+        got = f"{v.item()!r}" if v.shape == () else f"shape {v.shape}"
+        checks.fail(ValueError, argument, got, "a whole number >= 0")
+    return int(number)
+
+
+def _held(layer: BatchNorm) -> tuple[dict[str, Array], Any]:
+    """NumPy copies of what a layer holds, the statistics in all their digits; its parameters' dtype."""
+    if not isinstance(layer, BatchNorm):
+        checks.fail(TypeError, "layer", f"a {type(layer).__name__}", "a BatchNorm")
+    if not layer.track_running_stats:
+        checks.fail(ValueError, "layer", "one without running statistics", "one with them")
+    own = {name: v if name == COUNT else _numpy(v) for name, v in layer.state_dict().items()}
+    parameters = {name: own[name] for name in PARAMETERS if name in own}
+    dtype = _dtype(layer, parameters)
+    return own | {name: _rounded(name, v, dtype) for name, v in parameters.items()}, dtype
+
+
+def _dtype(layer: BatchNorm, parameters: Mapping[str, Array]) -> Any:
+    """The dtype of a framework's layer with these parameters: float64, or float32 for all others."""
+    import numpy as np
+
+    if parameters and layer._settled:
+        wide = any(v.dtype == np.float64 for v in parameters.values())
+    elif layer.dtype is not None:
+        wide = _is_float64(layer.dtype)
+    else:  # the first input is to decide: float64 only where float32 would lose digits until then
+        with np.errstate(over="ignore"):
+            wide = any(not np.array_equal(v, v.astype(np.float32)) for v in parameters.values())
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def _is_float64(dtype: Any) -> bool:
+    import numpy as np
+
+    try:
+        return bool(np.dtype(dtype) == np.float64)
+    except TypeError:  # a dtype of another library
+        return str(dtype).endswith("float64")
+
+
+def _rounded(name: str, v: Array, dtype: Any) -> Array:
+    """A vector in the dtype of a framework's layer, if that holds it."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        rounded = v.astype(dtype)
+    if not np.array_equal(np.isfinite(rounded), np.isfinite(v)):
+        checks.fail(ValueError, name, f"numbers beyond {dtype}", f"numbers that {dtype} holds")
+    return rounded
+
+
+def _named(own: Mapping[str, Any], form: Format) -> dict[str, Array]:
+    """What a layer holds, under a framework's names."""
+    import numpy as np
+
+    names = zip((*OURS, COUNT), (*form.names, form.batches), strict=True)
+    return {theirs: np.asarray(own[ours]) for ours, theirs in names if theirs and ours in own}
 
 
 def _name(prefix: str, name: str) -> str:
@@ -333,7 +392,8 @@ def _words(form: Format, framework: str, settings: Mapping[str, Any]) -> dict[st
         theirs = settings["momentum"]
         words["momentum"] = None if theirs is None else _exact(form.momentum(theirs))
     if "axis" in settings:
-        words["axis"] = settings["axis"]
+        axis = settings["axis"]  # a list in what Keras writes
+        words["axis"] = (axis[0] if len(axis) == 1 else tuple(axis)) if isinstance(axis, list) else axis
     return words
 
 
@@ -342,78 +402,18 @@ def _exact(momentum: float) -> float:
     return round(momentum, 15)
 
 
-def _numpy(v: Array) -> Array:
-    """A NumPy array of the same numbers."""
+def _numpy(v: Any) -> Array:
+    """A NumPy copy of the same numbers, in the machine's byte order."""
     import numpy as np
 
-    if compat.is_numpy_array(v):
-        return v
-    if hasattr(v, "detach"):
-        v = v.detach().cpu()
+    v = v if compat.is_array_api_obj(v) else np.asarray(v)
+    xp = compat.array_namespace(v)
+    if float_name(xp, v.dtype) == "bfloat16":  # which NumPy does not have, and float32 holds exactly
+        v = xp.astype(v, xp.float32)
+    if compat.is_torch_array(v) or compat.is_cupy_array(v):
+        v = compat.to_device(v.detach() if hasattr(v, "detach") else v, "cpu")
     try:
-        return np.from_dlpack(v)
+        v = np.from_dlpack(v)
     except (AttributeError, BufferError, TypeError, RuntimeError):
-        return np.asarray(v)
-
-
-# Files.
-
-
-def _read_npz(path: Path) -> dict[str, Array]:
-    import numpy as np
-
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
-def _write_npz(path: Path, arrays: dict[str, Array]) -> None:
-    import numpy as np
-
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors.numpy")
-    except ImportError:
-        got = "a .safetensors file, but safetensors is not installed"
-        checks.fail(ImportError, "path", got, "it: pip install 'batchnorm[safetensors]'")
-
-
-def _read_safetensors(path: Path) -> dict[str, Array]:
-    return dict(_safetensors().load_file(path))
-
-
-def _write_safetensors(path: Path, arrays: dict[str, Array]) -> None:
-    import numpy as np
-
-    _safetensors().save_file({name: np.asarray(v, order="C") for name, v in arrays.items()}, path)
-
-
-_Read = Callable[[Path], dict[str, Array]]
-_Write = Callable[[Path, dict[str, Array]], None]
-_FILES: dict[str, tuple[_Read, _Write]] = {
-    ".npz": (_read_npz, _write_npz),
-    ".safetensors": (_read_safetensors, _write_safetensors),
-}
-
-
-def _file(path: Any) -> tuple[_Read, _Write]:
-    """How a kind of file is read and written."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FILES:
-        checks.fail(ValueError, "path", os.fspath(path), f"a file that ends in {' or '.join(_FILES)}")
-    read, write = _FILES[suffix]
-
-    def reading(path: Path) -> dict[str, Array]:
-        try:
-            return read(path)
-        except (FileNotFoundError, ImportError):
-            raise
-        except Exception as error:  # each library has errors of its own for what is cut or foreign
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            got = f"{os.fspath(path)}, which cannot be read ({reason})"
-            checks.fail(ValueError, "path", got, f"a whole {suffix} file")
-
-    return reading, write
+        v = np.asarray(v)
+    return np.array(v, v.dtype.newbyteorder("="))
