@@ -81,19 +81,23 @@ def test_a_model_with_constants_subgraphs_and_training():
         helper.make_node("Constant", [], [n], value=arrays.from_array(v, n))
         for n, v in zip(names, values, strict=True)
     ]
-    inner = helper.make_node("BatchNormalization", ["x", *names], ["z"], name="inner")
+    branches = []
+    for name in ("inner", "other"):
+        node = helper.make_node("BatchNormalization", ["x", *names], [f"z_{name}"], name=name)
+        ends = [helper.make_tensor_value_info(f"z_{name}", 1, None)]
+        branches.append(helper.make_graph([node], "branch", [], ends))
     outer = helper.make_node(
         "BatchNormalization", ["x", *names], ["y", "m2", "v2"], training_mode=1, momentum=0.8
     )
     value = helper.make_tensor_value_info
-    branch = helper.make_graph([inner], "branch", [], [value("z", 1, None)])
-    condition = helper.make_node("If", ["c"], ["w"], then_branch=branch, else_branch=branch)
+    then, other = branches
+    condition = helper.make_node("If", ["c"], ["w"], then_branch=then, else_branch=other)
     inputs = [value("x", 1, [2, 3, 4]), value("c", 9, [])]
     graph = helper.make_graph(
         [*constants, outer, condition], "g", inputs, [value("y", 1, None), value("w", 1, None)]
     )
     found = from_onnx(helper.make_model(graph))
-    assert list(found) == ["y", "inner"]
+    assert list(found) == ["y", "other", "inner"], "the helper sorts the branches by name"
     assert found["y"].batch_statistics
     assert not found["inner"].batch_statistics
     assert found["y"].momentum == 0.2
@@ -117,3 +121,143 @@ def test_errors():
         to_onnx(layer, opset=9)
     with pytest.raises(TypeError, match="node: got Relu, expected a BatchNormalization node"):
         run(onnx.helper.make_node("Relu", ["x"], ["y"]), *[np.ones(3)] * 5)
+
+
+VALUES = {name: np.full(3, k, np.float32) for name, k in zip("sbmv", (2, 1, 0.5, 4), strict=True)}
+
+
+def a_node(outputs=("y",), name="bn", inputs=("x", *VALUES), **attributes):
+    return onnx.helper.make_node("BatchNormalization", inputs, outputs, name=name, **attributes)
+
+
+def a_model(nodes, opset=15, functions=(), initializers=VALUES):
+    helper = onnx.helper
+    tensors = [onnx.numpy_helper.from_array(v, name) for name, v in initializers.items()]
+    ends = [helper.make_tensor_value_info(end, 1, [2, 3]) for end in ("x", nodes[-1].output[0])]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("mine", 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [
+        (bn.BatchNorm(4), np.float32),
+        (bn.BatchNorm(4, affine=False), np.float32),
+        (bn.BatchNorm(4, dtype=np.float64), np.float64),
+    ],
+    ids=["fresh", "without parameters", "float64"],
+)
+def test_dtypes_of_a_model(layer, dtype):
+    model = to_onnx(layer)
+    assert {onnx.numpy_helper.to_array(t).dtype for t in model.graph.initializer} == {np.dtype(dtype)}
+    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    assert model.graph.input[0].type.tensor_type.elem_type == element
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_dtype_comes_back(dtype):
+    values = {name: np.asarray([0.1, 0.2, 0.3], dtype) for name in "sbmv"}
+    layer = from_onnx(a_model([a_node()], initializers=values))["bn"]
+    for tensor in to_onnx(layer).graph.initializer:
+        found = onnx.numpy_helper.to_array(tensor)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, values["s"])
+
+
+def test_nodes_that_share_a_name_go_by_their_outputs():
+    second = a_node(["y"], inputs=["y1", "b", "s", "m", "v"])
+    found = from_onnx(a_model([a_node(["y1"]), second]))
+    assert list(found) == ["y1", "y"]
+    np.testing.assert_array_equal(found["y1"].gamma, VALUES["s"])
+    np.testing.assert_array_equal(found["y"].gamma, VALUES["b"])
+
+
+def test_nodes_that_share_name_and_output_are_refused():
+    branch = onnx.helper.make_graph(
+        [a_node(["z"])], "branch", [], [onnx.helper.make_tensor_value_info("z", 1, None)]
+    )
+    both = onnx.helper.make_node("If", ["c"], ["w"], then_branch=branch, else_branch=branch)
+    with pytest.raises(ValueError, match="model: got two nodes 'z', expected nodes that differ in"):
+        from_onnx(a_model([both]))
+
+
+def a_function(opset=15):
+    helper = onnx.helper
+    inner = a_node(name="inner")
+    reference = onnx.AttributeProto(name="epsilon", ref_attr_name="eps", type=onnx.AttributeProto.FLOAT)
+    inner.attribute.append(reference)
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_function("mine", "Norm", ["x", *VALUES], ["y"], [inner], opsets, ["eps"])
+
+
+def calls():
+    make = onnx.helper.make_node
+    return [
+        make("Norm", ["x", *VALUES], ["y1"], domain="mine", eps=0.5),
+        make("Norm", ["y1", "b", "s", "m", "v"], ["y2"], domain="mine", eps=0.25),
+    ]
+
+
+def test_nodes_in_functions_are_found_at_each_call():
+    model = a_model(calls(), functions=[a_function()])
+    onnx.checker.check_model(model)
+    first, second = from_onnx(model).values()
+    assert (first.eps, second.eps) == (0.5, 0.25)
+    np.testing.assert_array_equal(first.gamma, VALUES["s"])
+    np.testing.assert_array_equal(second.gamma, VALUES["b"])
+    assert len(model.functions) == 1, "the model is as it was"
+
+
+def test_a_function_of_another_opset_is_refused():
+    with pytest.raises(ValueError, match="model: got batch norm in the function 'Norm', which"):
+        from_onnx(a_model(calls(), functions=[a_function(opset=9)]))
+
+
+def test_constants_of_numbers():
+    constants = [
+        onnx.helper.make_node("Constant", [], [name], value_floats=v.tolist())
+        for name, v in VALUES.items()
+    ]
+    layer = from_onnx(a_model([*constants, a_node()], initializers={}))["bn"]
+    np.testing.assert_array_equal(layer.running_var, VALUES["v"])
+    assert to_onnx(layer).graph.initializer[0].data_type == onnx.TensorProto.FLOAT
+    alone = onnx.helper.make_node("Constant", [], ["s"], value_float=2.0)
+    rest = {name: v for name, v in VALUES.items() if name != "s"}
+    with pytest.raises(ValueError, match=r"scale: got shape \(\), expected \(3,\)"):
+        from_onnx(a_model([alone, a_node()], initializers=rest))
+
+
+FIVE = ("y", "m2", "v2", "m3", "v3")
+NODES = {
+    "6, as it is": (6, a_node(), True),
+    "6, is_test=0": (6, a_node(FIVE, is_test=0), True),
+    "6, is_test=1": (6, a_node(is_test=1), False),
+    "9, one output": (9, a_node(), False),
+    "9, five outputs": (9, a_node(FIVE), True),
+    "9, outputs left out": (9, a_node(("y", "", "")), False),
+    "14, as it is": (14, a_node(), False),
+    "14, training_mode=1": (14, a_node(training_mode=1), True),
+}
+
+
+@pytest.mark.parametrize("which", NODES)
+def test_training_before_there_was_a_training_mode(which):
+    opset, node, training = NODES[which]
+    layer = from_onnx(a_model([node], opset))["bn"]
+    assert layer.batch_statistics is training
+    assert layer.update_statistics is training
+
+
+def test_nodes_that_are_no_batch_norm_by_channel():
+    node = a_node(spatial=0)
+    with pytest.raises(ValueError, match="model: got node 'bn' with spatial=0, expected spatial=1"):
+        from_onnx(a_model([node], 7))
+    with pytest.raises(ValueError, match="node: got node 'bn' with spatial=0, expected spatial=1"):
+        run(node, *[np.ones(3)] * 5)
+    for node in (a_node(FIVE), a_node(is_test=0)):
+        with pytest.raises(ValueError, match="node: got node 'bn' in training as before opset 14"):
+            run(node, *[np.ones(3)] * 5)
+    x = data.batch((4, 3))
+    (y,) = run(a_node(is_test=1, spatial=1), x, *VALUES.values())
+    np.testing.assert_allclose(y, 2 * (x - 0.5) / np.sqrt(4 + 1e-5) + 1, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,8 @@ Needs the package `onnx`, which is imported at the first call.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,15 @@ from batchnorm.moments import update_running
 
 Array = Any
 OPERATOR = "BatchNormalization"
+DOMAIN = ("", "ai.onnx")
 NAMES = FORMATS["onnx"].names
 FIRST_OPSET = 15  # since which the operator is as it is
+# Since which opset what says that a node is in training.
+TRAINING: dict[int, Callable[[Any, dict[str, Any]], bool]] = {
+    14: lambda node, found: bool(found.get("training_mode", 0)),
+    7: lambda node, found: _outputs(node) > 1,
+    0: lambda node, found: not found.get("is_test", 0),
+}
 
 
 def _onnx() -> Any:
@@ -38,54 +46,105 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     Parameters
     ----------
     model : onnx.ModelProto
-        A model whose BatchNormalization nodes have their parameters as initializers or constants.
+        A model whose BatchNormalization nodes have their parameters as initializers or constants, in
+        its graph, in subgraphs or in its own functions.
 
     Returns
     -------
     dict of str to BatchNorm
-        A layer for each node, by the node's name, or its first output's where it has none; in the
-        order of the graph, those of subgraphs after their node. In inference mode, or in training
-        where the node's ``training_mode`` is 1.
+        A layer for each node, by the node's name, or its first output's where it has none or shares
+        it; in the order of the graph, those of subgraphs after their node, those of a function at each
+        of its calls, under the names that ``onnx.inliner`` gives them. In inference mode, or in
+        training where the node is: by ``training_mode``, by its outputs before opset 14, by
+        ``is_test`` before opset 7.
 
     Raises
     ------
     TypeError, ValueError
-        Not a model, or a node whose parameters are not in the model or do not fit.
+        Not a model; a node whose parameters are not in the model or do not fit, or with
+        ``spatial=0``; two nodes that share the name and the output; a function of another opset.
     """
     onnx = _onnx()
     if not isinstance(model, onnx.ModelProto):
         checks.fail(TypeError, "model", f"a {type(model).__name__}", "an onnx.ModelProto")
-    return dict(_layers(onnx, model.graph, {}))
+    if any(map(_normalizes, model.functions)):
+        model = importlib.import_module("onnx.inliner").inline_local_functions(model)
+    for function in filter(_normalizes, model.functions):
+        got = f"batch norm in the function {function.name!r}, which onnx.inliner does not inline"
+        checks.fail(ValueError, "model", got, "functions of the model's own opset")
+    opset = next((o.version for o in model.opset_import if o.domain in DOMAIN), 1)
+    found = list(_layers(onnx, model.graph, {}, opset))
+    times = Counter(node.name for node, _ in found)
+    layers: dict[str, BatchNorm] = {}
+    for node, layer in found:
+        name = node.name if node.name and times[node.name] == 1 else node.output[0]
+        if name in layers:
+            checks.fail(
+                ValueError, "model", f"two nodes {name!r}", "nodes that differ in name or output"
+            )
+        layers[name] = layer
+    return layers
 
 
-def _layers(onnx: Any, graph: Any, outer: dict[str, Any]) -> Iterator[tuple[str, BatchNorm]]:
+def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterator[tuple[Any, BatchNorm]]:
+    """Each batch norm of a graph and its subgraphs, as node and layer."""
     known = outer | {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant":
+        if node.op_type == "Constant" and node.domain in DOMAIN:
             for attribute in node.attribute:
-                if attribute.name == "value":
-                    known[node.output[0]] = attribute.t
-        if node.op_type == OPERATOR and node.domain in ("", "ai.onnx"):
-            name = node.name or node.output[0]
+                if attribute.name in ("value", "value_float", "value_floats"):
+                    known[node.output[0]] = onnx.helper.get_attribute_value(attribute)
+        if _is_ours(node):
             missing = [tensor for tensor in node.input[1:5] if tensor not in known]
             if missing or len(node.input) < 5:
-                got = f"node {name!r} with {missing or len(node.input)} not in the model"
+                got = f"{_called(node)} with {missing or len(node.input)} not in the model"
                 checks.fail(ValueError, "model", got, "parameters as initializers or constants")
-            tensors = (onnx.numpy_helper.to_array(known[tensor]) for tensor in node.input[1:5])
-            settings = _settings(onnx, node)
-            training = settings.pop("training_mode", 0)
-            layer = from_state(dict(zip(NAMES, tensors, strict=True)), "onnx", settings)
-            yield name, layer.train(bool(training))
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _layers(onnx, inner, known)
+            arrays = {n: _array(onnx, known[t]) for n, t in zip(NAMES, node.input[1:5], strict=True)}
+            settings = _settings(onnx, node, "model")
+            training = next(says for since, says in TRAINING.items() if opset >= since)(node, settings)
+            settings = {n: v for n, v in settings.items() if n in ("epsilon", "momentum")}
+            yield node, from_state(arrays, "onnx", settings).train(training)
+        for inner in _subgraphs(node):
+            yield from _layers(onnx, inner, known, opset)
 
 
-def _settings(onnx: Any, node: Any) -> dict[str, Any]:
+def _is_ours(node: Any) -> bool:
+    return bool(node.op_type == OPERATOR and node.domain in DOMAIN)
+
+
+def _called(node: Any) -> str:
+    return f"node {node.name or node.output[0]!r}"
+
+
+def _outputs(node: Any) -> int:
+    """How many outputs a node has; those left out have an empty name."""
+    return sum(map(bool, node.output))
+
+
+def _subgraphs(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
+
+
+def _normalizes(graph: Any) -> bool:
+    """Whether a graph or a function has a batch norm, however deep."""
+    return any(_is_ours(node) or any(map(_normalizes, _subgraphs(node))) for node in graph.node)
+
+
+def _array(onnx: Any, value: Any) -> Array:
+    """The array of an initializer or of a Constant's attribute."""
+    if isinstance(value, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(value)
+    return np.asarray(value, np.float32)
+
+
+def _settings(onnx: Any, node: Any, argument: str) -> dict[str, Any]:
     """A node's attributes. ONNX holds float32: the nearest short decimal is meant."""
     found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    known = ("epsilon", "momentum", "training_mode")
-    return {n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in found.items() if n in known}
+    if not found.get("spatial", 1):
+        expected = "spatial=1, statistics for each channel"
+        checks.fail(ValueError, argument, f"{_called(node)} with spatial=0", expected)
+    return {n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in found.items()}
 
 
 def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | None = None) -> Any:
@@ -105,8 +164,8 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     Returns
     -------
     onnx.ModelProto
-        Which passes onnx's checker. x is float32, or float64 for a layer in float64, of shape
-        (N, C, ...), in which all but C may be anything.
+        Which passes onnx's checker. x is float32, or float64 for a layer in float64 (as in
+        `to_state`), of shape (N, C, ...), in which all but C may be anything.
 
     Raises
     ------
@@ -120,15 +179,11 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     state = to_state(layer, "onnx")
     if layer.axis != 1:
         checks.fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")
-    kind = np.float64 if state.arrays["scale"].dtype == np.float64 else np.float32
-    tensors = [
-        onnx.numpy_helper.from_array(np.asarray(v, kind), f"{name}.{key}")
-        for key, v in state.arrays.items()
-    ]
+    tensors = [onnx.numpy_helper.from_array(v, f"{name}.{key}") for key, v in state.arrays.items()]
     node = onnx.helper.make_node(
         OPERATOR, ["x", *(tensor.name for tensor in tensors)], ["y"], name=name, **state.settings
     )
-    helper, element = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    helper, element = onnx.helper, tensors[0].data_type
     shape = ["N", layer.num_features, *(f"D{i}" for i in range(2, checks.whole("ndim", ndim, 2)))]
     ends = ([helper.make_tensor_value_info(end, element, shape)] for end in ("x", "y"))
     graph = helper.make_graph([node], name, *ends, tensors)
@@ -160,13 +215,17 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
     Raises
     ------
     TypeError, ValueError
-        Another node, or as `batch_norm`.
+        Another node, one in training without ``training_mode``, as before opset 14, or with
+        ``spatial=0``; and as `batch_norm`.
     """
     onnx = _onnx()
     if getattr(node, "op_type", None) != OPERATOR:
         got = getattr(node, "op_type", None) or f"a {type(node).__name__}"
         checks.fail(TypeError, "node", got, f"a {OPERATOR} node")
-    settings = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0} | _settings(onnx, node)
+    settings = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0} | _settings(onnx, node, "node")
+    if not settings["training_mode"] and (_outputs(node) > 1 or not settings.get("is_test", 1)):
+        got = f"{_called(node)} in training as before opset 14"
+        checks.fail(ValueError, "node", got, "training_mode=1 for more than inference")
     if not settings["training_mode"]:
         return (normalize(x, mean, var, scale, bias, eps=settings["epsilon"]),)
     y, stats = batch_norm(x, scale, bias, eps=settings["epsilon"])
