@@ -104,6 +104,51 @@ def test_transformations(name, kind):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("nothing", [np.nan, np.inf])
+def test_what_a_mask_leaves_out_may_be_anything(nothing, order):
+    """Gradients are those beside a finite value, where the loss does not look at it either."""
+    x, gamma, beta = arrays((6, 3))
+    mask = jnp.ones((6, 1), bool).at[4:].set(False)
+
+    def loss(x, gamma, beta):
+        y, _ = bn.batch_norm(x, gamma, beta, where=mask)
+        return (jnp.where(mask, y, 0.0) ** 3).sum()
+
+    def formula(x, gamma, beta):
+        y = gamma * (x[:4] - x[:4].mean(0)) / jnp.sqrt(x[:4].var(0) + 1e-5) + beta
+        return (y**3).sum()
+
+    def derivative(f):
+        first = jax.grad(f, argnums=(0, 1, 2))
+        if order == 1:
+            return first
+        return jax.grad(lambda *a: sum((v**2).sum() for v in first(*a)), argnums=(0, 1, 2))
+
+    mine = derivative(loss)(x.at[4:].set(nothing), gamma, beta)
+    right = derivative(formula)(x, gamma, beta)
+    for a, b in zip(mine, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gradient_of_the_backward_pass_beside_nan():
+    """To x, gamma and dy, where what weighs nothing is NaN."""
+    x, gamma, _ = arrays((6, 3))
+    dy = arrays((6, 3), seed=5)[0].at[4:].set(0.0)
+    mask = jnp.ones((6, 1), bool).at[4:].set(False)
+
+    def loss(x, gamma, dy, where, *, of):
+        stats = bn.moments(x, where=where)
+        dx, dgamma, _ = bn.batch_norm_backward(dy, x, stats, gamma, where=where)
+        return (dx[of] ** 3).sum() + (dgamma**2).sum()
+
+    gradient = jax.grad(functools.partial(loss, of=slice(4)), argnums=(0, 1, 2))
+    mine = gradient(x.at[4:].set(jnp.nan), gamma, dy, mask)
+    right = gradient(x[:4], gamma, dy[:4], None)
+    for a, b in zip(mine, right, strict=True):
+        np.testing.assert_allclose(a[:4], b[:4], rtol=1e-9, atol=1e-9)
+
+
 def test_which_kernels_run():
     """The pass with a rule, eager and traced; JAX's own derivative for gradients to weights and eps."""
     x = arrays()[0]

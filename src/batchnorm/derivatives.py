@@ -71,7 +71,7 @@ def batch_norm_jvp(
     at = _checked(x, stats, gamma, where, axis, dx=dx)
     checks.vectors(at, dgamma=dgamma, dbeta=dbeta)
     eps = checks.scalar("eps", eps, 0)
-    call = _Call.of(at, x, stats, gamma, where, eps)
+    call = _Call.of(at, x, stats, gamma, where, eps, dx, dgamma, dbeta)
     if dx is None:
         dx = at.xp.zeros_like(x)
     dy, total, total_x = _along(call, dx, dgamma, dbeta)
@@ -131,7 +131,7 @@ def batch_norm_double_backward(
     at = _checked(x, stats, gamma, where, axis, dy=dy, ddx=ddx)
     checks.vectors(at, ddgamma=ddgamma, ddbeta=ddbeta)
     eps = checks.scalar("eps", eps, 0)
-    call = _Call.of(at, x, stats, gamma, where, eps)
+    call = _Call.of(at, x, stats, gamma, where, eps, dy, ddx, ddgamma, ddbeta)
     xp, rstd, n, a = at.xp, call.rstd, call.n, call.a
     dy = compute(at, dy)  # (..., C, ...)
     u = xp.zeros_like(dy) if ddx is None else compute(at, ddx)  # (..., C, ...)
@@ -173,14 +173,23 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(
-        cls, at: Layout, x: Array, stats: Moments, gamma: Array | None, where: Array | None, eps: float
+        cls,
+        at: Layout,
+        x: Array,
+        stats: Moments,
+        gamma: Array | None,
+        where: Array | None,
+        eps: float,
+        *others: Array | None,
     ) -> _Call:
+        counted = stats.count if hasattr(stats.count, "dtype") else None
+        kernels = kernels_for(x, gamma, where, counted, *stats[1:], *others)
         x = compute(at, x)  # (..., C, ...)
         n = at.vector(stats.count)  # (C)
         n = at.xp.where(n > 0, n, at.xp.ones_like(n))  # (C)
         w = weights_of(where, x.ndim)
         rstd, a = slope(at, stats.var, gamma, eps)  # (C), (C)
-        return cls(kernels_for(x, gamma, where), at, x, w, centre(at, stats), n, rstd, a)
+        return cls(kernels, at, x, w, centre(at, stats), n, rstd, a)
 
 
 def _checked(
@@ -208,18 +217,19 @@ def _along(
     """The tangent of y along u, dgamma and dbeta, and Σw·u and Σw·u·x_hat."""
     at, xp = call.at, call.at.xp
     u = weighted = compute(at, u)  # (..., C, ...)
-    x = call.x  # (..., C, ...)
-    if call.w is not None:
+    x = finite = call.x  # (..., C, ...)
+    if call.w is not None:  # what weighs nothing may be NaN: its y is, but no other value's
         w = xp.astype(call.w, at.compute)  # (..., C, ...)
         weighted = xp.where(w > 0, w * u, xp.zeros_like(u))  # (..., C, ...)
-        x = xp.where(w > 0, x, call.mid.m)  # (..., C, ...): what weighs nothing may be NaN
+        x = xp.where(w > 0, x, call.mid.m)  # (..., C, ...)
+        finite = xp.where((w > 0) | xp.isfinite(call.x), call.x, call.mid.m)  # (..., C, ...)
     u1, u2 = _sums(call._replace(x=x), weighted, None)  # (C), (C)
     b = call.rstd * (at.vector(0.0 if dgamma is None else dgamma) - call.a * u2 / call.n)  # (C)
     c = at.vector(0.0 if dbeta is None else dbeta) - call.a * u1 / call.n - b * call.mid.rest  # (C)
     zero = xp.zeros_like(call.mid.m)  # (C)
     scaled = call.kernels.scale_shift(u, zero, compute(at, call.a), zero, at, None)  # (..., C, ...)
     unweighted = call._replace(w=None)
-    return _add(unweighted, scaled, call.x, call.mid.m, b, c), u1, u2
+    return _add(unweighted, scaled, finite, call.mid.m, b, c), u1, u2
 
 
 def _add(call: _Call, v: Array, x: Array, m: Array, b: Array, c: Array) -> Array:

@@ -68,9 +68,12 @@ def grad_input(
     """
     xp = at.xp
     dy = xp.astype(dy, at.compute, copy=False)  # (..., C, ...)
-    statistics = b * (xp.astype(x, at.compute, copy=False) - m) + c  # (..., C, ...)
-    if w is not None:
+    d = xp.astype(x, at.compute, copy=False) - m  # (..., C, ...)
+    if w is not None:  # a value without weight may be NaN: out before a product, for a gradient of this
         w = xp.astype(w, at.compute)
+        d = xp.where(w > 0, d, xp.zeros_like(d))
+    statistics = b * d + c  # (..., C, ...)
+    if w is not None:
         statistics = xp.where(w > 0, w * statistics, xp.zeros_like(statistics))
     return xp.astype(a * (dy + statistics), x.dtype, copy=False)  # (..., C, ...)
 
