@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import array_api_compat as compat
 
 from batchnorm.layout import FLOATS, Layout, float_name, layout
+from batchnorm.tracing import traced
 
 Array = Any
 
@@ -264,8 +265,10 @@ def _hidden(x: Array) -> bool:
     """Whether values cannot be looked at without running a graph. JAX's can, unless it is tracing."""
     if compat.is_cupy_array(x):
         return bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
-    if compat.is_torch_array(x) and x.device.type == "cuda":
-        return bool(sys.modules["torch"].cuda.is_current_stream_capturing())
+    if compat.is_torch_array(x):
+        if x.device.type == "cuda" and sys.modules["torch"].cuda.is_current_stream_capturing():
+            return True
+        return traced()
     return bool(compat.is_lazy_array(x) and not compat.is_jax_array(x))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,18 @@ import numpy as np
 from batchnorm.kernels import KernelSet
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
+from batchnorm.tracing import traced
 
 Array = Any
+
+
+_own_operators: ContextVar[str | None] = ContextVar("own_operators", default=None)
 
 
 def recorded(arrays: tuple[Array | None, ...]) -> str | None:
     """Why PyTorch has to see operators on these tensors, or None."""
     torch = sys.modules["torch"]
-    if torch.compiler.is_compiling():
+    if traced():
         return "PyTorch traces the tensors"
     gradients = torch.is_grad_enabled()
     for a in arrays:
@@ -33,11 +39,32 @@ def recorded(arrays: tuple[Array | None, ...]) -> str | None:
 def transformed() -> str | None:
     """Why PyTorch has to see its own operators, or None: it knows how to transform only these."""
     torch = sys.modules["torch"]
+    why = _own_operators.get()
+    if why is not None:
+        return why
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms the tensors"
     if torch.autograd.forward_ad._current_level >= 0:
         return "PyTorch differentiates the tensors forward"
     return None
+
+
+@contextlib.contextmanager
+def own_operators(why: str) -> Iterator[None]:
+    """Have calls run on PyTorch's own operators, where its state alone does not tell that they must."""
+    token = _own_operators.set(why)
+    try:
+        yield
+    finally:
+        _own_operators.reset(token)
+
+
+def learned(where: Array | None) -> str | None:
+    """Why PyTorch has to see its own operators for gradients to weights, or None."""
+    torch = sys.modules["torch"]
+    if where is None or not (where.requires_grad and torch.is_grad_enabled()):
+        return None
+    return "PyTorch differentiates the weights"
 
 
 def refuses(arrays: tuple[Array | None, ...], device: str) -> str | None:
@@ -50,6 +77,8 @@ def refuses(arrays: tuple[Array | None, ...], device: str) -> str | None:
             return f"include a {type(a).__name__}"
         if device not in ("cpu", "cuda") or a.layout is not torch.strided:
             return "are not strided memory of a CPU or a CUDA device"
+        if a.is_neg():  # a view whose sign PyTorch changes as it reads
+            return "include a negated view"
         if a.dtype is torch.bfloat16 and device == "cpu" and _bfloat16() is None:
             return "are bfloat16, for which ml_dtypes is not installed"
     return None

@@ -1,29 +1,56 @@
 """What the functions of `batchnorm` are while PyTorch's compiler or exporter follows them.
 
-The checks of values, libraries and devices are Python that a graph cannot hold; shapes and dtypes are
-checked by the operators when they are traced.
+The checks of values, libraries and devices are Python that a graph cannot hold; shapes, dtypes and axes
+are checked by the operators when they are traced.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from batchnorm import functional
+from batchnorm.kernels import torch as adapter
 from batchnorm.moments import Moments
 
 Array = Any
 _ops = torch.ops.batchnorm
+_compiler: Any = torch.compiler
 
 
-def _axes(axis: int | tuple[int, ...], ndim: int) -> list[int]:
-    return [a % ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
-
-
-def _unsupported(**given: Any) -> None:
-    for argument, value in given.items():
+def follow(name: str, *args: Any, group: Any = None, out: Array | None = None, **kwargs: Any) -> Any:
+    """Give what the function of that name gives, as operators that the graph holds."""
+    for argument, value in (("group", group), ("out", out)):
         if value is not None:
             raise TypeError(f"{argument}: got one in a graph of PyTorch, expected None")
+    decomposed = _transformed() or adapter.learned(kwargs.get("where")) is not None
+    found = (_OWN if decomposed else _OPERATORS)[name](*args, **kwargs)
+    return found
+
+
+def _is_transformed() -> bool:
+    return adapter.transformed() is not None
+
+
+_transformed = _compiler.assume_constant_result(_is_transformed)  # its guards watch what decides it
+
+
+def _own(name: str) -> Callable[..., Any]:
+    """The function on PyTorch's own operators, which the compiler sees when it traces the graph."""
+    function = getattr(functional, name).__wrapped__
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with adapter.own_operators("PyTorch transforms the tensors in a graph"):
+            return function(*args, **kwargs)
+
+    in_graph: Callable[..., Any] = _compiler.allow_in_graph(call)
+    return in_graph
+
+
+def _axes(axis: int | tuple[int, ...]) -> list[int]:
+    return list(axis) if isinstance(axis, tuple) else [axis]
 
 
 def _weights(where: Array | None, ndim: int) -> Array | None:
@@ -37,7 +64,7 @@ def _tensors(stats: Moments, x: Array) -> list[Array]:
     return [n, mean, var, torch.zeros_like(mean) if low is None else low]
 
 
-def batch_norm(
+def _batch_norm(
     x: Array,
     gamma: Array | None = None,
     beta: Array | None = None,
@@ -45,16 +72,12 @@ def batch_norm(
     axis: Any = 1,
     eps: float = 1e-5,
     where: Array | None = None,
-    group: Any = None,
-    out: Array | None = None,
 ) -> tuple[Array, Moments]:
-    """`batchnorm.batch_norm` as an operator."""
-    _unsupported(group=group, out=out)
-    y, *stats = _ops.batch_norm(x, gamma, beta, _weights(where, x.ndim), _axes(axis, x.ndim), eps)
+    y, *stats = _ops.batch_norm(x, gamma, beta, _weights(where, x.ndim), _axes(axis), eps)
     return y, Moments(*stats)
 
 
-def batch_norm_backward(
+def _batch_norm_backward(
     dy: Array,
     x: Array,
     stats: Moments,
@@ -63,17 +86,13 @@ def batch_norm_backward(
     axis: Any = 1,
     eps: float = 1e-5,
     where: Array | None = None,
-    group: Any = None,
-    out: Array | None = None,
 ) -> tuple[Array, ...]:
-    """`batchnorm.batch_norm_backward` as an operator."""
-    _unsupported(group=group, out=out)
-    w, axes = _weights(where, x.ndim), _axes(axis, x.ndim)
+    w, axes = _weights(where, x.ndim), _axes(axis)
     found: tuple[Array, ...] = _ops.batch_norm_backward(dy, x, *_tensors(stats, x), gamma, w, axes, eps)
     return found
 
 
-def normalize(
+def _normalize(
     x: Array,
     mean: Array,
     var: Array,
@@ -82,14 +101,11 @@ def normalize(
     *,
     axis: Any = 1,
     eps: float = 1e-5,
-    out: Array | None = None,
 ) -> Array:
-    """`batchnorm.normalize` as an operator."""
-    _unsupported(out=out)
-    return _ops.normalize(x, mean, var, gamma, beta, _axes(axis, x.ndim), eps)
+    return _ops.normalize(x, mean, var, gamma, beta, _axes(axis), eps)
 
 
-def normalize_backward(
+def _normalize_backward(
     dy: Array,
     x: Array,
     mean: Array,
@@ -98,15 +114,21 @@ def normalize_backward(
     *,
     axis: Any = 1,
     eps: float = 1e-5,
-    out: Array | None = None,
     stats_grad: bool = False,
 ) -> tuple[Array, ...]:
-    """`batchnorm.normalize_backward` as an operator."""
-    _unsupported(out=out)
-    found: tuple[Array, ...] = _ops.normalize_backward(dy, x, mean, var, gamma, _axes(axis, x.ndim), eps)
+    found: tuple[Array, ...] = _ops.normalize_backward(dy, x, mean, var, gamma, _axes(axis), eps)
     return found if stats_grad else found[:3]
 
 
-def moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:
-    """`batchnorm.moments` as an operator."""
-    return Moments(*_ops.moments(x, _weights(where, x.ndim), _axes(axis, x.ndim)))
+def _moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:
+    return Moments(*_ops.moments(x, _weights(where, x.ndim), _axes(axis)))
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "batch_norm": _batch_norm,
+    "batch_norm_backward": _batch_norm_backward,
+    "normalize": _normalize,
+    "normalize_backward": _normalize_backward,
+    "moments": _moments,
+}
+_OWN = {name: _own(name) for name in _OPERATORS}
