@@ -7,7 +7,7 @@ variance, and the low part of the mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
@@ -15,29 +15,14 @@ import torch
 import batchnorm as bn
 from batchnorm import checks
 from batchnorm.kernels import KernelSet, generic
+from batchnorm.kernels import torch as adapter
 from batchnorm.layout import Layout
+from batchnorm.torch import shapes
+from batchnorm.torch.shapes import plain_axis
 
 Array = Any
 
-STATS = "Tensor n, Tensor mean, Tensor var, Tensor mean_lo"
-LAYOUT = "int[] axis, float eps"
-SCHEMAS = {
-    "batch_norm": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? where, {LAYOUT})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "batch_norm_backward": f"(Tensor dy, Tensor x, {STATS}, Tensor? gamma, Tensor? where, {LAYOUT})"
-    " -> (Tensor, Tensor, Tensor)",
-    "batch_norm_double_backward": "(Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor dy, Tensor x,"
-    f" {STATS}, Tensor? gamma, Tensor? where, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
-    "normalize": f"(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, {LAYOUT}) -> Tensor",
-    "normalize_backward": f"(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? gamma, {LAYOUT})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "moments": "(Tensor x, Tensor? where, int[] axis) -> (Tensor, Tensor, Tensor, Tensor)",
-}
 _ops = torch.ops.batchnorm
-
-
-def _axis(axis: Sequence[int]) -> int | tuple[int, ...]:
-    return axis[0] if len(axis) == 1 else tuple(axis)
 
 
 # Implementations: the package's functions.
@@ -54,13 +39,13 @@ def _contiguous(vectors: Any) -> list[Array]:
 
 
 def _batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
-    y, stats = bn.batch_norm(x, gamma, beta, axis=_axis(axis), eps=eps, where=where)
+    y, stats = bn.batch_norm(x, gamma, beta, axis=plain_axis(axis), eps=eps, where=where)
     return _like(x, y), *_contiguous(stats)
 
 
 def _batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
     stats = bn.Moments(n, mean, var, mean_lo)
-    dx, *grads = bn.batch_norm_backward(dy, x, stats, gamma, axis=_axis(axis), eps=eps, where=where)
+    dx, *grads = bn.batch_norm_backward(dy, x, stats, gamma, axis=plain_axis(axis), eps=eps, where=where)
     return _like(x, dx), *grads
 
 
@@ -69,73 +54,24 @@ def _batch_norm_double_backward(  # type: ignore[no-untyped-def]
 ):
     stats = bn.Moments(n, mean, var, mean_lo)
     d_dy, d_x, d_gamma = bn.batch_norm_double_backward(
-        ddx, ddgamma, ddbeta, dy, x, stats, gamma, axis=_axis(axis), eps=eps, where=where
+        ddx, ddgamma, ddbeta, dy, x, stats, gamma, axis=plain_axis(axis), eps=eps, where=where
     )
     return _like(dy, d_dy.to(dy.dtype)), _like(x, d_x), d_gamma
 
 
 def _normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
-    return _like(x, bn.normalize(x, mean, var, gamma, beta, axis=_axis(axis), eps=eps))
+    return _like(x, bn.normalize(x, mean, var, gamma, beta, axis=plain_axis(axis), eps=eps))
 
 
 def _normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
     dx, *grads = bn.normalize_backward(
-        dy, x, mean, var, gamma, axis=_axis(axis), eps=eps, stats_grad=True
+        dy, x, mean, var, gamma, axis=plain_axis(axis), eps=eps, stats_grad=True
     )
     return _like(x, dx), *grads
 
 
 def _moments(x, where, axis):  # type: ignore[no-untyped-def]
-    return tuple(_contiguous(bn.moments(x, axis=_axis(axis), where=where)))
-
-
-# Shapes and dtypes of results, for tracing.
-
-
-def _checked(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
-    at = checks.subject(x, _axis(axis))
-    checks.vectors(at, **vectors)
-    return at
-
-
-def _vectors(at: Layout, dtype: Any, count: int) -> list[Array]:
-    return [torch.empty(at.channels, dtype=dtype, device=at.device) for _ in range(count)]
-
-
-def _fake_batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
-    at = _checked(x, axis, gamma=gamma, beta=beta)
-    return torch.empty_like(x), *_vectors(at, at.wide, 4)
-
-
-def _fake_batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
-    at = _checked(x, axis, gamma=gamma)
-    dtype = at.compute if gamma is None else gamma.dtype
-    return torch.empty_like(x), *_vectors(at, dtype, 2)
-
-
-def _fake_batch_norm_double_backward(  # type: ignore[no-untyped-def]
-    ddx, ddgamma, ddbeta, dy, x, n, mean, var, mean_lo, gamma, where, axis, eps
-):
-    at = _checked(x, axis, gamma=gamma)
-    dtype = at.compute if gamma is None else gamma.dtype
-    return torch.empty_like(dy), torch.empty_like(x), *_vectors(at, dtype, 1)
-
-
-def _fake_normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
-    _checked(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
-    return torch.empty_like(x)
-
-
-def _fake_normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
-    at = _checked(x, axis, mean=mean, var=var, gamma=gamma)
-    dtype = at.compute if gamma is None else gamma.dtype
-    grads = _vectors(at, dtype, 2)
-    return torch.empty_like(x), *grads, torch.empty_like(mean), torch.empty_like(var)
-
-
-def _fake_moments(x, where, axis):  # type: ignore[no-untyped-def]
-    at = _checked(x, axis)
-    return tuple(_vectors(at, at.wide, 4))
+    return tuple(_contiguous(bn.moments(x, axis=plain_axis(axis), where=where)))
 
 
 # Derivatives. A gradient that is None is 0; one that nobody needs is not given.
@@ -151,6 +87,7 @@ def _save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: Any) -> Any:
+    _not_to_weights(ctx, 3)
     x, gamma, where, n, mean, var, mean_lo = ctx.saved_tensors
     dx = dgamma = dbeta = None
     if dy is not None:
@@ -158,20 +95,26 @@ def _grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: An
             dy, x, n, mean, var, mean_lo, gamma, where, ctx.axis, ctx.eps
         )
     if dmean is not None or dvar is not None:
-        through = _through_moments(ctx, x, where, n, mean, dmean, dvar)
+        through = _through_moments(ctx, x, where, (n, mean, mean_lo), dmean, dvar)
         dx = through if dx is None else dx + through
     if dbeta is not None and ctx.beta is not None:
         dbeta = dbeta.to(ctx.beta)
     return dx, dgamma if gamma is not None else None, dbeta if ctx.beta else None, None, None, None
 
 
-def _through_moments(ctx: Any, x: Any, where: Any, n: Any, mean: Any, dmean: Any, dvar: Any) -> Any:
+def _not_to_weights(ctx: Any, argument: int) -> None:
+    """The functions of this package leave these gradients to PyTorch's own operators."""
+    if ctx.needs_input_grad[argument]:
+        checks.fail(ValueError, "where", "weights that require gradients", "weights that do not")
+
+
+def _through_moments(ctx: Any, x: Any, where: Any, stats: Any, dmean: Any, dvar: Any) -> Any:
     """The gradient to x of what depends on the mean and variance that were returned."""
-    at = checks.subject(x, _axis(ctx.axis))
-    n, mean = at.vector(n), at.vector(mean)
+    at = checks.subject(x, plain_axis(ctx.axis))
+    n, mean, mean_lo = (at.vector(v) for v in stats)
     total: Any = 0 if dmean is None else at.vector(dmean) / n
     if dvar is not None:
-        total = total + at.vector(dvar) * 2 * (x.to(at.wide) - mean) / n
+        total = total + at.vector(dvar) * 2 * ((x.to(at.wide) - mean) - mean_lo) / n
     if where is not None:
         w = where.to(at.wide)
         total = torch.where(w > 0, w * total, torch.zeros_like(total))
@@ -186,6 +129,7 @@ def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _grad_backward(ctx: Any, ddx: Any, ddgamma: Any, ddbeta: Any) -> Any:
+    _not_to_weights(ctx, 7)
     dy, x, *stats, gamma, where = ctx.saved_tensors
     nothing = [None] * 4
     if ddx is None and ddgamma is None and ddbeta is None:
@@ -218,12 +162,12 @@ def _grad_normalize_backward(
     given = [dy, x, mean, var] + ([] if gamma is None else [gamma])
 
     def formulas(dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None) -> Any:
-        at = checks.subject(x, _axis(ctx.axis))
+        at = checks.subject(x, plain_axis(ctx.axis))
         d = x.to(at.wide) - at.vector(mean)
         rstd = 1 / torch.sqrt(at.vector(var) + ctx.eps)
         a = rstd if gamma is None else at.vector(gamma) * rstd
         wide = dy.to(at.wide)
-        sums = [at.squeeze(v.sum(at.reduced, keepdim=True)) for v in (wide, wide * d)]
+        sums = [at.squeeze(at.xp.sum(v, axis=at.reduced, keepdims=True)) for v in (wide, wide * d)]
         r, slope = at.squeeze(rstd), at.squeeze(a)
         return a * wide, r * sums[1], sums[0], -slope * sums[0], -0.5 * slope * r * r * sums[1]
 
@@ -241,15 +185,16 @@ def _save_moments(ctx: Any, inputs: Any, output: Any) -> None:
     x, where, axis = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[0], output[3])
-    ctx.save_for_backward(x, where, *output[:2])
+    ctx.save_for_backward(x, where, output[0], output[1], output[3])
     ctx.axis = axis
 
 
 def _grad_moments(ctx: Any, _n: Any, dmean: Any, dvar: Any, _low: Any) -> Any:
-    x, where, n, mean = ctx.saved_tensors
+    _not_to_weights(ctx, 1)
+    x, where, *stats = ctx.saved_tensors
     dx = None
     if dmean is not None or dvar is not None:
-        dx = _through_moments(ctx, x, where, n, mean, dmean, dvar)
+        dx = _through_moments(ctx, x, where, stats, dmean, dvar)
     return dx, None, None
 
 
@@ -260,29 +205,26 @@ def _no_third_order(ctx: Any, *_: Any) -> Any:
     )
 
 
-# Name: implementation, fake, what is saved for the gradient, the gradient.
+# Name: implementation, what is saved for the gradient, the gradient.
 _OPERATORS: dict[str, Any] = {
-    "batch_norm": (_batch_norm, _fake_batch_norm, _save_batch_norm, _grad_batch_norm),
+    "batch_norm": (_batch_norm, _save_batch_norm, _grad_batch_norm),
     "batch_norm_backward": (
         _batch_norm_backward,
-        _fake_batch_norm_backward,
         _save_backward,
         _grad_backward,
     ),
     "batch_norm_double_backward": (
         _batch_norm_double_backward,
-        _fake_batch_norm_double_backward,
         _save_backward,
         _no_third_order,
     ),
-    "normalize": (_normalize, _fake_normalize, _save_normalize, _grad_normalize),
+    "normalize": (_normalize, _save_normalize, _grad_normalize),
     "normalize_backward": (
         _normalize_backward,
-        _fake_normalize_backward,
         _save_backward,
         _grad_normalize_backward,
     ),
-    "moments": (_moments, _fake_moments, _save_moments, _grad_moments),
+    "moments": (_moments, _save_moments, _grad_moments),
 }
 
 
@@ -294,11 +236,11 @@ def _register() -> None:
 
         return implementation
 
-    for name, (function, fake, save, gradient) in _OPERATORS.items():
+    for name, (function, save, gradient) in _OPERATORS.items():
         full = f"batchnorm::{name}"
-        torch.library.define(full, SCHEMAS[name])
+        torch.library.define(full, shapes.SCHEMAS[name])
         torch.library.impl(full, "CompositeExplicitAutograd", eager(function))
-        torch.library.register_fake(full, fake)
+        torch.library.register_fake(full, getattr(shapes, name))
         torch.library.register_autograd(full, gradient, setup_context=save)
 
 
@@ -322,6 +264,8 @@ def _written(result: Array, out: Array | None) -> Array:
 
 def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
     """Count, mean as a high and a low part, and population variance of each channel."""
+    if adapter.learned(w) is not None:
+        return generic.moments(x, w, at)
     n, mean, var, low = (at.vector(v) for v in _ops.moments(x, w, _axes(at)))
     return n, mean, low, var
 
@@ -330,6 +274,11 @@ def forward(
     x: Array, w: Array | None, gamma: Array, beta: Array, eps: float, at: Layout, out: Array | None
 ) -> Any:
     """Give y and the batch's moments."""
+    why = adapter.learned(w)
+    if why is not None:
+        with adapter.own_operators(why):
+            y, moments = bn.batch_norm(x, gamma, beta, axis=plain_axis(at.kept), eps=eps, where=w)
+        return _written(y, out), moments
     y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(at), eps)
     return _written(y, out), bn.Moments(*stats)
 
@@ -345,6 +294,13 @@ def backward(
     out: Array | None,
 ) -> Any:
     """Give dx, dgamma and dbeta."""
+    why = adapter.learned(w)
+    if why is not None:
+        with adapter.own_operators(why):
+            dx, *grads = bn.batch_norm_backward(
+                dy, x, stats, gamma, axis=plain_axis(at.kept), eps=eps, where=w
+            )
+        return _written(dx, out), *grads
     n, mean, var, low = (
         torch.zeros(at.channels, dtype=at.wide, device=x.device)
         if v is None
@@ -371,6 +327,7 @@ def inference(
     return _written(_ops.normalize(x, mean, var, gamma, beta, _axes(at), eps), out)
 
 
+@functools.cache
 def kernel_set(why: str) -> KernelSet:
     """The operators as kernels; what they do not fuse is PyTorch's to record."""
 
@@ -379,7 +336,7 @@ def kernel_set(why: str) -> KernelSet:
 
     return KernelSet(
         "operators",
-        why,
+        f"{why}; for gradients to `where`, PyTorch's own",
         moments,
         writing(generic.scale_shift),
         generic.grad_sums,

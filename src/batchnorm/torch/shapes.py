@@ -1,0 +1,85 @@
+"""What the operators take and give: their schemas, and the shapes and dtypes of results for tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from batchnorm import checks
+from batchnorm.layout import Layout
+
+Array = Any
+
+STATS = "Tensor n, Tensor mean, Tensor var, Tensor mean_lo"
+LAYOUT = "int[] axis, float eps"
+SCHEMAS = {
+    "batch_norm": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? where, {LAYOUT})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "batch_norm_backward": f"(Tensor dy, Tensor x, {STATS}, Tensor? gamma, Tensor? where, {LAYOUT})"
+    " -> (Tensor, Tensor, Tensor)",
+    "batch_norm_double_backward": "(Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor dy, Tensor x,"
+    f" {STATS}, Tensor? gamma, Tensor? where, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    "normalize": f"(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, {LAYOUT}) -> Tensor",
+    "normalize_backward": f"(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? gamma, {LAYOUT})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "moments": "(Tensor x, Tensor? where, int[] axis) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def plain_axis(axis: Sequence[int]) -> int | tuple[int, ...]:
+    """The axis of an operator as the functions take it."""
+    return axis[0] if len(axis) == 1 else tuple(axis)
+
+
+def _checked(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
+    at = checks.subject(x, plain_axis(axis))
+    checks.vectors(at, **vectors)
+    return at
+
+
+def _vectors(at: Layout, dtype: Any, count: int) -> list[Array]:
+    return [torch.empty(at.channels, dtype=dtype, device=at.device) for _ in range(count)]
+
+
+def batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
+    """Give y, and count, mean, variance and low part of the mean."""
+    at = _checked(x, axis, gamma=gamma, beta=beta)
+    return torch.empty_like(x), *_vectors(at, at.wide, 4)
+
+
+def batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
+    """Give dx, dgamma and dbeta."""
+    at = _checked(x, axis, gamma=gamma)
+    dtype = at.compute if gamma is None else gamma.dtype
+    return torch.empty_like(x), *_vectors(at, dtype, 2)
+
+
+def batch_norm_double_backward(  # type: ignore[no-untyped-def]
+    ddx, ddgamma, ddbeta, dy, x, n, mean, var, mean_lo, gamma, where, axis, eps
+):
+    """Give gradients to dy, x and gamma."""
+    at = _checked(x, axis, gamma=gamma)
+    dtype = at.compute if gamma is None else gamma.dtype
+    return torch.empty_like(dy), torch.empty_like(x), *_vectors(at, dtype, 1)
+
+
+def normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
+    """Give y."""
+    _checked(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    return torch.empty_like(x)
+
+
+def normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
+    """Give dx, dgamma, dbeta, dmean and dvar."""
+    at = _checked(x, axis, mean=mean, var=var, gamma=gamma)
+    dtype = at.compute if gamma is None else gamma.dtype
+    grads = _vectors(at, dtype, 2)
+    return torch.empty_like(x), *grads, torch.empty_like(mean), torch.empty_like(var)
+
+
+def moments(x, where, axis):  # type: ignore[no-untyped-def]
+    """Give count, mean, variance and low part of the mean."""
+    at = _checked(x, axis)
+    return tuple(_vectors(at, at.wide, 4))
