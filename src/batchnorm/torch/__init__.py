@@ -3,6 +3,7 @@
 `import batchnorm.torch` imports PyTorch. The functions of `batchnorm` take its tensors without it.
 """
 
+from batchnorm.torch import operators  # noqa: F401  (what is loaded from a file may call them)
 from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert, revert
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]

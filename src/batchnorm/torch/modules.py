@@ -7,41 +7,53 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchnorm.torch import operators
+import batchnorm as bn
+from batchnorm import checks
 
 Module = Any
 
 
-def _forward(self: Module, input: torch.Tensor) -> torch.Tensor:
-    """What `torch.nn.BatchNorm2d.forward` does, step by step, with this package's operators."""
-    x: Any = input
+def _forward(self: Module, x: Any) -> Any:
+    """What `torch.nn.BatchNorm2d.forward` does, step by step, with this package's functions."""
     self._check_input_dim(x)
-    gamma, beta = self.weight, self.bias
+    gamma, beta, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+    if not self.training and mean is not None:
+        # Copies: the next batch moves these, maybe before the gradient of y is taken.
+        return bn.normalize(x, mean.clone(), var.clone(), gamma, beta, eps=self.eps)
+    if mean is not None and x.shape[1] != mean.shape[0]:
+        expected = f"{mean.shape[0]}, as running_mean"
+        checks.fail(ValueError, "input", f"{x.shape[1]} channels", expected)
+    values = x.numel() // max(1, x.shape[1])
+    if values == 1:
+        expected = "at least 2 values per channel in training"
+        checks.fail(ValueError, "input", f"shape {tuple(x.shape)}", expected)
     tracking = self.training and self.track_running_stats
-    if not self.training and self.running_mean is not None:
-        mean, var = self.running_mean, self.running_var
-        result: torch.Tensor = operators.normalize(x, mean, var, gamma, beta, [1], self.eps)
-        return result
-    if x.numel() // max(1, x.shape[1]) < 2:
-        got, expected = (
-            f"an input of shape {tuple(x.shape)}",
-            "at least 2 values per channel in training",
-        )
-        raise ValueError(f"{type(self).__name__}: got {got}, expected {expected}")
-    y: torch.Tensor
-    y, n, mean, var, _ = operators.batch_norm(x, gamma, beta, None, [1], self.eps)
-    if tracking:
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if self.running_mean is not None:
-            momentum = self.momentum
-            if momentum is None:  # a cumulative average
-                momentum = 1.0 / self.num_batches_tracked.double()
-            with torch.no_grad():
-                unbiased = var * (n / (n - 1))
-                for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    running.copy_(running + momentum * (batch - running))
+    count = self.num_batches_tracked if tracking else None
+    if values == 0:  # as torch.nn: nothing to normalize, but a batch
+        nothing = x.new_zeros(x.shape[1])
+        y = bn.normalize(x, nothing, nothing, gamma, beta, eps=1)
+    else:
+        y, stats = bn.batch_norm(x, gamma, beta, eps=self.eps)
+    if count is not None:
+        count.add_(1)
+    if tracking and mean is not None and values != 0:
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 0.0 if count is None else 1.0 / count.double()
+        with torch.no_grad():
+            unbiased = stats.var * (stats.count / (stats.count - 1))
+            for running, batch in ((mean, stats.mean), (var, unbiased)):
+                running.copy_(running + momentum * (batch - running))
     return y
+
+
+torch.fx.wrap("_forward")  # symbolic tracing keeps the call whole, as it does with torch.nn's modules
+
+
+def forward(self: Module, input: torch.Tensor) -> torch.Tensor:
+    """Normalize, and update the running statistics in training."""
+    result: torch.Tensor = _forward(self, input)
+    return result
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -51,19 +63,19 @@ class BatchNorm1d(nn.BatchNorm1d):
     Input of shape (N, C) or (N, C, L).
     """
 
-    forward = _forward
+    forward = forward
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on this package's passes; see `BatchNorm1d`. Input: (N, C, H, W)."""
 
-    forward = _forward
+    forward = forward
 
 
 class BatchNorm3d(nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on this package's passes; see `BatchNorm1d`. Input: (N, C, D, H, W)."""
 
-    forward = _forward
+    forward = forward
 
 
 _OURS: dict[type, type] = {
