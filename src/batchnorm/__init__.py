@@ -15,6 +15,7 @@ from batchnorm.kernels import KernelSet, get_kernels, kernels_for, set_kernels
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
 from batchnorm.outputs import get_output_pool, set_output_pool
+from batchnorm.recalibration import recalibrate
 from batchnorm.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "moments",
     "normalize",
     "normalize_backward",
+    "recalibrate",
     "save",
     "set_kernels",
     "set_num_threads",

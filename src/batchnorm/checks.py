@@ -47,6 +47,9 @@ def subject(x: Array, axis: int | tuple[int, ...], argument: str = "x") -> Layou
     """Check the array to be normalized and its channel axis."""
     xp = namespace(argument, x)
     _floating(xp, argument, x)
+    if any(n != n for n in x.shape):  # Dask's word for what it has not computed
+        got = f"chunks of unknown size (shape {tuple(x.shape)})"
+        fail(ValueError, argument, got, "known ones: call compute_chunk_sizes() on it first")
     return layout(argument, xp, x, _axes(axis, x.ndim, argument), _device(x))
 
 

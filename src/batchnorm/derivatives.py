@@ -17,10 +17,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from batchnorm import checks
-from batchnorm.functional import Axis, Centre, centre, compute, slope, sums_with, weights_of
+from batchnorm.functional import Axis
 from batchnorm.kernels import KernelSet, kernels_for
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
+from batchnorm.vectors import Centre, centre, compute, slope, sums_with, weights_of
 
 Array = Any
 

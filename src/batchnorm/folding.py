@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm import checks
-from batchnorm.functional import slope
 from batchnorm.layout import Layout
+from batchnorm.vectors import slope
 
 Array = Any
 

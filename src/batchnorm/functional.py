@@ -1,17 +1,25 @@
-"""The equations: check, pick kernels, and do the per-channel arithmetic between them.
-
-Shapes in comments: x is (..., C, ...); (C) is a per-channel vector in broadcast shape.
-"""
+"""The equations: check, pick kernels, and run them with the arithmetic of `vectors` between them."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from batchnorm import checks, groups
-from batchnorm.kernels import KernelSet, kernels_for, written
-from batchnorm.layout import Layout
+from batchnorm.kernels import kernels_for, written
 from batchnorm.moments import Moments
 from batchnorm.tracing import traceable
+from batchnorm.vectors import (
+    backward_from,
+    centre,
+    compute,
+    grad_params,
+    moments_by,
+    scale_shift_by,
+    slope,
+    sums_with,
+    weights_of,
+)
 
 Array = Any
 Axis = int | tuple[int, ...]
@@ -95,7 +103,7 @@ def batch_norm(
     if kernels.forward is not None and group is None:
         y, stats = kernels.forward(x, weights_of(where, x.ndim), gamma, beta, eps, at, out)
         return y, stats
-    stats = _moments(kernels, at, x, where)
+    stats = moments_by(kernels, at, x, where)
     if group is not None:
         stats = groups.join(group, stats)
         checks.joined(at, stats, where)
@@ -177,20 +185,10 @@ def batch_norm_backward(
             return dx, dgamma, dbeta
         return dx, at.xp.astype(dgamma, dtype), at.xp.astype(dbeta, dtype)
 
-    mid = centre(at, stats)
-    sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, w)
+    sums: Sequence[Array] = sums_with(kernels, at, dy, x, centre(at, stats), w)
     if group is not None:
-        sum_dy, sum_dy_d = groups.all_reduce(group, sum_dy, sum_dy_d)
-
-    n = at.vector(stats.count)  # (C)
-    n = at.xp.where(n > 0, n, at.xp.ones_like(n))
-    rstd, a = slope(at, stats.var, gamma, eps)  # (C), (C)
-    dgamma = rstd * sum_dy_d  # (C)
-    b = -rstd * (dgamma / n)  # (C)
-    c = -sum_dy / n - b * mid.rest  # (C)
-    a, b, c = (compute(at, v) for v in (a, b, c))
-    grads = _grad_params(at, gamma, dgamma, sum_dy)
-    return kernels.grad_input(dy, x, mid.m, a, b, c, w, at, out), *grads
+        sums = groups.all_reduce(group, *sums)
+    return backward_from(kernels, at, dy, x, w, stats, gamma, eps, sums, out)
 
 
 @traceable
@@ -304,7 +302,7 @@ def normalize_backward(
     mid = centre(at, Moments(1, mean, var))
     sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, None)
     rstd, a = slope(at, var, gamma, eps)  # (C), (C)
-    grads = _grad_params(at, gamma, rstd * sum_dy_d, sum_dy)
+    grads = grad_params(at, gamma, rstd * sum_dy_d, sum_dy)
     if stats_grad:
         dmean = at.squeeze(-a * sum_dy)
         dvar = at.squeeze(-0.5 * a * rstd * (rstd * sum_dy_d))
@@ -343,76 +341,4 @@ def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     """
     at = checks.subject(x, axis)
     checks.weights(at, x, where)
-    return _moments(kernels_for(x, where), at, x, where)
-
-
-class Centre(NamedTuple):
-    """A mean in two parts: m in the dtype of the big array, and the rest of it."""
-
-    m: Array
-    rest: Array
-
-
-def centre(at: Layout, stats: Moments) -> Centre:
-    """Give a mean in two parts."""
-    mean = at.vector(stats.mean)  # (C)
-    m = compute(at, mean)  # (C)
-    rest = mean - at.xp.astype(m, at.wide, copy=False)  # (C), exact
-    return Centre(m, rest if stats.mean_lo is None else rest + at.vector(stats.mean_lo))
-
-
-def slope(at: Layout, var: Array, gamma: Array | None, eps: float) -> tuple[Array, Array]:
-    """Give 1/std and gamma/std."""
-    rstd = 1 / at.xp.sqrt(at.vector(var) + eps)  # (C)
-    return rstd, rstd if gamma is None else at.vector(gamma) * rstd  # (C), (C)
-
-
-def _moments(kernels: KernelSet, at: Layout, x: Array, where: Array | None) -> Moments:
-    w = weights_of(where, x.ndim)
-    count, mean, mean_lo, var = (at.squeeze(v) for v in kernels.moments(x, w, at))
-    return Moments(count, mean, var, mean_lo)
-
-
-def scale_shift_by(
-    kernels: KernelSet,
-    at: Layout,
-    x: Array,
-    stats: Moments,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: float,
-    out: Array | None,
-) -> Array:
-    """Give y from statistics, by the kernel that makes it."""
-    mid = centre(at, stats)
-    _, a = slope(at, stats.var, gamma, eps)  # (C)
-    b = -a * mid.rest  # (C)
-    if beta is not None:
-        b = b + at.vector(beta)
-    return kernels.scale_shift(x, mid.m, compute(at, a), compute(at, b), at, out)
-
-
-def sums_with(
-    kernels: KernelSet, at: Layout, dy: Array, x: Array, mid: Centre, w: Array | None
-) -> tuple[Array, Array]:
-    """Σdy and Σdy·(x − mean), the latter from the kernel's Σdy·(x − m)."""
-    sum_dy, sum_dy_d = kernels.grad_sums(dy, x, mid.m, w, at)  # (C), (C)
-    return sum_dy, sum_dy_d - mid.rest * sum_dy
-
-
-def _grad_params(at: Layout, gamma: Array | None, dgamma: Array, dbeta: Array) -> tuple[Array, ...]:
-    """Gradients of the parameters in their shape and dtype; copies, as `out` may be dy."""
-    dtype = at.compute if gamma is None else gamma.dtype
-    return tuple(at.xp.astype(at.squeeze(v), dtype) for v in (dgamma, dbeta))
-
-
-def compute(at: Layout, v: Array) -> Array:
-    """Bring an array to what the big arrays are worked on in."""
-    return at.xp.astype(v, at.compute, copy=False)
-
-
-def weights_of(where: Array | None, ndim: int) -> Array | None:
-    """A mask or weights with as many axes as x, which is what kernels take."""
-    if where is None or where.ndim == ndim:
-        return where
-    return where[(None,) * (ndim - where.ndim) + (...,)]
+    return moments_by(kernels_for(x, where), at, x, where)

@@ -37,7 +37,7 @@ def attending(group: Any, call: str, x: Array, axis: int | tuple[int, ...]) -> I
         group.announce(f"{call} of {x.dtype} with {tuple(x.shape[a] for a in axes)} channels")
 
 
-def decline(group: Any, error: Exception) -> None:
+def decline(group: Any, error: BaseException) -> None:
     """Tell the other members that this one does not come, and why."""
     if hasattr(group, "announce"):
         group.announce(f"{type(error).__name__}: {error}", failed=True)

@@ -37,7 +37,7 @@ def forward(
 def _plain(
     x: Array, w: Array | None, gamma: Array | None, beta: Array | None, eps: Any, at: Layout
 ) -> tuple[Array, Moments]:
-    from batchnorm.functional import scale_shift_by  # which imports this package's kernels
+    from batchnorm.vectors import scale_shift_by  # which imports this package's kernels
 
     count, mean, mean_lo, var = (at.squeeze(v) for v in generic.moments(x, w, at))
     stats = Moments(count, mean, var, mean_lo)

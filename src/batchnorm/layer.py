@@ -156,6 +156,7 @@ class BatchNorm:
         self.trainable = True
         self._saved: _Pass | None = None
         self._pending: Moments | None = None
+        self._noted: list[Moments] | None = None  # while `recalibrate` collects what passes note
         self._settled = False
         self.train()
 
@@ -262,7 +263,11 @@ class BatchNorm:
         if at.device is not None or note is not None:  # a traced input would leak from inference
             self._settle(state)
         if note is not None:
-            note = self._pending = Moments(*(_detached(v) for v in note))
+            note = Moments(*(_detached(v) for v in note))
+            if self._noted is None:
+                self._pending = note
+            else:
+                self._noted.append(note)
         # Where y took the place of x, there is nothing left to go back from.
         saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, note)
         self._saved = None if out is x else saved

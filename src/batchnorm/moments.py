@@ -171,16 +171,15 @@ def pool(parts: list[Moments], reduce: Callable[..., list[Array]] = lambda *sums
 def pool_rows(rows: Moments) -> Moments:
     """Join moments that are stacked along a first axis: by halves, each half one part of `pool`."""
     xp = array_namespace(rows.mean)
-    while (count := rows.mean.shape[0]) > 1:
+    fields: list[Array] = list(rows)
+    while (count := fields[0].shape[0]) > 1:
         half = count // 2
-        joined = pool(
-            [Moments(*(v[s, ...] for v in rows)) for s in (slice(half), slice(half, 2 * half))]
-        )
-        odd = Moments(*(v[2 * half :, ...] for v in rows))
-        rows = joined
+        halves = slice(half), slice(half, 2 * half)
+        joined = list(pool([Moments(*(v[part, ...] for v in fields)) for part in halves]))
         if count % 2:
-            rows = Moments(*(xp.concat(both) for both in zip(joined, odd, strict=True)))
-    return Moments(*(v[0, ...] for v in rows))
+            joined = [xp.concat((v, old[-1:, ...])) for v, old in zip(joined, fields, strict=True)]
+        fields = joined
+    return Moments(*(v[0, ...] for v in fields))
 
 
 def _tree_sum(terms: list[Array]) -> Array:

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.distributed.members import GroupError
-
 __all__ = ["GroupError", "jax", "mpi", "nccl", "torch"]
+
+
+class GroupError(RuntimeError):
+    """Members of a group did not come together: one is missing, late, or came with something else.
+
+    Nothing was changed by the call that raises it.
+    """
 
 
 def mpi(comm: Any = None, *, timeout: float | None = 300.0) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm import checks
+from batchnorm.distributed import GroupError
 
 Array = Any
 Rows = npt.NDArray[np.uint8]
@@ -24,13 +25,6 @@ ROW = 512  # bytes
 FAILED = "!"  # what a word begins with whose member does not take part
 # How often an answer is asked for before this process sleeps between questions, and how long then.
 AWAKE, NAP = 2000, 5e-5
-
-
-class GroupError(RuntimeError):
-    """Members of a group did not come together: one is missing, late, or came with something else.
-
-    Nothing was changed by the call that raises it.
-    """
 
 
 class Members:

@@ -170,6 +170,15 @@ def _for_jax(x: Array, *others: Array | None) -> KernelSet:
     return _generic("it was asked for") if asked == "generic" else jax.kernel_set()
 
 
+def _for_dask(x: Array, *others: Array | None) -> KernelSet:
+    """The kernel set for Dask's arrays: what is asked for is asked of the chunks."""
+    from batchnorm.kernels import dask
+
+    if get_kernels() == "generic":
+        return _generic("it was asked for")
+    return dask.kernel_set()
+
+
 # Libraries whose arrays have kernels of their own: module, class, rule.
 _HOSTS = (
     ("numpy", "ndarray", _for_numpy),
@@ -177,6 +186,7 @@ _HOSTS = (
     ("cupy", "ndarray", _for_cupy),
     ("jax", "Array", _for_jax),
     ("jax.core", "Tracer", _for_jax),
+    ("dask.array", "Array", _for_dask),
 )
 
 

@@ -1,0 +1,194 @@
+"""Exact population statistics in the place of running averages, from one more pass over a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import array_api_compat as compat
+
+from batchnorm import checks, groups
+from batchnorm.layer import BatchNorm
+from batchnorm.moments import Moments
+
+Array = Any
+
+
+def recalibrate(
+    layers: BatchNorm | Iterable[BatchNorm],
+    forward: Callable[[Any], Any],
+    batches: Iterable[Any],
+    *,
+    group: Any = None,
+    progress: bool = True,
+) -> None:
+    r"""Replace the running statistics of layers by those of a whole data set.
+
+    The network runs in training: each layer normalizes by the batch's own statistics, and the moments
+    of its inputs are merged over all batches. Afterwards
+
+    .. math::
+        \text{running mean} = \mu, \qquad
+        \text{running variance} = \frac{n}{n - \text{correction}} \, \sigma^2
+
+    with the mean and variance of all n values that a channel had, in all batches and places. (The paper
+    averages the batches' variances, and so leaves out how their means differ.)
+
+    Parameters
+    ----------
+    layers : BatchNorm, or iterable of them
+        The layers to recalibrate, with running statistics. Others in the network stay as they are.
+    forward : callable
+        Called with each batch; runs the network, and so the layers. What it returns is not used.
+    batches : iterable
+        The data set. With Dask, batches of Dask arrays: nothing is computed before the last one.
+    group : optional
+        The members, each with batches of its own, as many as it has. Within a batch each goes by its
+        own statistics. Left out, layers that have a group of their own normalize over it, as they do in
+        training, and all members then need the same number of batches.
+    progress : bool, default True
+        Whether to show a progress bar on standard error, where rich is installed.
+
+    Raises
+    ------
+    TypeError
+        Something among `layers` is not a `BatchNorm`.
+    ValueError
+        No layers, no batches, a layer without running statistics, or one that `forward` does not call.
+
+    Notes
+    -----
+    An error, or an interrupt by the user, leaves the layers as they were before.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), Algorithm 2, steps 7 to 10.
+    """
+    chosen = [layers] if isinstance(layers, BatchNorm) else list(layers)
+    _check(chosen)
+    checks.group(group)
+    before = [dict(vars(layer)) for layer in chosen]
+    try:
+        for layer in chosen:
+            layer.batch_statistics = layer.update_statistics = True
+            layer._noted = []
+            if group is not None:
+                layer.group = None
+        with _told(group):
+            count, totals = _collected(chosen, forward, batches, progress)
+        new = _statistics(chosen, count, totals, group)
+    except BaseException:
+        for layer, state in zip(chosen, before, strict=True):
+            vars(layer).update(state)
+        raise
+    for layer, state, (mean, var, seen) in zip(chosen, before, new, strict=True):
+        # A layer that had seen no input keeps the library that it has now.
+        names = ("batch_statistics", "update_statistics", "group", "_saved", "_pending", "_noted")
+        vars(layer).update({name: state[name] for name in names})
+        layer._commit(mean, var, seen)
+
+
+def _check(layers: Sequence[Any]) -> None:
+    if not layers:
+        checks.fail(ValueError, "layers", "none", "at least one BatchNorm")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, BatchNorm):
+            checks.fail(TypeError, f"layers[{i}]", f"a {type(layer).__name__}", "a BatchNorm")
+        if not layer.track_running_stats:
+            got = "a layer with track_running_stats=False"
+            checks.fail(ValueError, f"layers[{i}]", got, "one with running statistics")
+
+
+@contextlib.contextmanager
+def _told(group: Any) -> Iterator[None]:
+    """Let the other members know when this one fails; they would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        groups.decline(group, error)
+        raise
+    if hasattr(group, "announce"):
+        group.announce("recalibrate")
+
+
+def _collected(
+    layers: list[BatchNorm], forward: Callable[[Any], Any], batches: Iterable[Any], progress: bool
+) -> tuple[int, list[Moments | None]]:
+    """Run all batches; their number, and what each layer's inputs were."""
+    stacks: list[list[tuple[int, Moments]]] = [[] for _ in layers]
+    count = 0
+    for batch in _shown(batches) if progress else batches:
+        forward(batch)
+        count += 1
+        for layer, stack in zip(layers, stacks, strict=True):
+            for note in layer._noted or ():
+                _push(stack, note)
+            layer._noted = []
+    return count, [Moments.merge(*(m for _, m in stack)) if stack else None for stack in stacks]
+
+
+def _push(stack: list[tuple[int, Moments]], note: Moments) -> None:
+    """Merge only what has come from equally many batches: errors then grow with their number's log."""
+    size = 1
+    while stack and stack[-1][0] == size:
+        _, other = stack.pop()
+        note, size = Moments.merge(other, note), 2 * size
+    stack.append((size, note))
+
+
+def _statistics(
+    layers: list[BatchNorm], count: int, totals: list[Moments | None], group: Any
+) -> list[tuple[Array, Array, int]]:
+    """The new running mean and variance of each layer, and the number of batches behind them."""
+    if group is not None:
+        totals = [_joined(layer, total, group) for layer, total in zip(layers, totals, strict=True)]
+        like: Any = layers[0].running_mean
+        (counts,) = groups.all_reduce(group, compat.array_namespace(like).full_like(like, count))
+        count = int(compat.array_namespace(counts).max(counts))
+    if count == 0:
+        checks.fail(ValueError, "batches", "none", "at least one")
+    found: list[Any] = []
+    for i, (layer, total) in enumerate(zip(layers, totals, strict=True)):
+        if total is None:
+            got = "no input from any batch"
+            checks.fail(ValueError, f"layers[{i}]", got, "a layer that `forward` calls")
+        n, mean, var = total.count, total.mean, total.var
+        xp = compat.array_namespace(mean)
+        old: Any = layer.running_mean, layer.running_var
+        free = xp.where(n > layer.correction, n - layer.correction, n)
+        free = xp.where(free > 0, free, xp.ones_like(free))
+        new = zip((mean, var * (n / free)), old, strict=True)
+        found.append((*(xp.where(n > 0, xp.astype(v, o.dtype), o) for v, o in new), count))
+    return _computed(found)
+
+
+def _joined(layer: BatchNorm, total: Moments | None, group: Any) -> Moments:
+    """The moments of all members; of a member without batches, nothing."""
+    if total is None:
+        nothing = compat.array_namespace(layer.running_mean).zeros_like(layer.running_mean)
+        total = Moments(nothing, nothing, nothing, nothing)
+    return groups.join(group, total)
+
+
+def _computed(found: list[tuple[Array, Array, int]]) -> list[tuple[Array, Array, int]]:
+    """Statistics of lazy arrays, computed once, all together."""
+    if compat.is_dask_array(found[0][0]):
+        dask: Any = importlib.import_module("dask")
+        (found,) = dask.persist(found)
+    return found
+
+
+def _shown(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches, and how far they are, where rich is installed."""
+    if importlib.util.find_spec("rich") is None:
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(batches) if isinstance(batches, Sized) else None
+    console = Console(stderr=True)
+    yield from track(batches, "recalibrating", total, console=console, transient=True)
