@@ -109,3 +109,28 @@ def test_a_member_goes_wrong(engine, fault, tmp_path):
             assert found["again"] == 24, "the group works again"
     if fault not in ("killed", "hangs"):
         assert members[1]["unchanged"] or fault == "channels"
+
+
+def test_autograd_over_a_group(tmp_path):
+    """A converted model in four processes against PyTorch's own on the joined batch."""
+    if missing["gloo"]:
+        pytest.skip(missing["gloo"])
+    import torch
+    from members import in_torch
+
+    net = in_torch.model()
+    wanted, state = in_torch.train(net, slice(None))
+    members = results("gloo", 4, "members.in_torch", folder=tmp_path)
+    names = 2 + len(list(net.parameters()))
+    for i, expected in enumerate(wanted):
+        parts = [found[i] for (found, _), *_ in members]
+        joined = torch.cat(parts) if i % names < 2 else sum(parts)
+        torch.testing.assert_close(joined, expected, rtol=1e-9, atol=1e-10)
+    for (_, own), counted, error, y in members:
+        assert counted == 3 * 2 * 2, "two layers, forward and backward, three steps"
+        for mine, expected in zip(own, state, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-11)
+        for mine, other in zip(own, members[0][0][1], strict=True):
+            assert torch.equal(mine, other)
+        assert "trying to differentiate twice" in error
+        torch.testing.assert_close(y, net.eval()(in_torch.batches()[0][0]), rtol=1e-9, atol=1e-9)

@@ -100,13 +100,16 @@ def batch_norm(
     eps = checks.scalar("eps", eps, 0)
 
     kernels = kernels_for(x, gamma, beta, where, out)
-    if kernels.forward is not None and group is None:
+    y: Array
+    if group is not None:
+        if kernels.joined is None or out is not None:
+            return groups.forward(kernels, at, x, where, gamma, beta, eps, out, group)
+        y, stats = kernels.joined(x, where, gamma, beta, eps, at, group)
+        return y, stats
+    if kernels.forward is not None:
         y, stats = kernels.forward(x, weights_of(where, x.ndim), gamma, beta, eps, at, out)
         return y, stats
     stats = moments_by(kernels, at, x, where)
-    if group is not None:
-        stats = groups.join(group, stats)
-        checks.joined(at, stats, where)
     return scale_shift_by(kernels, at, x, stats, gamma, beta, eps, out), stats
 
 

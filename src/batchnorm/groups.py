@@ -14,7 +14,9 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from batchnorm import checks
+from batchnorm import checks, vectors
+from batchnorm.kernels import KernelSet
+from batchnorm.layout import Layout
 from batchnorm.moments import Moments, pool, pool_rows
 
 Array = Any
@@ -41,6 +43,23 @@ def decline(group: Any, error: BaseException) -> None:
     """Tell the other members that this one does not come, and why."""
     if hasattr(group, "announce"):
         group.announce(f"{type(error).__name__}: {error}", failed=True)
+
+
+def forward(
+    kernels: KernelSet,
+    at: Layout,
+    x: Array,
+    where: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: Any,
+    out: Array | None,
+    group: Any,
+) -> tuple[Array, Moments]:
+    """Give y of a member's part, and the moments of the joined batch."""
+    stats = join(group, vectors.moments_by(kernels, at, x, where))
+    checks.joined(at, stats, where)
+    return vectors.scale_shift_by(kernels, at, x, stats, gamma, beta, eps, out), stats
 
 
 def join(group: Any, own: Moments) -> Moments:

@@ -37,6 +37,8 @@ class KernelSet(NamedTuple):
     """`grad_sums` and `grad_input` at once."""
     inference: Callable[..., Array] | None = None
     """`scale_shift` from given statistics."""
+    joined: Callable[..., Any] | None = None
+    """`forward` of one member's part of a batch, where a library has to know of the group."""
 
     def __repr__(self) -> str:
         return f"<kernels {self.name}: {self.why}>"

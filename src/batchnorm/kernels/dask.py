@@ -114,7 +114,7 @@ def kernel_set() -> KernelSet:
 def _partial(function: Callable[..., Array], rows: int, at: Layout, x: Array, *others: Any) -> Array:
     """Rows of vectors from each chunk: (rows, blocks along each axis but the channels')."""
     axes = tuple(range(1, 1 + x.ndim))
-    given = [part for a in (x, *others) for part in (a, None if a is None else axes)]
+    given = _cut_as(x, axes, others)
     return da.blockwise(
         function,
         (0, *axes),
@@ -130,8 +130,20 @@ def _partial(function: Callable[..., Array], rows: int, at: Layout, x: Array, *o
 def _blocks(function: Callable[..., Array], at: Layout, x: Array, *others: Any) -> Array:
     """An array of the shape of x."""
     axes = tuple(range(x.ndim))
-    given = [part for a in (x, *others) for part in (a, None if a is None else axes)]
+    given = _cut_as(x, axes, others)
     return da.blockwise(function, axes, *given, kept=at.kept, dtype=x.dtype, meta=x._meta)
+
+
+def _cut_as(x: Array, axes: tuple[int, ...], others: tuple[Any, ...]) -> list[Any]:
+    """Arguments of `blockwise`: x, and others in the same chunks, so that x keeps its own."""
+    given = [x, axes]
+    for a in others:
+        if a is not None:
+            chunks = [c if n == sum(c) else (n,) for n, c in zip(a.shape, x.chunks, strict=True)]
+            given += [a.rechunk(tuple(chunks)), axes]
+        else:
+            given += [None, None]
+    return given
 
 
 def _layout(x: Array, kept: tuple[int, ...]) -> Layout:

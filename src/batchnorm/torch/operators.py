@@ -17,7 +17,7 @@ from batchnorm import checks
 from batchnorm.kernels import KernelSet, generic
 from batchnorm.kernels import torch as adapter
 from batchnorm.layout import Layout
-from batchnorm.torch import shapes
+from batchnorm.torch import shapes, synchronized
 from batchnorm.torch.shapes import plain_axis
 
 Array = Any
@@ -344,4 +344,5 @@ def kernel_set(why: str) -> KernelSet:
         forward,
         backward,
         inference,
+        synchronized.forward,
     )

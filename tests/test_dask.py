@@ -1,0 +1,127 @@
+"""Dask arrays: chunks of any shape, streamed, on threads and on a cluster."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm.testing import data, verdict
+from batchnorm.testing.oracle import Problem
+
+dask = pytest.importorskip("dask")
+da = pytest.importorskip("dask.array")
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+CHUNKS = [((40,), (6,), (5,)), ((7, 0, 20, 13), (6,), (5,)), ((11, 29), (1, 4, 1), (2, 3))]
+
+
+def judge(x, dy, where, dtype, chunks, scheduler, **settings):
+    gamma, beta = data.parameters((6,), dtype)
+    given = [da.from_array(a, chunks=chunks) for a in (x, dy)]
+    vectors = [da.from_array(v, chunks=4) for v in (gamma, beta)]
+    w = None if where is None else da.from_array(where, chunks=(9, 6, 5))
+    y, stats = bn.batch_norm(given[0], *vectors, where=w)
+    grads = bn.batch_norm_backward(given[1], given[0], stats, vectors[0], where=w)
+    frozen = bn.normalize(given[0], stats.mean, stats.var, *vectors)
+    assert y.chunks == given[0].chunks == grads[0].chunks
+    y, stats, grads, frozen = dask.compute(y, stats, grads, frozen, scheduler=scheduler, **settings)
+    expected = Problem(x, gamma, beta, where=where)
+    verdict.forward(y, expected, dtype)
+    verdict.moments(bn.Moments(*stats), expected)
+    verdict.backward(grads, expected.backward(dy), dtype, dtype)
+    if dtype == "float32":  # a float64 mean of 1e8 lacks the digits that `mean_lo` has
+        verdict.forward(frozen, expected, dtype)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mask"])
+@pytest.mark.parametrize(("dtype", "mean"), [("float32", 1e4), ("float64", 1e8)])
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_chunks_along_any_axis(chunks, dtype, mean, kind):
+    x, dy = (data.batch((40, 6, 5), dtype, mean=m, seed=s) for m, s in ((mean, 1), (0.5, 2)))
+    where = None if kind == "plain" else data.weights((40, 6, 5), kind)
+    judge(x, dy, where, dtype, chunks, "threads")
+
+
+def test_a_cluster_of_two_processes():
+    distributed = pytest.importorskip("distributed")
+    x, dy = data.batch((40, 6, 5), mean=1e4), data.batch((40, 6, 5), seed=2)
+    cluster = distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None)
+    with cluster, distributed.Client(cluster) as client:
+        judge(x, dy, None, "float32", CHUNKS[2], client)
+
+
+@pytest.mark.parametrize("function", [bn.batch_norm, bn.moments, bn.BatchNorm(6)])
+def test_unknown_chunk_sizes(function):
+    x = da.from_array(data.batch((40, 6)), chunks=(7, 6))
+    with pytest.raises(ValueError, match=r"x: got chunks of unknown size .*compute_chunk_sizes\(\)"):
+        function(x[x[:, 0] > 0])
+
+
+def reading(x, rows, read):
+    """An array whose chunks tell when they are read."""
+
+    def chunk(block_info=None):
+        start = block_info[None]["array-location"][0][0]
+        read.append(start)
+        return x[start : start + rows]
+
+    return da.map_blocks(
+        chunk, chunks=((rows,) * (len(x) // rows), *x.shape[1:]), dtype=x.dtype, meta=x[:0]
+    )
+
+
+def test_each_chunk_is_read_for_the_statistics_and_again_for_the_output():
+    """So none has to be kept from one pass to the other."""
+    x, read = data.batch((40, 6)), []
+    y, stats = bn.batch_norm(reading(x, 8, read))
+    y.compute(scheduler="synchronous")
+    once = [0, 8, 16, 24, 32]
+    assert sorted(read[:5]) == sorted(read[5:]) == once
+    del read[:]
+    dx, *_ = bn.batch_norm_backward(
+        *[reading(x, 8, read)] * 2, bn.Moments(*map(da.asarray, dask.compute(*stats)))
+    )
+    dx.compute(scheduler="synchronous")
+    assert sorted(read[:5]) == sorted(read[5:]) == once
+
+
+def test_equal_calls_have_equal_names():
+    x = da.from_array(data.batch((40, 6)), chunks=(7, 6))
+    assert bn.batch_norm(x)[0].name == bn.batch_norm(x)[0].name
+
+
+def test_chunks_run_on_their_own_kernels(monkeypatch):
+    from batchnorm.kernels import dask as kernels
+
+    seen = set()
+
+    def spy(*arrays):
+        found = bn.kernels_for(*arrays)
+        seen.add((type(arrays[0]), found.name))
+        return found
+
+    monkeypatch.setattr(kernels, "kernels_for", spy)
+    x = da.from_array(data.batch((40, 6)), chunks=(7, 6))
+    assert bn.kernels_for(x).name == "dask"
+    y, stats = bn.batch_norm(x)
+    dask.compute(y, bn.batch_norm_backward(y, x, stats), scheduler="synchronous")
+    assert seen == {(np.ndarray, bn.kernels_for(np.zeros((4, 6))).name)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded as Linux does it")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_zarr_array_of_four_times_the_memory(workers):
+    pytest.importorskip("zarr")
+    command = [sys.executable, EXAMPLES / "larger_than_memory.py", "--json"]
+    command += ["--limit", "256", "--size", "1024", "--workers", str(workers), "--no-copy"]
+    environment = {**os.environ, "BATCHNORM_KERNELS": "numpy"}  # Numba's compiler alone takes 100 MB
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["peak"] < found["limit"]
+    assert found["error"] < 1e-6
