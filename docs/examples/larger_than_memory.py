@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import resource
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ def create(path: str, shape: tuple[int, ...], rows: int) -> None:
 
 def bound(megabytes: int) -> None:
     """Refuse this process more private memory than that; 0 for what it had at first."""
+    threading.stack_size(MB)  # what stacks might grow to counts, and there are dozens of threads
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (megabytes * MB or most, most))
 
