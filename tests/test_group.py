@@ -90,3 +90,20 @@ def test_a_group_that_returns_nothing():
         TypeError, match="group.all_reduce: got a NoneType of shape None, expected the sum"
     ):
         bn.batch_norm(data.batch((4, 3)), group=InPlace())
+
+
+def test_adapters_can_be_made_again():
+    """Importing an engine's adapter leaves the function of its name alone."""
+    pytest.importorskip("jax")
+    assert [repr(bn.distributed.jax(name)) for name in "ab"] == [
+        "<Jax group over the axis 'a'>",
+        "<Jax group over the axis 'b'>",
+    ]
+
+
+def test_an_axis_name_that_is_not_bound():
+    pytest.importorskip("jax")
+    import jax.numpy as jnp
+
+    with pytest.raises(ValueError, match="group: got the axis name 'a', which is not bound here"):
+        bn.batch_norm(jnp.zeros((4, 3)), group=bn.distributed.jax("a"))

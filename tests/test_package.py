@@ -30,7 +30,7 @@ def test_public_names():
 
 
 def test_imports_point_one_way():
-    """layer -> functional -> kernels -> checks -> layout; moments, threads and outputs below kernels."""
+    """layer -> functional -> groups -> kernels -> checks -> layout; and beside them, in this order."""
     order = [
         "layout",
         "checks",
@@ -38,10 +38,16 @@ def test_imports_point_one_way():
         "outputs",
         "moments",
         "kernels",
+        "vectors",
+        "groups",
+        "distributed",
         "functional",
         "folding",
         "state",
         "layer",
+        "recalibration",
+        "files",
+        "checkpoints",
         "__init__",
     ]
     source = ROOT / "src" / "batchnorm"
@@ -91,7 +97,7 @@ def test_wheel(wheel):
     plain = sorted(line.split()[1].partition(">")[0] for line in needed if "extra" not in line)
     assert plain == ["array-api-compat", "numpy"]
     extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
-    wanted = {"numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors"}
+    wanted = {"numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors", "mpi"}
     wanted |= {"demo", "docs", "test"}
     assert extras == wanted
 

@@ -23,7 +23,7 @@ Array = Any
 
 # Bytes up to which the moments of all members go into one vector, each in a place of its own. Beyond
 # it, a second reduction costs less than the bytes: see the page on synchronized statistics.
-ONE_VECTOR = 2**20
+ONE_VECTOR = 2**19
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def mpi(comm: Any = None, *, timeout: float | None = 300.0) -> Any:
     ModuleNotFoundError
         mpi4py is not installed.
     """
-    from batchnorm.distributed.mpi import Mpi
+    from batchnorm.distributed.over_mpi import Mpi
 
     return Mpi(comm, timeout)
 
@@ -70,7 +70,7 @@ def nccl(comm: Any, *, timeout: float | None = 300.0) -> Any:
     TypeError
         `comm` is not a communicator.
     """
-    from batchnorm.distributed.nccl import Nccl
+    from batchnorm.distributed.over_nccl import Nccl
 
     return Nccl(comm, timeout)
 
@@ -101,7 +101,7 @@ def torch(process_group: Any = None, *, timeout: float | None = None, check: boo
     RuntimeError
         ``torch.distributed.init_process_group`` was not called.
     """
-    from batchnorm.distributed.torch import Torch
+    from batchnorm.distributed.over_torch import Torch
 
     return Torch(process_group, timeout, check)
 
@@ -120,6 +120,6 @@ def jax(axis_name: Any) -> Any:
         With ``rank``, ``size`` and ``all_reduce(array)``, which can be called where the axis is bound.
         Under ``jax.grad`` each device's gradient is that of the sum of all devices' losses.
     """
-    from batchnorm.distributed.jax import Jax
+    from batchnorm.distributed.over_jax import Jax
 
     return Jax(axis_name)
