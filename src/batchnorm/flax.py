@@ -10,6 +10,7 @@ from flax import nnx
 
 import batchnorm as bn
 from batchnorm import checks
+from batchnorm.distributed import jax as jax_group
 
 Array = Any
 
@@ -44,24 +45,12 @@ class BatchNorm(nnx.BatchNorm):
         axis = axes[0] if len(axes) == 1 else axes
         if frozen:
             return bn.normalize(x, mean, var, gamma, beta, axis=axis, eps=self.epsilon)
-        group = None if self.axis_name is None else _Group(self.axis_name, self.axis_index_groups)
+        group = None if self.axis_name is None else jax_group(self.axis_name, self.axis_index_groups)
         y, stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=self.epsilon, where=mask, group=group)
         mean, var = bn.update_running(mean, var, stats, momentum=1 - self.momentum, correction=0)
         self.mean[...] = jax.lax.stop_gradient(mean)
         self.var[...] = jax.lax.stop_gradient(var)
         return y
-
-
-class _Group:
-    """Ranks along an axis name, each of which has a part of the batch."""
-
-    def __init__(self, name: Any, groups: Any) -> None:
-        self.name, self.groups = name, groups
-
-    def all_reduce(self, v: Array) -> Array:
-        """The sum over the ranks."""
-        psum: Any = jax.lax.psum
-        return psum(v, self.name, axis_index_groups=self.groups)
 
 
 def _channels(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:

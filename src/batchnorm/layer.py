@@ -254,7 +254,8 @@ class BatchNorm:
                 checks.weights(at, x, where)
             if self.update_statistics:
                 note = moments(x, axis=self.axis, where=where)
-                note = note if group is None else groups.join(group, note)
+                if group is not None:
+                    note = groups.join(group, _detached(note))
             else:
                 self._warn_if_never_committed()
             stats = Moments(1, mean, var)
@@ -263,7 +264,7 @@ class BatchNorm:
         if at.device is not None or note is not None:  # a traced input would leak from inference
             self._settle(state)
         if note is not None:
-            note = Moments(*(_detached(v) for v in note))
+            note = _detached(note)
             if self._noted is None:
                 self._pending = note
             else:
@@ -451,6 +452,7 @@ def _shape(num_features: Any) -> tuple[int, ...]:
     return shape
 
 
-def _detached(v: Array) -> Array:
-    """Cut a vector out of PyTorch's graph: running statistics have no gradient."""
-    return v.detach() if hasattr(v, "detach") else v
+def _detached(stats: Moments) -> Moments:
+    """Cut statistics out of PyTorch's graph: running ones have no gradient."""
+    fields: tuple[Any, ...] = stats
+    return Moments(*(v.detach() if hasattr(v, "detach") else v for v in fields))

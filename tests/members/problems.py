@@ -34,11 +34,12 @@ class Case(NamedTuple):
         return data.parameters((CHANNELS,), self.dtype)
 
 
-def cases(members):
+def cases(members, brief=False):
+    """All cases, or (where each is compiled for seconds) those that differ in more than numbers."""
     even = (6,) * members
     uneven = tuple(2 + 3 * i for i in range(members))
     empty = tuple(0 if i == members // 2 else 7 for i in range(members)) if members > 1 else (9,)
-    return [
+    found = [
         Case(f"{name}-{kind}-{dtype}", sizes, kind, dtype, mean)
         for name, sizes in (("even", even), ("uneven", uneven), ("empty", empty))
         for kind, dtype, mean in (
@@ -48,3 +49,12 @@ def cases(members):
             ("weights", "float32", 3.0),
         )
     ]
+    if brief:
+        wanted = (
+            "even-plain-float32",
+            "uneven-plain-float64",
+            "uneven-mask-float32",
+            "empty-plain-float32",
+        )
+        return [c for c in found if c.name in wanted]
+    return found

@@ -106,13 +106,15 @@ def torch(process_group: Any = None, *, timeout: float | None = None, check: boo
     return Torch(process_group, timeout, check)
 
 
-def jax(axis_name: Any) -> Any:
+def jax(axis_name: Any, axis_index_groups: Any = None) -> Any:
     """Make a group of the devices along a named axis of `jax.pmap` or `jax.shard_map`.
 
     Parameters
     ----------
     axis_name : hashable, or tuple of them
         The name (or names) of the axis over which batches are joined.
+    axis_index_groups : list of lists of ints, optional
+        Places along the axis that form groups of their own, as in `jax.lax.psum`.
 
     Returns
     -------
@@ -122,4 +124,4 @@ def jax(axis_name: Any) -> Any:
     """
     from batchnorm.distributed.over_jax import Jax
 
-    return Jax(axis_name)
+    return Jax(axis_name, axis_index_groups)

@@ -127,7 +127,7 @@ class Members:
 def to_host(array: Array) -> Array:
     """An eager array of any library as one of NumPy."""
     if compat.is_torch_array(array):
-        return array.detach().cpu().numpy()
+        return plain(array).detach().cpu().numpy()
     if compat.is_cupy_array(array):
         return array.get()
     if compat.is_lazy_array(array) and not compat.is_jax_array(array):
@@ -138,6 +138,17 @@ def to_host(array: Array) -> Array:
     except TypeError:
         got = f"a {type(array).__name__} without values"
         checks.fail(TypeError, "group", got, "bn.distributed.jax(axis_name) for what JAX traces")
+
+
+def plain(tensor: Array) -> Array:
+    """A tensor whose sum over the members PyTorch need not know of: it could not go back through it."""
+    from batchnorm.kernels import torch as adapter
+
+    why = adapter.recorded((tensor,)) or adapter.transformed()
+    if why is not None:
+        expected = "plain ones, under torch.no_grad() say; or batch_norm's first derivative, by autograd"
+        checks.fail(TypeError, "group", f"tensors to add up, and {why}", expected)
+    return tensor
 
 
 def from_host(host: Array, like: Array) -> Array:

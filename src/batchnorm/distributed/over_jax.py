@@ -14,8 +14,8 @@ Array = Any
 class Jax:
     """See `batchnorm.distributed.jax`. One program runs on all devices, so their calls always match."""
 
-    def __init__(self, axis_name: Any) -> None:
-        self.axis_name = axis_name
+    def __init__(self, axis_name: Any, axis_index_groups: Any = None) -> None:
+        self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
 
     def __repr__(self) -> str:
         return f"<Jax group over the axis {self.axis_name!r}>"
@@ -27,14 +27,16 @@ class Jax:
 
     @property
     def size(self) -> int:
-        """How many devices there are along the axis."""
+        """How many devices there are along the axis; unknown where they form several groups."""
+        if self.axis_index_groups is not None:
+            raise AttributeError("size")
         found: int = self._bound(jax.lax.axis_size)
         return found
 
     def all_reduce(self, array: Array) -> Array:
         """Sum an array over the devices along the axis."""
         psum: Any = jax.lax.psum
-        return self._bound(lambda name: psum(array, name))
+        return self._bound(lambda name: psum(array, name, axis_index_groups=self.axis_index_groups))
 
     def _bound(self, function: Any) -> Any:
         try:

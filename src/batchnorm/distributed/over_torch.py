@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from batchnorm import checks
-from batchnorm.distributed.members import Members, Rows, from_host, seconds, to_host
+from batchnorm.distributed.members import Members, Rows, from_host, plain, seconds, to_host
 
 Array = Any
 
@@ -51,7 +51,7 @@ class Torch(Members):
 
     def _sum(self, array: Array) -> Array:
         own: Any = array if compat.is_torch_array(array) else self._tensor(array)
-        total = own.detach().to(self._device, copy=True).contiguous()
+        total = plain(own).detach().to(self._device, copy=True).contiguous()
         self._finish(self._begin(lambda: dist.all_reduce(total, group=self._group, async_op=True)))
         if own is array:
             return total.to(array.device)
