@@ -137,3 +137,10 @@ def test_autograd_over_a_group(tmp_path):
         assert "group: got tensors to add up, and PyTorch differentiates" in refused[1]
         assert "group: got tensors to add up, and torch.func transforms" in refused[2]
         torch.testing.assert_close(y, net.eval()(in_torch.batches()[0][0]), rtol=1e-9, atol=1e-9)
+
+
+def test_messages_under_way_when_a_program_ends():
+    """MPI still writes to their memory then."""
+    if missing["mpi"]:
+        pytest.skip(missing["mpi"])
+    assert launch("mpi", 2, "members.leaving") == ("", [0])

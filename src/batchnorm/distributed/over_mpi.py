@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ from batchnorm import checks
 from batchnorm.distributed.members import Members, Rows, from_host, seconds, to_host
 
 Array = Any
+
+# MPI writes to buffers until a request is through, maybe when the interpreter has ended: what is not
+# through by then (after an error, say) must never be freed.
+_hold = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
+_let_go = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_DecRef", ctypes.pythonapi))
 
 
 class Mpi(Members):
@@ -29,7 +35,6 @@ class Mpi(Members):
         self.timeout = seconds(timeout)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._error = MPI.Exception
-        self._kept: list[Any] = []  # what MPI may still write to after an error
         self._comm, request = comm.Idup()
         self._finish(request)
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -51,15 +56,17 @@ class Mpi(Members):
         return from_host(total, array)
 
     def _begin(self, collective: str, *buffers: Array) -> Any:
+        for buffer in buffers:
+            _hold(buffer)
         try:
             return getattr(self._comm, collective)(*buffers)
         except self._error as error:
             self._break(error)
 
     def _finish(self, request: Any, *buffers: Array) -> None:
-        self._kept = [request, *buffers]
         try:
             self._await(request.Test)
         except self._error as error:
             self._break(error)
-        self._kept = []
+        for buffer in buffers:
+            _let_go(buffer)
