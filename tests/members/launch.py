@@ -21,7 +21,7 @@ def launch(engine, size, program, *arguments, limit=120):
     command = [sys.executable, "-W", "error", "-m", program, *map(str, arguments)]
     if engine == "mpi":
         # A member that is killed dies inside a shell, for the launcher would kill the others too.
-        shell = ["sh", "-c", f'"$@" || sleep {LATER}', "sh"]
+        shell = ["sh", "-c", f'"$@" || {{ echo "exit status $?"; sleep {LATER}; }}', "sh"]
         commands = [[MPIEXEC, "-n", str(size), *shell, *command]]
         ranks = [{}]
     else:

@@ -10,7 +10,7 @@ import numpy as np
 
 # Compiled loops leave memory in such disorder that a write to what was freed is noticed.
 os.environ.pop("BATCHNORM_KERNELS", None)
-import batchnorm as bn  # noqa: E402
+import batchnorm as bn
 
 group = bn.distributed.mpi()
 layer = bn.BatchNorm(4, group=group)
