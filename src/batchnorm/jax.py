@@ -37,11 +37,10 @@ def forward(
 def _plain(
     x: Array, w: Array | None, gamma: Array | None, beta: Array | None, eps: Any, at: Layout
 ) -> tuple[Array, Moments]:
-    from batchnorm.vectors import scale_shift_by  # which imports this package's kernels
+    from batchnorm import vectors  # which imports this package's kernels
 
-    count, mean, mean_lo, var = (at.squeeze(v) for v in generic.moments(x, w, at))
-    stats = Moments(count, mean, var, mean_lo)
-    return scale_shift_by(kernel_set(), at, x, stats, gamma, beta, eps, None), stats
+    stats = vectors.moments_by(kernel_set(), at, x, w)
+    return vectors.scale_shift_by(kernel_set(), at, x, stats, gamma, beta, eps, None), stats
 
 
 _ruled: Any = functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))(_plain)

@@ -12,7 +12,7 @@ import array_api_compat as compat
 
 from batchnorm import checks, groups
 from batchnorm.layer import BatchNorm
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, update_running
 
 Array = Any
 
@@ -155,13 +155,12 @@ def _statistics(
         if total is None:
             got = "no input from any batch"
             checks.fail(ValueError, f"layers[{i}]", got, "a layer that `forward` calls")
-        n, mean, var = total.count, total.mean, total.var
-        xp = compat.array_namespace(mean)
         old: Any = layer.running_mean, layer.running_var
-        free = xp.where(n > layer.correction, n - layer.correction, n)
-        free = xp.where(free > 0, free, xp.ones_like(free))
-        new = zip((mean, var * (n / free)), old, strict=True)
-        found.append((*(xp.where(n > 0, xp.astype(v, o.dtype), o) for v, o in new), count))
+        xp, n = compat.array_namespace(total.mean), total.count
+        # From nothing: what is there may be NaN, which no momentum would take away.
+        mean, var = map(xp.zeros_like, old)
+        new = update_running(mean, var, total, momentum=1, correction=layer.correction)
+        found.append((*(xp.where(n > 0, v, o) for v, o in zip(new, old, strict=True)), count))
     return _computed(found)
 
 

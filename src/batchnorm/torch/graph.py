@@ -14,6 +14,7 @@ import torch
 from batchnorm import functional
 from batchnorm.kernels import torch as adapter
 from batchnorm.moments import Moments
+from batchnorm.vectors import weights_of
 
 Array = Any
 _ops = torch.ops.batchnorm
@@ -53,10 +54,6 @@ def _axes(axis: int | tuple[int, ...]) -> list[int]:
     return list(axis) if isinstance(axis, tuple) else [axis]
 
 
-def _weights(where: Array | None, ndim: int) -> Array | None:
-    return where if where is None or where.ndim == ndim else where[(None,) * (ndim - where.ndim)]
-
-
 def _tensors(stats: Moments, x: Array) -> list[Array]:
     """Moments as the operators take them."""
     n, mean, var, low = stats
@@ -73,7 +70,7 @@ def _batch_norm(
     eps: float = 1e-5,
     where: Array | None = None,
 ) -> tuple[Array, Moments]:
-    y, *stats = _ops.batch_norm(x, gamma, beta, _weights(where, x.ndim), _axes(axis), eps)
+    y, *stats = _ops.batch_norm(x, gamma, beta, weights_of(where, x.ndim), _axes(axis), eps)
     return y, Moments(*stats)
 
 
@@ -87,7 +84,7 @@ def _batch_norm_backward(
     eps: float = 1e-5,
     where: Array | None = None,
 ) -> tuple[Array, ...]:
-    w, axes = _weights(where, x.ndim), _axes(axis)
+    w, axes = weights_of(where, x.ndim), _axes(axis)
     found: tuple[Array, ...] = _ops.batch_norm_backward(dy, x, *_tensors(stats, x), gamma, w, axes, eps)
     return found
 
@@ -121,7 +118,7 @@ def _normalize_backward(
 
 
 def _moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:
-    return Moments(*_ops.moments(x, _weights(where, x.ndim), _axes(axis)))
+    return Moments(*_ops.moments(x, weights_of(where, x.ndim), _axes(axis)))
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
