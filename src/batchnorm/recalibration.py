@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import array_api_compat as compat
@@ -13,6 +12,7 @@ import array_api_compat as compat
 from batchnorm import checks, groups
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
+from batchnorm.progress import shown
 
 Array = Any
 
@@ -120,7 +120,7 @@ def _collected(
     """Run all batches; their number, and what each layer's inputs were."""
     stacks: list[list[tuple[int, Moments]]] = [[] for _ in layers]
     count = 0
-    for batch in _shown(batches) if progress else batches:
+    for batch in shown(batches, "recalibrating") if progress else batches:
         forward(batch)
         count += 1
         for layer, stack in zip(layers, stacks, strict=True):
@@ -178,16 +178,3 @@ def _computed(found: list[tuple[Array, Array, int]]) -> list[tuple[Array, Array,
         dask: Any = importlib.import_module("dask")
         (found,) = dask.persist(found)
     return found
-
-
-def _shown(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches, and how far they are, where rich is installed."""
-    if importlib.util.find_spec("rich") is None:
-        yield from batches
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    total = len(batches) if isinstance(batches, Sized) else None
-    console = Console(stderr=True)
-    yield from track(batches, "recalibrating", total, console=console, transient=True)

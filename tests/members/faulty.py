@@ -76,7 +76,7 @@ def main(engine, fault, folder):
     begun = Path(folder, f"{group.rank}.part")
     begun.write_bytes(pickle.dumps(found))
     begun.rename(begun.with_suffix(".pickle"))
-    # An MPI launcher ends all members with the first, and engines wait at the end for ones that are gone.
+    # An MPI launcher ends all members with the first; engines wait at the end for who is gone.
     others = (0, 2) if fault in ("killed", "hangs") else (0, 1, 2)
     end = time.monotonic() + 60
     while not all(Path(folder, f"{r}.pickle").exists() for r in others) and time.monotonic() < end:

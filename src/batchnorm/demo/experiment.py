@@ -14,10 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from batchnorm.demo import network
+from batchnorm.demo.digits import batches, digits
 from batchnorm.demo.network import Settings
 from batchnorm.demo.picture import GOAL, Curve, draw
 
@@ -59,9 +58,7 @@ def train(
     settings: Settings, library: str, steps: int, seed: int, report: Callable[[int, float], None]
 ) -> Curve:
     """Train one network with the arrays of a library."""
-    digits = load_digits()
-    split = train_test_split(digits.data / 16, digits.target, test_size=360, random_state=0)
-    train_x, test_x, train_y, test_y = split
+    train_x, test_x, train_y, test_y = digits()
     array, compiled = _library(library)
     train_images = array(train_x.astype(np.float32))
     train_labels = array(np.eye(10, dtype=np.float32)[train_y])
@@ -73,7 +70,7 @@ def train(
 
     every = max(1, min(10, steps // 10))
     curve = Curve([], [], [], 0.0)
-    order = network.batches(len(train_x), BATCH, seed)
+    order = batches(len(train_x), BATCH, seed)
     seconds = 0.0
     for i in range(steps + 1):
         if i % every == 0 or i == steps:

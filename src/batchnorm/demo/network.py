@@ -7,7 +7,6 @@ D = 64 pixels, H = 100 units, K = 10 digits.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,14 +119,6 @@ def predict(state: State, images: Array, settings: Settings) -> tuple[Array, Arr
             y = z + state[f"bias{i}"]
         a = sigmoid(y)
     return xp.matmul(a, state[f"weight{HIDDEN}"]) + state[f"bias{HIDDEN}"], y
-
-
-def batches(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of batches without end: each epoch in a new order, its odd rest left out."""
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(count)
-        yield from order[: count // size * size].reshape(-1, size)
 
 
 def _softmax(logits: Array) -> Array:

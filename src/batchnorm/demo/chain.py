@@ -1,0 +1,99 @@
+"""A network as a chain of layers with a forward and a backward pass each: what the gallery trains.
+
+NumPy arrays throughout. Shapes in comments: N examples in a batch, D inputs and H outputs of a layer,
+K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+PARAMETERS = ("weight", "bias", "gamma", "beta")
+
+
+class Linear:
+    """y = x·W + b, with W drawn from a Gaussian of standard deviation scale/√D."""
+
+    def __init__(
+        self, inputs: int, outputs: int, rng: np.random.Generator, scale: float = 1.0, bias: bool = True
+    ) -> None:
+        self.weight = rng.standard_normal((inputs, outputs)) * scale / np.sqrt(inputs)  # (D, H)
+        self.bias = np.zeros(outputs) if bias else None  # (H,)
+
+    def __call__(self, x: Array) -> Array:
+        self.x = x  # (N, D)
+        y: Array = x @ self.weight  # (N, H)
+        return y if self.bias is None else y + self.bias
+
+    def backward(self, dy: Array) -> Array:
+        self.weight_grad = self.x.T @ dy  # (D, H)
+        self.bias_grad = np.sum(dy, axis=0)  # (H,)
+        dx: Array = dy @ self.weight.T  # (N, D)
+        return dx
+
+
+class Activation:
+    """y = f(x) elementwise, where the slope of f is a function of y."""
+
+    def __init__(self, function: Callable[[Array], Array], slope: Callable[[Array], Array]) -> None:
+        self.function, self.slope = function, slope
+
+    def __call__(self, x: Array) -> Array:
+        self.y = self.function(x)
+        return self.y
+
+    def backward(self, dy: Array) -> Array:
+        return dy * self.slope(self.y)
+
+
+def sigmoid() -> Activation:
+    """The logistic function, by tanh, which does not overflow."""
+    return Activation(lambda x: 0.5 * (1 + np.tanh(0.5 * x)), lambda y: y * (1 - y))
+
+
+class Chain(list[Any]):
+    """Layers one after the other. `BatchNorm` is one; so is all that is called and has `backward`."""
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        """Give the gradient of the input; those of parameters stay in the layers."""
+        for layer in reversed(self):
+            dy = layer.backward(dy)
+        return dy
+
+    def gradients(self) -> Iterable[tuple[Any, str, Array]]:
+        """Each layer, the name of its parameter, and the parameter's gradient."""
+        for layer in self:
+            for name in PARAMETERS:
+                if getattr(layer, name, None) is not None:
+                    yield layer, name, getattr(layer, f"{name}_grad")
+
+    def descend(self, rate: float) -> None:
+        """One step of gradient descent, by the gradients of the last `backward`."""
+        for layer, name, gradient in self.gradients():
+            setattr(layer, name, getattr(layer, name) - rate * gradient)
+
+
+def cross_entropy(scores: Array, labels: Array) -> tuple[float, Array]:
+    """Mean cross-entropy (nats) of scores (N, K) against classes (N,); and its gradient (N, K)."""
+    shifted = scores - scores.max(axis=1, keepdims=True)  # (N, K)
+    logs = shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))  # (N, K)
+    rows = np.arange(len(labels))
+    gradient = np.exp(logs)
+    gradient[rows, labels] -= 1
+    return -float(np.mean(logs[rows, labels])), gradient / len(labels)
+
+
+def accuracy(scores: Array, labels: Array) -> float:
+    """The share of rows (N, K) whose highest score is at their class (N,)."""
+    return float(np.mean(scores.argmax(axis=1) == labels))

@@ -1,0 +1,36 @@
+"""The 1,797 handwritten digits that scikit-learn carries, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+Array = npt.NDArray[Any]
+
+
+class Digits(NamedTuple):
+    """Pixels from 0 to 1, shape (1437, 64) and (360, 64), and classes from 0 to 9."""
+
+    train_x: Array
+    test_x: Array
+    train_y: Array
+    test_y: Array
+
+
+def digits() -> Digits:
+    """The same split at every call."""
+    loaded = load_digits()
+    return Digits(*train_test_split(loaded.data / 16, loaded.target, test_size=360, random_state=0))
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[Array]:
+    """Indices of batches without end: each epoch in a new order, its odd rest left out."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(count)
+        yield from order[: count // size * size].reshape(-1, size)
