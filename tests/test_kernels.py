@@ -271,3 +271,42 @@ def test_oracle_is_not_ours():
     assert oracle is not None
     np.testing.assert_allclose(y, np.asarray(exact.y, dtype=float), rtol=0, atol=1e-9)
     np.testing.assert_allclose(mean.ravel(), np.asarray(exact.flat(exact.mean), dtype=float), rtol=1e-12)
+
+
+def test_kernels_of_one_s_own(monkeypatch):
+    """A rule is asked first, the newest before others, unless it declines or a set is asked for."""
+    from batchnorm.kernels import _rule
+
+    monkeypatch.setattr("batchnorm.kernels._added", [])
+    x, plain = np.zeros((4, 3), np.float32), bn.kernels_for(np.zeros((4, 3), np.float32))
+    calls = []
+
+    def named(name, dtype):
+        def moments(*arguments):
+            calls.append(name)
+            return plain.moments(*arguments)
+
+        mine = bn.KernelSet(name, "", moments, *plain[3:6])
+        return lambda x, *others: mine if x.dtype == dtype else None
+
+    try:
+        bn.add_kernels(np.ndarray, named("first", np.float32))
+        assert bn.kernels_for(x).name == "first"
+        bn.add_kernels(np.ndarray, named("second", np.float64))
+        assert bn.kernels_for(x).name == "first"
+        assert bn.kernels_for(x.astype(float)).name == "second"
+        assert bn.kernels_for(x.astype(np.float16)).name == plain.name
+        bn.batch_norm(data.batch((4, 3)))
+        assert calls == ["first"]
+        with kernels("generic"):
+            assert bn.kernels_for(x).name == "generic"
+        for wrong, text in (
+            ((3, named("x", float)), "kind: got 3, expected a class of arrays"),
+            ((np.ndarray, None), "rule: got None, expected a function of arrays"),
+        ):
+            with pytest.raises(TypeError, match=text):
+                bn.add_kernels(*wrong)
+    finally:
+        monkeypatch.undo()
+        _rule.cache_clear()
+    assert bn.kernels_for(x).name == plain.name

@@ -11,7 +11,7 @@ from batchnorm.functional import (
     normalize,
     normalize_backward,
 )
-from batchnorm.kernels import KernelSet, get_kernels, kernels_for, set_kernels
+from batchnorm.kernels import KernelSet, add_kernels, get_kernels, kernels_for, set_kernels
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
 from batchnorm.outputs import get_output_pool, set_output_pool
@@ -24,6 +24,7 @@ __all__ = [
     "BatchNorm",
     "KernelSet",
     "Moments",
+    "add_kernels",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_double_backward",

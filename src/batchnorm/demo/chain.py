@@ -27,11 +27,13 @@ class Linear:
         self.bias = np.zeros(outputs) if bias else None  # (H,)
 
     def __call__(self, x: Array) -> Array:
+        """Give y (N, H)."""
         self.x = x  # (N, D)
         y: Array = x @ self.weight  # (N, H)
         return y if self.bias is None else y + self.bias
 
     def backward(self, dy: Array) -> Array:
+        """Give the gradient of x, and keep those of W and b."""
         self.weight_grad = self.x.T @ dy  # (D, H)
         self.bias_grad = np.sum(dy, axis=0)  # (H,)
         dx: Array = dy @ self.weight.T  # (N, D)
@@ -45,10 +47,12 @@ class Activation:
         self.function, self.slope = function, slope
 
     def __call__(self, x: Array) -> Array:
+        """Give y."""
         self.y = self.function(x)
         return self.y
 
     def backward(self, dy: Array) -> Array:
+        """Give the gradient of x."""
         return dy * self.slope(self.y)
 
 
@@ -61,6 +65,7 @@ class Chain(list[Any]):
     """Layers one after the other. `BatchNorm` is one; so is all that is called and has `backward`."""
 
     def __call__(self, x: Array) -> Array:
+        """Give the last layer's output."""
         for layer in self:
             x = layer(x)
         return x

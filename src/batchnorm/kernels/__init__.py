@@ -24,7 +24,7 @@ class KernelSet(NamedTuple):
     """The four kernels for some kind of array. `kernels/generic.py` specifies each of them."""
 
     name: str
-    """The file under `kernels/` that it lives in."""
+    """What it is called: for this package's own, the file under `kernels/` that it lives in."""
     why: str
     """Why it was picked."""
     moments: Callable[..., tuple[Array, Array, Array, Array]]
@@ -42,6 +42,9 @@ class KernelSet(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<kernels {self.name}: {self.why}>"
+
+
+Rule = Callable[..., KernelSet | None]
 
 
 def kernels_for(x: Array, *others: Array | None) -> KernelSet:
@@ -74,11 +77,25 @@ def kernels_for(x: Array, *others: Array | None) -> KernelSet:
 @functools.lru_cache(maxsize=64)
 def _rule(kind: type) -> Callable[..., KernelSet]:
     """The rule for a class of arrays."""
+    rule = _own_rule(kind)
+    for added, other in _added:
+        if issubclass(kind, added):
+            rule = functools.partial(_either, other, rule)
+    return rule
+
+
+def _own_rule(kind: type) -> Callable[..., KernelSet]:
     for module, ndarray, rule in _HOSTS:
         library = sys.modules.get(module)
         if library is not None and issubclass(kind, getattr(library, ndarray)):
             return rule
     return _for_others
+
+
+def _either(rule: Rule, own: Callable[..., KernelSet], *arrays: Array | None) -> KernelSet:
+    """What an added rule picks, unless it declines or one of the package's own was asked for."""
+    picked = rule(*arrays) if get_kernels() is None else None
+    return own(*arrays) if picked is None else picked
 
 
 def _for_others(x: Array, *others: Array | None) -> KernelSet:
@@ -192,6 +209,35 @@ _HOSTS = (
 )
 
 
+def add_kernels(kind: type, rule: Rule) -> None:
+    """Run kernels of your own on a class of arrays.
+
+    Parameters
+    ----------
+    kind : type
+        The class of arrays, or a base of it.
+    rule : callable
+        Called as ``rule(x, *others)`` with the arrays of a call, where `others` may be None. Returns
+        the `KernelSet` to run on them, or None to leave the call to what would run without this rule:
+        rules that were added earlier, then the package's own.
+
+    Raises
+    ------
+    TypeError
+        `kind` is not a class, or `rule` cannot be called.
+
+    Notes
+    -----
+    A kernel set that is asked for by name, with `set_kernels` or ``BATCHNORM_KERNELS``, has precedence.
+    """
+    if not isinstance(kind, type):
+        checks.fail(TypeError, "kind", repr(kind), "a class of arrays")
+    if not callable(rule):
+        checks.fail(TypeError, "rule", repr(rule), "a function of arrays that gives a KernelSet")
+    _added.append((kind, rule))
+    _rule.cache_clear()
+
+
 def set_kernels(name: str | None) -> None:
     """Ask for one kernel set, and no other: for tests and comparisons.
 
@@ -222,6 +268,7 @@ def get_kernels() -> str | None:
 
 
 _chosen: str | None = None
+_added: list[tuple[type, Rule]] = []
 
 
 @functools.cache
