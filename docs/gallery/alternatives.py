@@ -1,0 +1,206 @@
+r"""
+What else people tried: penalties, normalizing now and then, full whitening
+===========================================================================
+
+Before batch norm, and beside it, activations were to be kept in shape by other means:
+
+- a **penalty** on their moments, :math:`L + \lambda \sum_c \left( \mu_c^2 + (\sigma_c^2 - 1)^2
+  \right)`, which asks for a mean of 0 and a variance of 1 instead of making them;
+- **normalizing every k steps**, with statistics that are constants in between, to the gradient
+  too;
+- **whitening** in full, :math:`\hat x = \Sigma^{-1/2} (x - \mu)` with the covariance
+  :math:`\Sigma` of the batch (ZCA), which also takes away the correlations between channels, and
+  whose gradient goes through :math:`\Sigma^{-1/2}`.
+
+Ioffe & Szegedy (2015, sections 2 and 3) begin with the latter two and give them up, one because it
+fights the gradient step, the other for its cost. Here all of them train one network."""
+
+# %%
+# The alternatives
+# ----------------
+# Each is a layer that takes batch norm's place, with the gradient that it implies.
+
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import batchnorm as bn
+from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
+from batchnorm.demo.digits import batches, digits
+from batchnorm.progress import shown
+
+WIDTH = 50
+
+
+class Penalty:
+    """Nothing forward; backward, the gradient of the penalty joins that of the loss."""
+
+    def __init__(self, strength):
+        self.strength = strength
+
+    def __call__(self, x):
+        self.x = x
+        return x
+
+    def backward(self, dy):
+        stats = bn.moments(self.x)
+        slope = 2 * stats.mean + 4 * (stats.var - 1) * (self.x - stats.mean)
+        return dy + self.strength * slope / len(dy)
+
+
+class Every:
+    """Mean and variance of every k-th batch, as constants."""
+
+    def __init__(self, k):
+        self.k, self.calls = k, 0
+
+    def __call__(self, x):
+        if self.calls % self.k == 0:
+            stats = bn.moments(x)
+            self.mean, self.var = stats.mean, stats.var
+        self.calls += 1
+        self.x = x
+        return bn.normalize(x, self.mean, self.var)
+
+    def backward(self, dy):
+        return bn.normalize_backward(dy, self.x, self.mean, self.var)[0]
+
+
+class Whitening:
+    r"""ZCA, with :math:`\gamma, \beta` and the gradient through :math:`\Sigma = U \Lambda U^\mathsf{T}`.
+
+    A function :math:`f` of a symmetric matrix has the differential
+    :math:`U (K \circ U^\mathsf{T} d\Sigma\, U) U^\mathsf{T}` with
+    :math:`K_{ij} = (f(\lambda_i) - f(\lambda_j)) / (\lambda_i - \lambda_j)` (Daleckii & Krein,
+    1965); for :math:`f = \lambda^{-1/2}` that is
+    :math:`-1 / (\sqrt{\lambda_i \lambda_j} (\sqrt{\lambda_i} + \sqrt{\lambda_j}))`.
+    """
+
+    def __init__(self, width, eps=1e-3):
+        self.eps, self.gamma, self.beta = eps, np.ones(width), np.zeros(width)
+
+    def __call__(self, x):
+        self.d = x - np.mean(x, axis=0)  # (N, C)
+        covariance = self.d.T @ self.d / len(x) + self.eps * np.eye(len(self.gamma))  # (C, C)
+        values, self.vectors = np.linalg.eigh(covariance)  # (C,), (C, C)
+        self.roots = np.sqrt(values)
+        self.whiten = (self.vectors / self.roots) @ self.vectors.T  # (C, C)
+        self.white = self.d @ self.whiten  # (N, C)
+        return self.gamma * self.white + self.beta
+
+    def backward(self, dy):
+        self.gamma_grad, self.beta_grad = np.sum(dy * self.white, axis=0), np.sum(dy, axis=0)
+        dy = dy * self.gamma
+        u, r = self.vectors, self.roots
+        slope = self.d.T @ dy  # (C, C)
+        k = -1 / (np.outer(r, r) * (r[:, None] + r))
+        dcovariance = u @ (k * (u.T @ (slope + slope.T) @ u) / 2) @ u.T  # (C, C)
+        dd = dy @ self.whiten + 2 * self.d @ dcovariance / len(dy)  # (N, C)
+        return dd - np.mean(dd, axis=0)
+
+
+def batch_norm(width=WIDTH):
+    """Batch norm by the batch's own statistics."""
+    return bn.BatchNorm(width, track_running_stats=False)
+
+
+METHODS = {
+    "nothing": None,
+    "penalty, λ = 0.01": lambda: Penalty(0.01),
+    "penalty, λ = 0.1": lambda: Penalty(0.1),
+    "every step, as constants": lambda: Every(1),
+    "every 10 steps": lambda: Every(10),
+    "every 50 steps": lambda: Every(50),
+    "whitening (ZCA)": lambda: Whitening(WIDTH),
+    "batch norm": batch_norm,
+}
+RATES = (0.1, 0.3, 1.0, 3.0)
+
+# %%
+# One table
+# ---------
+# Three hidden layers of 50 sigmoids on the digits, 150 batches of 120, each method at the best of
+# four learning rates by the mean loss of its last 30 batches.
+
+
+def train(seed, make, rate, steps=150, hidden=3):
+    """The loss over the steps, and milliseconds per step."""
+    data, rng = digits(), np.random.default_rng(seed)
+    net, inputs = Chain(), data.train_x.shape[1]
+    for _ in range(hidden):
+        net += [Linear(inputs, WIDTH, rng), *([make()] if make else []), sigmoid()]
+        inputs = WIDTH
+    net.append(Linear(inputs, 10, rng))
+    order, losses = batches(len(data.train_x), 120, seed), []
+    start = time.perf_counter()
+    with np.errstate(over="ignore", invalid="ignore"):  # a network that blows up has a loss of NaN
+        for _ in range(steps):
+            chosen = next(order)
+            loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
+            net.backward(slope)
+            net.descend(rate)
+            losses.append(loss)
+    return np.asarray(losses), 1e3 * (time.perf_counter() - start) / steps
+
+
+def best(seed, make):
+    """The best of the learning rates: final loss, rate, all losses, milliseconds per step."""
+    runs = [(rate, *train(seed, make, rate)) for rate in RATES]
+    ends = [np.mean(losses[-30:]) for _, losses, _ in runs]
+    chosen = int(np.nanargmin(ends))
+    return ends[chosen], *runs[chosen]
+
+
+def cost(width, batch=256, calls=5):
+    """Milliseconds of whitening and of batch norm, forward and backward, at some width."""
+    x = np.random.default_rng(0).standard_normal((batch, width))
+    found = []
+    for layer in (Whitening(width), batch_norm(width)):
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            layer.backward(layer(x))
+            times.append(1e3 * (time.perf_counter() - start))
+        found.append(min(times))
+    return found
+
+
+WIDTHS = (32, 64, 128, 256)
+
+
+def measure(seed):
+    """Each method at its best rate; what whitening and batch norm take, over the number of channels."""
+    return {
+        "methods": {name: best(seed, make) for name, make in shown(METHODS.items(), "training")},
+        "costs": np.asarray([cost(width) for width in WIDTHS]).T,
+    }
+
+
+found = measure(seed=0)
+print(f"{'method':<26}{'rate':>6}{'loss':>8}{'ms/step':>9}")
+for name, (loss, rate, _, ms) in found["methods"].items():
+    print(f"{name:<26}{rate:>6}{loss:>8.3f}{ms:>9.2f}")
+
+figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for name, (_, _, losses, _) in found["methods"].items():
+    smooth = np.convolve(losses, np.ones(10) / 10, "valid")
+    axes[0].semilogy(smooth, label=name, linewidth=2.5 if name == "batch norm" else 1.2)
+axes[0].set(xlabel="step", title="Loss, mean of ten batches", ylim=(0.005, 6))
+axes[0].legend(fontsize="small", loc="lower left", ncols=2)
+for times, name in zip(found["costs"], ("whitening (ZCA)", "batch norm"), strict=True):
+    axes[1].loglog(WIDTHS, times, "o-", label=name)
+axes[1].set(
+    xlabel="channels", xticks=WIDTHS, xticklabels=WIDTHS, title="ms for a batch of 256, both passes"
+)
+axes[1].minorticks_off()
+axes[1].legend()
+plt.show()
+
+# %%
+# A penalty hardly helps: it is one more loss that the deep sigmoids pass no gradient for.
+# Statistics that are constants in the gradient do better than nothing, and stop at learning rates
+# that batch norm thrives on (:ref:`why <sphx_glr_why_drifting_bias.py>`). Whitening comes closest,
+# step for step: a batch of 120 tells the variances of 50 channels well, and their 1,225
+# covariances less so. Its eigenvectors take the cube of the number of channels, and batch norm's
+# vectors the number itself.

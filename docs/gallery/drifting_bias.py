@@ -1,0 +1,144 @@
+r"""
+Normalized outside the gradient step, a bias drifts without end
+===============================================================
+
+Why is the batch's mean part of the gradient? Take a layer that adds a bias and subtracts the mean,
+
+.. math:: \hat x = x - E[x], \qquad x = u + b,
+
+and a gradient step that takes :math:`E[x]` for a constant, :math:`b \leftarrow b + \Delta b` with
+:math:`\Delta b = -\varepsilon \, E[\partial L / \partial \hat x]`. Then
+
+.. math:: u + (b + \Delta b) - E[u + (b + \Delta b)] = u + b - E[u + b] :
+
+the step changes nothing of the output, nor of the loss, so that the next gradient is the same, and the
+next step too. The bias grows forever. (Ioffe & Szegedy, 2015, section 2, who add that a model blows up
+when the activations are scaled that way as well.)
+"""
+
+# %%
+# The bias alone
+# --------------
+# Targets with a mean of 1, which no centred output can have: :math:`L = E[(\hat x - t)^2] / 2`.
+# ``bn.normalize_backward`` is the gradient with statistics taken as given,
+# ``bn.batch_norm_backward`` the one that goes through them.
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import batchnorm as bn
+from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
+from batchnorm.demo.digits import batches, digits
+
+STEPS, RATE = 300, 0.1
+UNIT = np.ones(1)
+
+
+def centred(x):
+    """A batch (N, 1) without its mean, its scale left alone; and its statistics."""
+    stats = bn.moments(x)
+    return bn.normalize(x, stats.mean, UNIT, eps=0), stats
+
+
+def drift(seed, through):
+    """The bias and the loss over the steps, with and without the gradient through the mean."""
+    rng = np.random.default_rng(seed)
+    u = rng.standard_normal((100, 1))  # (N, 1)
+    target = u + 1 + 0.1 * rng.standard_normal((100, 1))
+    b, biases, losses = 0.0, [], []
+    for _ in range(STEPS):
+        y, stats = centred(u + b)
+        biases.append(b)
+        losses.append(np.mean((y - target) ** 2) / 2)
+        dy = (y - target) / len(u)
+        dx, *_, dmean, _ = bn.normalize_backward(dy, u + b, stats.mean, UNIT, eps=0, stats_grad=True)
+        if through:  # the mean moves with each of its N values
+            dx = dx + dmean / len(u)
+        b = b - RATE * np.sum(dx)
+    return np.asarray(biases), np.asarray(losses)
+
+
+# %%
+# A network
+# ---------
+# Three hidden layers on the digits, batches of 60, a learning rate of 3. One network has batch norm,
+# the other the same forward pass with a gradient that takes mean and variance for constants.
+
+
+class Outside(bn.BatchNorm):
+    """Batch norm with the gradient of an inference: its statistics are constants to it."""
+
+    def __call__(self, x):
+        self.x, stats = x, bn.moments(x)
+        self.mean, self.var = stats.mean, stats.var
+        return bn.normalize(x, self.mean, self.var, eps=self.eps)
+
+    def backward(self, dy):
+        dx, *_ = bn.normalize_backward(dy, self.x, self.mean, self.var, eps=self.eps)
+        return dx
+
+
+def train(seed, norm, rate=3.0, hidden=3, width=50):
+    """Loss, largest bias and size of the first layer's weights, at every step."""
+    data, rng = digits(), np.random.default_rng(seed)
+    net, inputs = Chain(), data.train_x.shape[1]
+    for _ in range(hidden):
+        net += [
+            Linear(inputs, width, rng),
+            norm(width, affine=False, track_running_stats=False),
+            sigmoid(),
+        ]
+        inputs = width
+    net.append(Linear(inputs, 10, rng))
+    order, rows = batches(len(data.train_x), 60, seed), []
+    for _ in range(STEPS):
+        chosen = next(order)
+        loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
+        net.backward(slope)
+        net.descend(rate)
+        rows.append((loss, np.max(np.abs(net[0].bias)), np.linalg.norm(net[0].weight)))
+    return np.asarray(rows).T
+
+
+def measure(seed):
+    """Both experiments, with the gradient outside and through the statistics."""
+    return {
+        "bias": {through: drift(seed, through) for through in (False, True)},
+        "network": {False: train(seed, Outside), True: train(seed, bn.BatchNorm)},
+    }
+
+
+found = measure(seed=0)
+NAMES = {False: "statistics outside the gradient", True: "gradient through the statistics"}
+COLOURS = {False: "tab:orange", True: "tab:blue"}
+
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+for through, (biases, losses) in found["bias"].items():
+    axes[0].plot(biases, color=COLOURS[through], label=NAMES[through])
+    axes[1].plot(losses, "--" if through else "-", color=COLOURS[through], label=NAMES[through])
+axes[0].set(title="Bias", xlabel="steps")
+axes[1].set(title="Loss", xlabel="steps", ylim=(0, 1))
+axes[0].legend()
+plt.show()
+
+# %%
+# With the gradient through the mean, the bias has no gradient at all and stays where it is. The
+# loss is the same: a bias in front of a mean can do nothing, and a gradient should say so.
+
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained")
+titles = ("Loss", "Largest bias, first layer", "Size of the weights, first layer")
+for through, curves in found["network"].items():
+    for ax, title, curve in zip(axes, titles, curves, strict=True):
+        ax.plot(curve, color=COLOURS[through], label=NAMES[through])
+        ax.set(title=title, xlabel="steps")
+axes[0].legend(fontsize="small")
+plt.show()
+
+for through, (losses, biases, weights) in found["network"].items():
+    end = f"loss {losses[-50:].mean():.2f}, bias {biases[-1]:.2g}, weights {weights[-1]:.0f}"
+    print(f"{NAMES[through]}: {end}")
+
+# %%
+# With scaling the drift is no longer harmless. The loss of ten classes drawn at random would be
+# :math:`\ln 10 = 2.3`; outside the gradient step it goes far above, and weights and biases grow
+# on. The very same forward pass learns once its gradient goes through the statistics.

@@ -1,0 +1,101 @@
+r"""
+γ and β scale the output, but they do not undo the normalization
+================================================================
+
+If γ and β can restore any scale and shift, is batch norm not back where it began? It is not: what
+it takes away is the dependence on the scale of the weights. With :math:`a > 0`,
+
+.. math::
+    \mathrm{BN}((a W) u) = \mathrm{BN}(W u), \qquad
+    \frac{\partial\, \mathrm{BN}((a W) u)}{\partial u}
+        = \frac{\partial\, \mathrm{BN}(W u)}{\partial u}, \qquad
+    \frac{\partial\, \mathrm{BN}((a W) u)}{\partial (a W)}
+        = \frac{1}{a} \cdot \frac{\partial\, \mathrm{BN}(W u)}{\partial W} ,
+
+so that large weights neither scale what goes forward nor what comes back, and themselves get the
+smaller steps. A plain learned :math:`\gamma' x + \beta'`, which can represent the very same
+functions, has none of this. (Ioffe & Szegedy, 2015, section 3.3.)"""
+
+# %%
+# Scale the weights
+# -----------------
+# One layer of 16 units on 256 inputs; all weights times :math:`a`, from 1/100 to 100. The affine
+# layer has the γ′ and β′ that make it equal to batch norm at :math:`a = 1`.
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import batchnorm as bn
+
+FACTORS = np.logspace(-2, 2, 9)
+EPS = 1e-12  # so that a variance of 1e-4 is still much larger
+
+
+def problem(seed):
+    """Inputs, weights, γ, β and the gradient of the output, of a layer."""
+    rng = np.random.default_rng(seed)
+    u, weight, dy = (rng.standard_normal(shape) for shape in ((256, 8), (8, 16), (256, 16)))
+    return u, weight, rng.uniform(0.5, 2, 16), rng.standard_normal(16), dy
+
+
+def normalized(u, weight, gamma, beta, dy):
+    """Output, and the gradients of u and of the weights, with batch norm."""
+    x = u @ weight
+    y, stats = bn.batch_norm(x, gamma, beta, eps=EPS)
+    dx, *_ = bn.batch_norm_backward(dy, x, stats, gamma, eps=EPS)
+    return y, dx @ weight.T, u.T @ dx
+
+
+def affine(u, weight, gamma, beta, dy):
+    """The same with a plain scale and shift in its place."""
+    dx = dy * gamma
+    return u @ weight * gamma + beta, dx @ weight.T, u.T @ dx
+
+
+def size(a):
+    """Root mean square."""
+    return np.sqrt(np.mean(a**2))
+
+
+def measure(seed):
+    """Sizes of y − β and of the gradients over the factors, relative to the factor 1; and the fold."""
+    u, weight, gamma, beta, dy = problem(seed)
+    stats = bn.moments(u @ weight)
+    scale, shift = bn.fold(stats.mean, stats.var, gamma, beta, eps=EPS)
+    sizes = {}
+    for layer, vectors in ((normalized, (gamma, beta)), (affine, (scale, shift))):
+        rows = []
+        for a in FACTORS:
+            y, du, dweight = layer(u, a * weight, *vectors, dy)
+            rows.append([size(y - vectors[1]), size(du), size(dweight)])
+        at_one = np.argmin(np.abs(FACTORS - 1))
+        sizes[layer.__name__] = np.asarray(rows).T / np.asarray(rows)[at_one][:, None]
+
+    # At inference the statistics are constants, and batch norm is an affine layer.
+    fresh = np.random.default_rng([seed, 1]).standard_normal((100, 8)) @ weight
+    inference = bn.normalize(fresh, stats.mean, stats.var, gamma, beta, eps=EPS)
+    return {"sizes": sizes, "fold": np.max(np.abs(scale * fresh + shift - inference))}
+
+
+found = measure(seed=0)
+
+figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharey=True)
+for ax, i, title in zip(axes, range(3), ("output, less β", "∂L/∂u", "∂L/∂W"), strict=True):
+    for name, colour in (("affine", "tab:orange"), ("normalized", "tab:blue")):
+        ax.loglog(FACTORS, found["sizes"][name][i], "o-", color=colour, label=name)
+    ax.set(title=title, xlabel="a: what the weights are multiplied by")
+axes[0].set_ylabel("size, relative to a = 1")
+axes[0].legend()
+plt.show()
+
+# %%
+# With batch norm, output and ∂L/∂u do not see the weights' scale, and ∂L/∂W falls as 1/a. Behind
+# γ′x + β′ they grow with a, and ∂L/∂W does not react to it.
+#
+# At inference the two become one
+# -------------------------------
+# Once training is over and the statistics are fixed, batch norm is a scale and a shift and nothing more,
+# :math:`\gamma' = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`\beta' = \beta - \gamma' \mu`, which
+# :func:`batchnorm.fold` gives and :func:`batchnorm.fold_linear` puts into the weights.
+
+print(f"folded against normalized, on new inputs: {found['fold']:.1g} apart at most")
