@@ -65,10 +65,8 @@ sphinx_gallery_conf = {
     "backreferences_dir": None,
 }
 
-# The benchmarks' pages, as airspeed velocity makes them from the results in the repository.
-html_extra_path = ["generated/extra"]
+html_favicon = "favicon.svg"
 
-tables.benchmark_pages(pathlib.Path(__file__).parent / "generated" / "extra" / "benchmarks")
 tables.write(pathlib.Path(__file__).parent / "generated")
 chart.draw(
     pathlib.Path(__file__).parent / "performance.md",

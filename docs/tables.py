@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
+import json
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 
 from batchnorm.capabilities import GAPS, LIBRARIES, OPERATIONS, works
@@ -46,17 +47,38 @@ def conventions() -> str:
     return markdown(headings, rows)
 
 
-def benchmark_pages(folder: pathlib.Path) -> None:
-    """Let airspeed velocity make its pages from the results in the repository."""
-    suite = pathlib.Path(__file__).parents[1] / "asv_benchmarks"
-    command = [sys.executable, "-m", "asv", "publish", "--html-dir", str(folder.resolve())]
-    subprocess.run(command, cwd=suite, check=True, stdout=subprocess.DEVNULL)
+def over_time() -> str:
+    """What airspeed velocity measured, a column for each run in the repository."""
+    from asv.results import iter_results
+
+    folder = pathlib.Path(__file__).parents[1] / "asv_benchmarks" / "results"
+    benchmarks = json.loads((folder / "benchmarks.json").read_text())
+    runs = sorted(iter_results(str(folder)), key=lambda run: run.date)
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for i, run in enumerate(runs):
+        for name in sorted(run.get_all_result_keys()):
+            parameters = run.get_result_params(name)
+            values = run.get_result_value(name, parameters)
+            for case, value in zip(itertools.product(*parameters), values, strict=True):
+                words = ", ".join(word.strip("'") for word in case)
+                found.setdefault((name, words), {})[i] = f"{value:.3g} {benchmarks[name]['unit']}"
+    headings = [f"{date(run.date)}, `{run.commit_hash[:7]}`, {run.params['cpu']}" for run in runs]
+    rows = [
+        [f"`{name}`", words, *(by_run.get(i, "") for i in range(len(runs)))]
+        for (name, words), by_run in found.items()
+    ]
+    return markdown(["benchmark", "case", *headings], rows)
+
+
+def date(milliseconds: int) -> str:
+    """The day of a commit."""
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).date().isoformat()
 
 
 def write(folder: pathlib.Path) -> None:
     """Write each table to a file that pages include."""
     folder.mkdir(exist_ok=True)
-    for table in (support, gaps, conventions):
+    for table in (support, gaps, conventions, over_time):
         (folder / f"{table.__name__}.md").write_text(table())
 
 

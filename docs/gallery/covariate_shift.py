@@ -1,6 +1,6 @@
 r"""
-Batch norm reduces internal covariate shift, and learns as well without that
-============================================================================
+Batch norm reduces internal covariate shift, and learns without that too
+========================================================================
 
 Internal covariate shift is the change of a layer's inputs because the layers before it change
 (Ioffe & Szegedy, 2015, section 2). It can be measured: take the inputs :math:`a` of a layer on a
