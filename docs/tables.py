@@ -48,31 +48,28 @@ def conventions() -> str:
 
 
 def over_time() -> str:
-    """What airspeed velocity measured, a column for each run in the repository."""
+    """What airspeed velocity measured: a table for each benchmark, a column for each run."""
     from asv.results import iter_results
 
     folder = pathlib.Path(__file__).parents[1] / "asv_benchmarks" / "results"
-    benchmarks = json.loads((folder / "benchmarks.json").read_text())
+    units = json.loads((folder / "benchmarks.json").read_text())
     runs = sorted(iter_results(str(folder)), key=lambda run: run.date)
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    days = [datetime.datetime.fromtimestamp(run.date / 1000, datetime.UTC).date() for run in runs]
+    found: dict[str, dict[str, list[str]]] = {}
     for i, run in enumerate(runs):
         for name in sorted(run.get_all_result_keys()):
             parameters = run.get_result_params(name)
             values = run.get_result_value(name, parameters)
             for case, value in zip(itertools.product(*parameters), values, strict=True):
                 words = ", ".join(word.strip("'") for word in case)
-                found.setdefault((name, words), {})[i] = f"{value:.3g} {benchmarks[name]['unit']}"
-    headings = [f"{date(run.date)}, `{run.commit_hash[:7]}`, {run.params['cpu']}" for run in runs]
-    rows = [
-        [f"`{name}`", words, *(by_run.get(i, "") for i in range(len(runs)))]
-        for (name, words), by_run in found.items()
-    ]
-    return markdown(["benchmark", "case", *headings], rows)
-
-
-def date(milliseconds: int) -> str:
-    """The day of a commit."""
-    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).date().isoformat()
+                row = found.setdefault(name, {}).setdefault(words, [""] * len(runs))
+                row[i] = f"{value:.3g} {units[name]['unit']}"
+    commits = [f"`{run.commit_hash[:7]}`" for run in runs]
+    machines = [(c, day, run.params["cpu"]) for c, day, run in zip(commits, days, runs, strict=True)]
+    parts = [markdown(["commit", "day", "machine"], machines)]
+    for name, rows in found.items():
+        parts += [f"## {name}\n", markdown(["", *commits], [(w, *row) for w, row in rows.items()])]
+    return "\n".join(parts)
 
 
 def write(folder: pathlib.Path) -> None:

@@ -20,8 +20,8 @@ when the activations are scaled that way as well.)
 # The bias alone
 # --------------
 # Targets with a mean of 1, which no centred output can have: :math:`L = E[(\hat x - t)^2] / 2`.
-# ``bn.normalize_backward`` is the gradient with statistics taken as given,
-# ``bn.batch_norm_backward`` the one that goes through them.
+# ``bn.normalize_backward`` takes statistics as given. The gradient of the mean, which it gives too
+# (``stats_grad=True``), spread over the values that the mean is made of, is the rest.
 
 import matplotlib.pyplot as plt
 import numpy as np
