@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+from batchnorm.kernels import generic, written
 from batchnorm.testing import data, oracle, verdict
 from batchnorm.testing.libraries import kernels
 from batchnorm.testing.oracle import Problem
@@ -273,40 +274,103 @@ def test_oracle_is_not_ours():
     np.testing.assert_allclose(mean.ravel(), np.asarray(exact.flat(exact.mean), dtype=float), rtol=1e-12)
 
 
-def test_kernels_of_one_s_own(monkeypatch):
-    """A rule is asked first, the newest before others, unless it declines or a set is asked for."""
-    from batchnorm.kernels import _rule
-
-    monkeypatch.setattr("batchnorm.kernels._added", [])
-    x, plain = np.zeros((4, 3), np.float32), bn.kernels_for(np.zeros((4, 3), np.float32))
+def own(name, dtype):
+    """A rule for arrays of a dtype, and the calls of its kernels."""
     calls = []
 
-    def named(name, dtype):
-        def moments(*arguments):
-            calls.append(name)
-            return plain.moments(*arguments)
+    def moments(*arguments):
+        calls.append(name)
+        return generic.moments(*arguments)
 
-        mine = bn.KernelSet(name, "", moments, *plain[3:6])
-        return lambda x, *others: mine if x.dtype == dtype else None
+    def scale_shift(x, m, a, b, at, out):
+        return written(generic.scale_shift(x, m, a, b, at), out)
 
-    try:
-        bn.add_kernels(np.ndarray, named("first", np.float32))
-        assert bn.kernels_for(x).name == "first"
-        bn.add_kernels(np.ndarray, named("second", np.float64))
-        assert bn.kernels_for(x).name == "first"
-        assert bn.kernels_for(x.astype(float)).name == "second"
-        assert bn.kernels_for(x.astype(np.float16)).name == plain.name
+    def grad_input(dy, x, m, a, b, c, w, at, out):
+        return written(generic.grad_input(dy, x, m, a, b, c, w, at), out)
+
+    mine = bn.KernelSet(name, "", moments, scale_shift, generic.grad_sums, grad_input)
+    return (lambda x, *others: mine if x.dtype == dtype else None), calls
+
+
+@pytest.fixture
+def added():
+    """Add kernels, and take them away at the end."""
+    taken = []
+    yield lambda *arguments: taken.append(bn.add_kernels(*arguments))
+    for remove in taken:
+        remove()
+
+
+def test_kernels_of_one_s_own(added):
+    """A rule is asked first, the newest before others, unless it declines or a set is asked for."""
+    x = data.batch((8, 3))
+    plain = bn.kernels_for(x).name
+    first, calls = own("first", np.float32)
+    added(np.ndarray, first)
+    assert bn.kernels_for(x).name == "first"
+    added(np.ndarray, own("second", np.float64)[0])
+    assert bn.kernels_for(x).name == "first"
+    assert bn.kernels_for(x.astype(float)).name == "second"
+    assert bn.kernels_for(x.astype(np.float16)).name == plain
+    layer = bn.BatchNorm(3)
+    y = layer(x)
+    dx = layer.backward(x)
+    assert calls == ["first"]
+    np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-6)
+    with kernels("generic"):
+        assert bn.kernels_for(x).name == "generic"
+        np.testing.assert_allclose(dx, bn.batch_norm_backward(x, x, bn.moments(x))[0], atol=1e-7)
+    remove = bn.add_kernels(np.ndarray, own("third", np.float32)[0])
+    assert bn.kernels_for(x).name == "third"
+    remove()
+    assert bn.kernels_for(x).name == "first"
+
+
+def test_wrong_kernels_of_one_s_own(added):
+    for wrong, text in (
+        ((3, len), "kind: got 3, expected a class of arrays"),
+        ((np.ndarray, None), "rule: got None, expected a function of arrays"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            bn.add_kernels(*wrong)
+    added(np.ndarray, lambda *arrays: 3)
+    with pytest.raises(TypeError, match=r"rule: got a int from <.*>, expected a KernelSet, or None"):
         bn.batch_norm(data.batch((4, 3)))
-        assert calls == ["first"]
-        with kernels("generic"):
-            assert bn.kernels_for(x).name == "generic"
-        for wrong, text in (
-            ((3, named("x", float)), "kind: got 3, expected a class of arrays"),
-            ((np.ndarray, None), "rule: got None, expected a function of arrays"),
-        ):
-            with pytest.raises(TypeError, match=text):
-                bn.add_kernels(*wrong)
-    finally:
-        monkeypatch.undo()
-        _rule.cache_clear()
-    assert bn.kernels_for(x).name == plain.name
+
+
+def test_kernels_of_one_s_own_on_tensors(added):
+    """PyTorch does not see what they do: they run behind this package's operators."""
+    torch = pytest.importorskip("torch")
+    import batchnorm.torch
+
+    rule, calls = own("mine", torch.float32)
+
+    def unseen(x, *others):
+        seen = torch.is_grad_enabled() and x.requires_grad
+        assert not seen, "PyTorch cannot differentiate what these kernels do"
+        return rule(x, *others)
+
+    added(torch.Tensor, unseen)
+    x = torch.randn(8, 3, requires_grad=True)
+    weights = torch.randn(8, 3)
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), x)
+    y, _ = bn.batch_norm(x)
+    (found,) = torch.autograd.grad((y * weights).sum(), x)
+    assert calls == ["mine"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+    net = batchnorm.torch.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    (found,) = torch.autograd.grad((net(x) * weights).sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    found = torch.func.grad(lambda v: (bn.batch_norm(v)[0] * weights).sum())(x.detach())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_no_axes(chosen):
+    """Arrays without axes: outputs are arrays, not numbers."""
+    x, two = np.array(3.0), np.array(2.0)
+    y = bn.normalize(x, np.array(1.0), two, axis=(), eps=0)
+    np.testing.assert_allclose(y, 2**0.5)
+    dx, *_ = bn.normalize_backward(x, x, np.array(1.0), two, axis=(), eps=0)
+    np.testing.assert_allclose(dx, 3 / 2**0.5)

@@ -46,8 +46,10 @@ def served(folder: Path) -> Iterator[str]:
     handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @contextlib.contextmanager
@@ -107,6 +109,7 @@ def look(window: Any, address: str, pictures: Path | None) -> Iterator[str]:
             print(f"{device:8}search for {words!r}: {', '.join(titles[:8])}")
             if not found:
                 yield f"the search for {words!r} does not find {expected!r}"
+            yield from wrong_on(window, width)
             if pictures is not None:
                 window.save_screenshot(str(pictures / f"{device}-search.png"))
 
@@ -121,7 +124,8 @@ def main() -> int:
         parser.error(f"site: got {chosen.site}, expected a folder that sphinx-build has written")
     if chosen.pictures is not None:
         chosen.pictures.mkdir(parents=True, exist_ok=True)
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    chromium = next(filter(None, map(shutil.which, names)), "")
     driver = shutil.which("chromedriver") or ""
     for what, there in {
         "selenium": importlib.util.find_spec("selenium"),

@@ -3,8 +3,8 @@ In a deep chain a step does not do what its gradient promises
 =============================================================
 
 One step of gradient descent changes all layers at once, and the gradient of each says what happens if
-the others stay as they are. For a chain of :math:`l` weights, :math:`y = x \, w_1 w_2 \cdots w_l`, and a
-step that lowers :math:`y` itself, :math:`w_i \leftarrow w_i - \varepsilon g_i` with
+the others stay as they are. For a chain of :math:`l` weights, :math:`y = x \, w_1 w_2 \cdots w_l`, and
+a step that lowers :math:`y` itself, :math:`w_i \leftarrow w_i - \varepsilon g_i` with
 :math:`g_i = \partial y / \partial w_i`, the new output is
 
 .. math::
@@ -14,18 +14,20 @@ step that lowers :math:`y` itself, :math:`w_i \leftarrow w_i - \varepsilon g_i` 
     - \cdots
     + (-\varepsilon)^l \, x \prod_i g_i .
 
-The first-order term is the promise. There are :math:`\binom{l}{k}` terms of order :math:`k`, each
-a product of the :math:`l - k` weights that it leaves out, so that with weights above 1 a deep
-chain is ruled by its highest orders (Goodfellow, Bengio & Courville, *Deep Learning*, 2016,
-section 8.7.1). With batch norm between the layers a later layer's scale does not multiply an
-earlier layer's change."""
+The first-order term is the promise. There are :math:`\binom{l}{k}` terms of order :math:`k`, each a
+product of :math:`k` gradients, of :math:`l - 1` weights each, and of the other :math:`l - k` weights, so
+that with weights above 1 a deep chain is ruled by its higher orders (Goodfellow, Bengio & Courville,
+*Deep Learning*, 2016, section 8.7.1). With batch norm between the layers, a later layer's scale does
+not multiply an earlier layer's change.
+"""
 
 # %%
 # Orders of one chain
 # -------------------
-# With all weights equal to :math:`w` and :math:`x = 1`, each gradient is :math:`w^{l-1}`, and all
-# terms of order :math:`k` together are :math:`\binom{l}{k} (-\varepsilon)^k w^{l - k} w^{(l-1)
-# k}`.
+# With all weights equal to :math:`w` and :math:`x = 1`, each gradient is :math:`w^{l-1}`, and all terms
+# of order :math:`k` together are :math:`\binom{l}{k} (-\varepsilon)^k w^{l - k} w^{(l-1) k}`.
+
+import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,6 +35,7 @@ from scipy.special import comb
 
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, Linear
+from batchnorm.progress import shown
 
 
 def orders(depth, weight, rate):
@@ -60,65 +63,85 @@ plt.show()
 # %%
 # Chains of layers
 # ----------------
-# The same with layers of 32 units, linear, so that nothing but the product of layers is seen. The
-# loss is a random linear function of the output, the step the same everywhere, and weights are
-# drawn with a standard deviation of scale/√32.
+# The same with layers of 32 units, linear, so that nothing but the product of layers is seen. The loss
+# is a random linear function of the output, and weights are drawn with a standard deviation of
+# scale/√32. For one learning rate, the true change of the loss over the promised one; and the largest
+# rate up to which they are within a tenth of each other.
 
-DEPTHS = (1, 2, 4, 8, 16)
+DEPTHS = (2, 4, 8, 16)
 SCALES = (0.5, 1.0, 1.5, 2.0)
+RATES = np.logspace(-8, 10, 37)
+ONE_RATE = 0.01
 
 
-def changes(seed, normalized, scale, width=32, batch=256, rate=0.01):
-    """True change of the loss in a step, and its first-order estimate, for each of the depths."""
-    found = []
-    for depth in DEPTHS:
-        rng = np.random.default_rng(seed)
-        x = rng.standard_normal((batch, width))
-        slope = rng.standard_normal((batch, width)) / np.sqrt(batch * width)
-        net = Chain()
-        for _ in range(depth):
-            net.append(Linear(width, width, rng, scale, bias=False))
-            if normalized:
-                net.append(bn.BatchNorm(width))
-        before = np.sum(slope * net(x))
-        net.backward(slope)
-        promised = -rate * sum(np.sum(gradient**2) for *_, gradient in net.gradients())
-        net.descend(rate)
-        found.append((np.sum(slope * net(x)) - before, promised))
-    return np.asarray(found).T
+def chain(seed, normalized, scale, depth, width=32, batch=256):
+    """How the loss of a chain depends on the learning rate of one step; and its promised slope."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, width))
+    slope = rng.standard_normal((batch, width)) / np.sqrt(batch * width)
+    net = Chain()
+    for i in range(depth):
+        net.append(Linear(width, width, rng, scale, bias=False))
+        if normalized and i < depth - 1:
+            net.append(bn.BatchNorm(width, track_running_stats=False))
+    before = np.sum(slope * net(x))
+    net.backward(slope)
+    start = [(layer, name, getattr(layer, name), g) for layer, name, g in net.gradients()]
+
+    def change(rate):
+        for layer, name, value, gradient in start:
+            setattr(layer, name, value - rate * gradient)
+        return np.sum(slope * net(x)) - before
+
+    return change, -sum(np.sum(gradient**2) for *_, gradient in start)
+
+
+def largest_rate(change, slope):
+    """The last of the rates up to which a step does what it promises, to a tenth."""
+    for smaller, rate in itertools.pairwise(RATES):
+        if not abs(change(rate) / (rate * slope) - 1) < 0.1:
+            return smaller
+    return RATES[-1]
 
 
 def measure(seed):
-    """True change over promised change, by whether there is batch norm, scale and depth."""
-    return {
-        normalized: {s: np.divide(*changes(seed, normalized, s)) for s in SCALES}
-        for normalized in (False, True)
-    }
+    """Ratios at one rate, promises and usable rates, by batch norm, scale and depth."""
+    found = {"ratios": {}, "promises": {}, "rates": {}}
+    for case in shown([(n, s) for n in (False, True) for s in SCALES], "chains"):
+        chains = [chain(seed, *case, depth) for depth in DEPTHS]
+        promises = np.asarray([ONE_RATE * slope for _, slope in chains])
+        found["promises"][case] = promises
+        found["ratios"][case] = np.asarray([change(ONE_RATE) for change, _ in chains]) / promises
+        found["rates"][case] = np.asarray([largest_rate(*each) for each in chains])
+    return found
 
 
 found = measure(seed=0)
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for scale in SCALES:
-    axes[0].loglog(DEPTHS, np.abs(found[False][scale]), "o-", label=f"scale {scale}")
-    axes[1].semilogx(DEPTHS, found[True][scale], "o-", label=f"scale {scale}")
-axes[0].set(title="without batch norm: size", ylabel="true change / promised change")
-axes[1].set(title="with batch norm", ylim=(0, 1.1))
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+for (normalized, scale), ratios in found["ratios"].items():
+    style = {"color": f"C{SCALES.index(scale)}", "marker": "o"}
+    style["linestyle"] = "-" if normalized else "--"
+    label = f"{'with' if normalized else 'without'} batch norm, scale {scale}"
+    axes[0].loglog(DEPTHS, np.abs(ratios), label=label, **style)
+    axes[1].loglog(DEPTHS, found["rates"][normalized, scale], **style)
+axes[0].set(title=f"|true change / promised change| at a rate of {ONE_RATE}")
+axes[1].set(title="Largest rate at which a step keeps its promise")
 for ax in axes:
-    ax.axhline(1, color="grey", linewidth=0.8)
     ax.set(xlabel="layers", xticks=DEPTHS, xticklabels=DEPTHS)
     ax.minorticks_off()
-axes[0].legend()
+axes[0].legend(fontsize="small")
 plt.show()
 
-for normalized, ratios in found.items():
-    worst = max(abs(ratio[-1]) for ratio in ratios.values())
-    word = "with   " if normalized else "without"
-    print(f"{DEPTHS[-1]} layers, {word} batch norm: at most {worst:.3g} times the promised change")
+for (normalized, scale), ratios in found["ratios"].items():
+    name = f"{DEPTHS[-1]} layers, scale {scale}, {'with' if normalized else 'without'} batch norm"
+    promise, usable = (found[key][normalized, scale][-1] for key in ("promises", "rates"))
+    print(f"{name:42} promised {promise:9.1e}, true {ratios[-1] * promise:9.1e}, usable {usable:.0e}")
 
 # %%
-# Without batch norm the step of a chain of 16 layers goes off by orders of magnitude, and not even
-# its sign is the promised one. With batch norm a step never does more than it promises: the output
-# is bounded by its normalization, and where a step is too long it falls short. (With small weights
-# it is: the gradient grows as the weights shrink, see :ref:`the example of γ and β
-# <sphx_glr_why_no_undoing.py>`.)
+# At one learning rate, a plain chain of 16 layers promises next to nothing with small weights, and with
+# large ones misses its promise by orders of magnitude, in either direction. A smaller rate would do: but
+# how much smaller goes with depth and scale exponentially. With batch norm the same rates serve all
+# scales within an order of magnitude; a step that is too long falls short of its promise, most with
+# small weights, whose gradient is larger
+# (:ref:`the example of γ and β <sphx_glr_why_no_undoing.py>` says why).

@@ -2,8 +2,9 @@ r"""
 γ and β scale the output, but they do not undo the normalization
 ================================================================
 
-If γ and β can restore any scale and shift, is batch norm not back where it began? It is not: what
-it takes away is the dependence on the scale of the weights. With :math:`a > 0`,
+If γ and β can restore any scale and shift, is batch norm not back where it began? It is not: what it
+takes away is the dependence on the scale of the weights. With :math:`a > 0`, and variances that are
+large against :math:`\epsilon`,
 
 .. math::
     \mathrm{BN}((a W) u) = \mathrm{BN}(W u), \qquad
@@ -13,8 +14,9 @@ it takes away is the dependence on the scale of the weights. With :math:`a > 0`,
         = \frac{1}{a} \cdot \frac{\partial\, \mathrm{BN}(W u)}{\partial W} ,
 
 so that large weights neither scale what goes forward nor what comes back, and themselves get the
-smaller steps. A plain learned :math:`\gamma' x + \beta'`, which can represent the very same
-functions, has none of this. (Ioffe & Szegedy, 2015, section 3.3.)"""
+smaller steps. A plain learned :math:`\gamma' x + \beta'`, which can represent the same functions once
+the statistics are fixed, has none of this. (Ioffe & Szegedy, 2015, section 3.3.)
+"""
 
 # %%
 # Scale the weights
@@ -58,23 +60,27 @@ def size(a):
 
 
 def measure(seed):
-    """Sizes of y − β and of the gradients over the factors, relative to the factor 1; and the fold."""
+    """Over the factors, sizes relative to the factor 1, and largest differences; then the fold's."""
     u, weight, gamma, beta, dy = problem(seed)
     stats = bn.moments(u @ weight)
     scale, shift = bn.fold(stats.mean, stats.var, gamma, beta, eps=EPS)
-    sizes = {}
+    sizes, unlike = {}, []
     for layer, vectors in ((normalized, (gamma, beta)), (affine, (scale, shift))):
-        rows = []
+        first, rows = layer(u, weight, *vectors, dy), []
         for a in FACTORS:
             y, du, dweight = layer(u, a * weight, *vectors, dy)
             rows.append([size(y - vectors[1]), size(du), size(dweight)])
-        at_one = np.argmin(np.abs(FACTORS - 1))
-        sizes[layer.__name__] = np.asarray(rows).T / np.asarray(rows)[at_one][:, None]
+            if layer is normalized:
+                pairs = zip((y, du, a * dweight), first, strict=True)
+                unlike.append([np.max(np.abs(found - expected)) for found, expected in pairs])
+        one = np.asarray([size(first[0] - vectors[1]), size(first[1]), size(first[2])])
+        sizes[layer.__name__] = np.asarray(rows).T / one[:, None]
 
     # At inference the statistics are constants, and batch norm is an affine layer.
     fresh = np.random.default_rng([seed, 1]).standard_normal((100, 8)) @ weight
     inference = bn.normalize(fresh, stats.mean, stats.var, gamma, beta, eps=EPS)
-    return {"sizes": sizes, "fold": np.max(np.abs(scale * fresh + shift - inference))}
+    fold = np.max(np.abs(scale * fresh + shift - inference))
+    return {"sizes": sizes, "unlike": np.max(unlike, axis=0), "fold": fold}
 
 
 found = measure(seed=0)
@@ -87,6 +93,9 @@ for ax, i, title in zip(axes, range(3), ("output, less β", "∂L/∂u", "∂L/�
 axes[0].set_ylabel("size, relative to a = 1")
 axes[0].legend()
 plt.show()
+
+for name, difference in zip(("y", "∂L/∂u", "a·∂L/∂W"), found["unlike"], strict=True):
+    print(f"with batch norm, {name} at any a differs from that at a = 1 by {difference:.0e} at most")
 
 # %%
 # With batch norm, output and ∂L/∂u do not see the weights' scale, and ∂L/∂W falls as 1/a. Behind

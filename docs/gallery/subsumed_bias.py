@@ -40,7 +40,7 @@ def gradients(seed, size):
     x = u @ weight + bias
     y, stats = bn.batch_norm(x, gamma, beta)
     dx, _, dbeta = bn.batch_norm_backward(dy, x, stats, gamma)
-    return {"y": y, "dW": u.T @ dx, "db": np.sum(dx, axis=0), "dβ": dbeta}
+    return {"y": y, "dW": u.T @ dx, "db": np.sum(dx, axis=0), "dβ": dbeta, "Σdy": np.sum(dy, axis=0)}
 
 
 def largest(a):
@@ -55,6 +55,7 @@ def differences(seed):
         biased = gradients(seed, size)
         rows.append([largest(biased[name] - plain[name]) / largest(plain[name]) for name in ("y", "dW")])
         rows[-1].append(largest(biased["db"]) / largest(biased["dβ"]))
+        rows[-1].append(largest(biased["dβ"] - biased["Σdy"]) / largest(biased["Σdy"]))
     return np.asarray(rows).T
 
 
@@ -88,10 +89,15 @@ def measure(seed):
 found = measure(seed=0)
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-labels = ("y with the bias against without", "∂L/∂W likewise", "∂L/∂b against ∂L/∂β")
+labels = (
+    "y with the bias against without",
+    "∂L/∂W likewise",
+    "∂L/∂b against ∂L/∂β",
+    "∂L/∂β against ∂L/∂b without norm",
+)
 for row, label in zip(found["differences"], labels, strict=True):
     axes[0].loglog(SIZES, np.maximum(row, 1e-18), "o-", label=label)
-axes[0].axhline(np.finfo(float).eps, color="grey", linewidth=0.8)
+axes[0].axhline(np.finfo(float).eps, color="grey", linewidth=0.8, label="eps of float64")
 axes[0].set(xlabel="size of the bias", ylabel="largest difference", title="Rounding, and nothing else")
 axes[0].legend()
 losses, bias, beta, _ = found["with"]

@@ -2,19 +2,21 @@ r"""
 Trained on batches, tested on populations: which statistics, and what momentum does
 ===================================================================================
 
-In training each value is normalized by its batch, so that what comes out depends on who else is in
-it. At test time there are three ways to go on:
+In training each value is normalized by its batch, so that what comes out depends on who else is in it.
+At test time there are three ways to go on:
 
-- **batch statistics**, as in training, which need a large batch and give each example an output
-  that depends on the others;
-- **running averages** of the batches seen in training, :math:`\mu \leftarrow (1 - m) \mu + m
-  \mu_B` with momentum :math:`m`: free, and always a little behind, because they average over
-  networks of the past;
+- **batch statistics**, as in training, which need a large batch and give each example an output that
+  depends on the others;
+- **running averages** of the batches seen in training, :math:`\mu \leftarrow (1 - m) \mu + m \mu_B`
+  with momentum :math:`m`: free, and always a little behind, because they average over networks of the
+  past;
 - **population statistics** of the trained network, from one more pass over the training data
-  (:func:`batchnorm.recalibrate`; Ioffe & Szegedy, 2015, Algorithm 2).
+  (:func:`batchnorm.recalibrate`, after Algorithm 2 of Ioffe & Szegedy, 2015, which averages over
+  batches).
 
-An average with momentum remembers about :math:`1/m` batches. A large :math:`m` keeps the noise of
-a few batches, a small one remembers a network that is no more."""
+An average with momentum remembers about :math:`1/m` batches. A large :math:`m` keeps the noise of a few
+batches, a small one remembers a network that is no more.
+"""
 
 # %%
 # The same network, tested three ways
@@ -59,23 +61,34 @@ def by_statistics_given(net, norms):
     return cross_entropy(net(DATA.test_x), DATA.test_y)[0]
 
 
-def by_batches(net, norms, size):
-    """Test loss with those of test batches of some size."""
+def scores_by_batches(net, norms, size, order):
+    """Scores of the test examples, normalized in batches of some size, in some order."""
     for norm in norms:
         norm.batch_statistics, norm.update_statistics = True, False
-    order = np.random.default_rng(0).permutation(len(DATA.test_x)).reshape(-1, size)
-    return np.mean([cross_entropy(net(DATA.test_x[rows]), DATA.test_y[rows])[0] for rows in order])
+    scores = np.empty((len(order), 10))
+    for rows in order.reshape(-1, size):
+        scores[rows] = net(DATA.test_x[rows])
+    return scores
 
 
-def three_ways(seed):
-    """Test losses with statistics of batches, of running averages and of the population."""
-    net, norms = train(seed)
-    found = {
-        "batch": [by_batches(net, norms, size) for size in SIZES],
-        "running": by_statistics_given(net, norms),
-    }
+def by_batches(net, norms, size):
+    """Test loss with statistics of batches; the share of predictions that other company changes."""
+    rng = np.random.default_rng(0)
+    first, second = (
+        scores_by_batches(net, norms, size, rng.permutation(len(DATA.test_x))) for _ in range(2)
+    )
+    changed = np.mean(first.argmax(axis=1) != second.argmax(axis=1))
+    return cross_entropy(first, DATA.test_y)[0], changed
+
+
+def three_ways(seed, batch=8):
+    """Test losses with statistics of test batches, of running averages and of the population."""
+    net, norms = train(seed, batch=batch)
+    losses, changed = zip(*(by_batches(net, norms, size) for size in SIZES), strict=True)
+    running = by_statistics_given(net, norms)
     bn.recalibrate(norms, net, [DATA.train_x], progress=False)
-    return found | {"population": by_statistics_given(net, norms)}
+    population = by_statistics_given(net, norms)
+    return {"batch": losses, "changed": changed, "running": running, "population": population}
 
 
 # %%
@@ -87,51 +100,59 @@ def three_ways(seed):
 
 
 def behind(seed, momentum):
-    """Distance of the running means from the population's, and the test loss with them."""
+    """Distances of running means and deviations from the population's; the test loss with them."""
     net, norms = train(seed, momentum)
     loss = by_statistics_given(net, norms)
-    running = [norm.running_mean.copy() for norm in norms]
+    running = [(norm.running_mean.copy(), norm.running_var.copy()) for norm in norms]
     bn.recalibrate(norms, net, [DATA.train_x], progress=False)
-    distances = [
-        (mean - norm.running_mean) / np.sqrt(norm.running_var)
-        for mean, norm in zip(running, norms, strict=True)
-    ]
-    return np.sqrt(np.mean(np.square(distances))), loss
+    means, deviations = [], []
+    for (mean, var), norm in zip(running, norms, strict=True):
+        means.append((mean - norm.running_mean) / np.sqrt(norm.running_var))
+        deviations.append(np.log(var / norm.running_var) / 2)
+    return *(np.sqrt(np.mean(np.square(found))) for found in (means, deviations)), loss
 
 
 def measure(seed):
-    """Both experiments; the cumulative average is under the momentum None."""
+    """The three ways after training on batches of three sizes; momenta, the cumulative one as None."""
     return {
-        "ways": three_ways(seed),
+        "ways": {batch: three_ways(seed, batch) for batch in (4, 8, 60)},
         "momenta": {m: behind(seed, m) for m in shown((*MOMENTA, None), "training")},
     }
 
 
 found = measure(seed=0)
 ways, momenta = found["ways"], found["momenta"]
-for name in ("running", "population"):
-    print(f"{name} statistics: test loss {ways[name]:.3f}")
-for size, loss in zip(SIZES, ways["batch"], strict=True):
-    print(f"statistics of test batches of {size:>3}: test loss {loss:.3f}")
+print("trained on batches of 8, test loss and predictions that change with the company:")
+for size, loss, changed in zip(SIZES, ways[8]["batch"], ways[8]["changed"], strict=True):
+    print(f"  statistics of test batches of {size:>3}: {loss:.3f} {changed:5.0%}")
+for batch, of in ways.items():
+    losses = f"running averages {of['running']:.3f}, population {of['population']:.3f}"
+    print(f"trained on batches of {batch:>2}, test loss with {losses}")
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
-axes[0].semilogx(SIZES, ways["batch"], "o-", label="batch statistics")
-axes[0].axhline(ways["running"], color="tab:orange", label="running averages, m = 0.1")
-axes[0].axhline(ways["population"], color="tab:green", label="population statistics")
+axes[0].semilogx(SIZES, ways[8]["batch"], "o-", label="batch statistics")
+axes[0].axhline(ways[8]["running"], color="tab:orange", label="running averages, m = 0.1")
+axes[0].axhline(ways[8]["population"], color="tab:green", label="population statistics")
 axes[0].set(title="Test loss", xlabel="size of test batches", xticks=SIZES, xticklabels=SIZES, ylim=0)
 axes[0].minorticks_off()
 axes[0].legend()
-for ax, i, title in zip(axes[1:], (0, 1), ("Distance from the population", "Test loss"), strict=True):
-    ax.semilogx(MOMENTA, [momenta[m][i] for m in MOMENTA], "o-", color="tab:orange", label="momentum m")
-    ax.axhline(momenta[None][i], color="grey", linestyle="--", label="cumulative average")
-    ax.set(title=title, xlabel="m", ylim=0)
-axes[2].axhline(ways["population"], color="tab:green", label="population statistics")
-axes[2].legend()
+for i, name in enumerate(("means", "log of deviations")):
+    axes[1].loglog(MOMENTA, [momenta[m][i] for m in MOMENTA], "o-", color=f"C{3 + i}", label=name)
+    axes[1].axhline(momenta[None][i], color=f"C{3 + i}", linestyle="--")
+axes[1].set(title="Distance from the population", xlabel="m")
+axes[2].semilogx(MOMENTA, [momenta[m][2] for m in MOMENTA], "o-", color="tab:orange", label="momentum m")
+axes[2].axhline(momenta[None][2], color="grey", linestyle="--", label="cumulative average")
+axes[2].axhline(ways[8]["population"], color="tab:green", label="population statistics")
+axes[2].set(title="Test loss", xlabel="m", ylim=0)
+for ax in axes[1:]:
+    ax.legend()
 plt.show()
 
 # %%
-# Statistics of small test batches are the worst by far, and they make each prediction a matter of
-# luck. The population's are the best at no other cost than a pass over the training data. Running
-# averages come close where the momentum suits the training: 400 batches are too few for 0.001,
-# which has not even forgotten its beginning at 0 and 1, and with 1 the statistics are those of the
-# last eight digits.
+# The smaller the test batches, the worse; and an example's prediction changes with its company. The
+# population's statistics do about as well as those of large test batches, with no such dependence,
+# for one pass over the training data. Running averages come close where the momentum suits the
+# training: 400 batches are too few for 0.001, which has not even forgotten its beginning at 0 and 1,
+# and with 1 the statistics are those of the last eight digits. (Dashed: the cumulative average of
+# all batches.) The smaller the batches of the training, the more there is to gain from the
+# population's.

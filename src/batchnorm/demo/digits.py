@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ class Digits(NamedTuple):
     test_y: Array
 
 
+@functools.cache
 def digits() -> Digits:
     """The same split at every call."""
     loaded = load_digits()
@@ -30,6 +32,8 @@ def digits() -> Digits:
 
 def batches(count: int, size: int, seed: int) -> Iterator[Array]:
     """Indices of batches without end: each epoch in a new order, its odd rest left out."""
+    if not 0 < size <= count:
+        raise ValueError(f"size: got {size}, expected 1 to {count}, the number of examples")
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(count)

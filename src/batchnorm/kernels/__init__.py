@@ -32,7 +32,8 @@ class KernelSet(NamedTuple):
     grad_sums: Callable[..., tuple[Array, Array]]
     grad_input: Callable[..., Array]
     forward: Callable[..., Any] | None = None
-    """`moments` and `scale_shift` at once, with the arithmetic between them, where there is such."""
+    """`moments` and `scale_shift` at once, with the arithmetic between them, where there is such.
+    This field and those below may change; `kernels/numba.py` has their arguments."""
     backward: Callable[..., Any] | None = None
     """`grad_sums` and `grad_input` at once."""
     inference: Callable[..., Array] | None = None
@@ -70,21 +71,14 @@ def kernels_for(x: Array, *others: Array | None) -> KernelSet:
     ValueError
         ``BATCHNORM_KERNELS`` names no kernels.
     """
+    picked = _by_added_rules(x, *others) if _added else None
     kind: Any = type(x)
-    return _rule(kind)(x, *others)
+    return _rule(kind)(x, *others) if picked is None else picked
 
 
 @functools.lru_cache(maxsize=64)
 def _rule(kind: type) -> Callable[..., KernelSet]:
-    """The rule for a class of arrays."""
-    rule = _own_rule(kind)
-    for added, other in _added:
-        if issubclass(kind, added):
-            rule = functools.partial(_either, other, rule)
-    return rule
-
-
-def _own_rule(kind: type) -> Callable[..., KernelSet]:
+    """The package's rule for a class of arrays."""
     for module, ndarray, rule in _HOSTS:
         library = sys.modules.get(module)
         if library is not None and issubclass(kind, getattr(library, ndarray)):
@@ -92,10 +86,28 @@ def _own_rule(kind: type) -> Callable[..., KernelSet]:
     return _for_others
 
 
-def _either(rule: Rule, own: Callable[..., KernelSet], *arrays: Array | None) -> KernelSet:
-    """What an added rule picks, unless it declines or one of the package's own was asked for."""
-    picked = rule(*arrays) if get_kernels() is None else None
-    return own(*arrays) if picked is None else picked
+def _by_added_rules(x: Array, *others: Array | None) -> KernelSet | None:
+    """What an added rule picks, if one does and no kernels were asked for by name."""
+    if get_kernels() is not None or _watched(x, *others):
+        return None
+    for kind, rule in reversed(_added):
+        picked = rule(x, *others) if isinstance(x, kind) else None
+        if isinstance(picked, KernelSet):
+            return picked
+        if picked is not None:
+            got = f"a {type(picked).__name__} from {rule!r}"
+            checks.fail(TypeError, "rule", got, "a KernelSet, or None")
+    return None
+
+
+def _watched(*arrays: Array | None) -> bool:
+    """Whether PyTorch has to see operators: they call again with plain tensors."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(arrays[0], torch.Tensor):
+        return False
+    from batchnorm.kernels import torch as adapter
+
+    return (adapter.transformed() or adapter.recorded(arrays)) is not None
 
 
 def _for_others(x: Array, *others: Array | None) -> KernelSet:
@@ -209,7 +221,7 @@ _HOSTS = (
 )
 
 
-def add_kernels(kind: type, rule: Rule) -> None:
+def add_kernels(kind: type, rule: Rule) -> Callable[[], None]:
     """Run kernels of your own on a class of arrays.
 
     Parameters
@@ -217,25 +229,45 @@ def add_kernels(kind: type, rule: Rule) -> None:
     kind : type
         The class of arrays, or a base of it.
     rule : callable
-        Called as ``rule(x, *others)`` with the arrays of a call, where `others` may be None. Returns
-        the `KernelSet` to run on them, or None to leave the call to what would run without this rule:
-        rules that were added earlier, then the package's own.
+        Called as ``rule(x, *others)`` with the arrays of a call: first the big array (dy in a backward
+        pass), then others, which may be None, per-channel vectors among them. Returns the `KernelSet`
+        to run on them, or None to leave the call to what would run without this rule: rules that were
+        added earlier, then the package's own.
+
+    Returns
+    -------
+    callable
+        Takes the rule away again.
 
     Raises
     ------
     TypeError
-        `kind` is not a class, or `rule` cannot be called.
+        `kind` is not a class, or `rule` cannot be called; and in calls, where `rule` gave something
+        else than a `KernelSet` or None.
 
     Notes
     -----
-    A kernel set that is asked for by name, with `set_kernels` or ``BATCHNORM_KERNELS``, has precedence.
+    Kernels that are asked for by name, with `set_kernels` or ``BATCHNORM_KERNELS``, have precedence.
+    Tensors that PyTorch differentiates go through this package's operators, whose plain tensors the
+    rule is asked for. Chunks of Dask's arrays are NumPy's arrays (or another library's); PyTorch's
+    tensors are not, though the package's own kernels for NumPy's arrays run on them.
+
+    Kernels also get arrays in the dtype of arithmetic (`at.compute`) that no rule has seen, where a call
+    makes such.
     """
     if not isinstance(kind, type):
         checks.fail(TypeError, "kind", repr(kind), "a class of arrays")
     if not callable(rule):
         checks.fail(TypeError, "rule", repr(rule), "a function of arrays that gives a KernelSet")
-    _added.append((kind, rule))
-    _rule.cache_clear()
+    global _added
+    entry = (kind, rule)
+    _added = (*_added, entry)
+
+    def remove() -> None:
+        global _added
+        _added = tuple(other for other in _added if other is not entry)
+
+    return remove
 
 
 def set_kernels(name: str | None) -> None:
@@ -268,7 +300,7 @@ def get_kernels() -> str | None:
 
 
 _chosen: str | None = None
-_added: list[tuple[type, Rule]] = []
+_added: tuple[tuple[type, Rule], ...] = ()
 
 
 @functools.cache

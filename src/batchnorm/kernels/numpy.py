@@ -96,7 +96,7 @@ def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: Array |
     x, m, a, b, target = (view.of(v) for v in (x, m, a, b, y))
 
     def block(index: Index) -> None:
-        part = target[index]
+        part = target[(*index, ...)]  # a view, where there are no axes too
         d = part if part.dtype == at.compute else _scratch(part.shape, at.compute)
         np.subtract(x[index], view.repeated(m, index), out=d, dtype=at.compute)
         np.multiply(d, view.repeated(a, index), out=d)
@@ -153,7 +153,7 @@ def grad_input(
             np.multiply(d, w[index], out=d, casting="same_kind")
             d[~(w[index] > 0)] = 0.0
         np.add(d, dy[index], out=d, dtype=at.compute)
-        np.multiply(d, view.repeated(a, index), out=target[index], casting="same_kind")
+        np.multiply(d, view.repeated(a, index), out=target[(*index, ...)], casting="same_kind")
 
     view.each(block)
     return dx
