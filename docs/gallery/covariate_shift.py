@@ -156,9 +156,10 @@ plt.show()
 # %%
 # What this says: with batch norm the inputs of the last hidden layer shift less, by an order of
 # magnitude, which is close to a matter of course: mean and variance of what enters each sigmoid
-# below are held. Its gradient turns less too (in the networks of Santurkar et al. it did not). And
-# the jittered network, whose inputs shift more than those of the plain one, at each step from one
-# draw of the jitter to the next, learns faster than it all the same.
+# below are held. Its gradient turns less too, but for the steps in which the plain network has
+# hardly begun to learn (in the networks of Santurkar et al. it did not). And the jittered network,
+# whose inputs shift more than those of the plain one, at each step from one draw of the jitter to
+# the next, learns faster than it all the same.
 #
 # What it does not say: what batch norm's help *is*. Santurkar et al. propose a smoother loss; a
 # first-order estimate that :ref:`stays true <sphx_glr_why_deep_chains.py>` is close to that, and

@@ -142,6 +142,8 @@ for through in (False, True):
     axes[1].plot(biases, color=COLOURS[through])
     axes[2].plot(weights, color=COLOURS[through])
 axes[0].set(title="Loss after 300 steps", xlabel="learning rate", ylim=(0.05, 100))
+axes[0].set(xticks=NETWORK_RATES, xticklabels=NETWORK_RATES)
+axes[0].minorticks_off()
 axes[0].axhline(np.log(10), color="grey", linewidth=0.8)
 axes[0].legend(fontsize="small", loc="upper left")
 axes[1].set(title="Largest bias of the first layer, at a rate of 3", xlabel="steps")
