@@ -30,6 +30,7 @@ import numpy as np
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
 from batchnorm.demo.digits import batches, digits
+from batchnorm.progress import shown
 
 STEPS, RATE = 300, 0.1
 UNIT = np.ones(1)
@@ -107,12 +108,12 @@ NETWORK_RATES = (0.3, 1.0, 3.0)
 def measure(seed):
     """Both experiments, with the gradient outside and through the statistics."""
     norms = {False: Outside, True: bn.BatchNorm}
+    cases = [(through, rate) for through in norms for rate in NETWORK_RATES]
     return {
         "bias": {through: drift(seed, through) for through in (False, True)},
         "network": {
-            (through, rate): train(seed, norm, rate)
-            for through, norm in norms.items()
-            for rate in NETWORK_RATES
+            (through, rate): train(seed, norms[through], rate)
+            for through, rate in shown(cases, "training")
         },
     }
 
