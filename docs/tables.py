@@ -68,7 +68,10 @@ def over_time() -> str:
                 else:
                     row[i] = f"{value:.3g} {units[name]['unit']}"
     commits = [f"`{run.commit_hash[:7]}`" for run in runs]
-    machines = [(c, day, run.params.get("cpu", run.params["machine"])) for c, day, run in zip(commits, days, runs, strict=True)]
+    machines = [
+        (c, day, run.params.get("cpu", run.params["machine"]))
+        for c, day, run in zip(commits, days, runs, strict=True)
+    ]
     parts = [markdown(["commit", "day", "machine"], machines)]
     for name, rows in found.items():
         parts += [f"## {name}\n", markdown(["", *commits], [(w, *row) for w, row in rows.items()])]

@@ -328,8 +328,8 @@ def test_kernels_of_one_s_own(added):
 
 def test_wrong_kernels_of_one_s_own(added):
     for wrong, text in (
-        ((3, len), "kind: got 3, expected a class of arrays"),
-        ((np.ndarray, None), "rule: got None, expected a function of arrays"),
+        ((3, len), "kind: got an object of class int, expected a class of arrays"),
+        ((np.ndarray, None), "rule: got an object of class NoneType, expected a function of arrays"),
     ):
         with pytest.raises(TypeError, match=text):
             bn.add_kernels(*wrong)

@@ -256,9 +256,11 @@ def add_kernels(kind: type, rule: Rule) -> Callable[[], None]:
     makes such.
     """
     if not isinstance(kind, type):
-        checks.fail(TypeError, "kind", repr(kind), "a class of arrays")
+        got = f"an object of class {type(kind).__name__}"
+        checks.fail(TypeError, "kind", got, "a class of arrays")
     if not callable(rule):
-        checks.fail(TypeError, "rule", repr(rule), "a function of arrays that gives a KernelSet")
+        got = f"an object of class {type(rule).__name__}"
+        checks.fail(TypeError, "rule", got, "a function of arrays that gives a KernelSet")
     global _added
     entry = (kind, rule)
     _added = (*_added, entry)
