@@ -28,8 +28,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.chain import Chain, Linear, sigmoid
+from batchnorm.demo.digits import digits, learn
 from batchnorm.progress import shown
 
 WIDTH = 50
@@ -136,16 +136,10 @@ def train(seed, make, rate, steps=150, hidden=3):
         net += [Linear(inputs, WIDTH, rng), *([make()] if make else []), sigmoid()]
         inputs = WIDTH
     net.append(Linear(inputs, 10, rng))
-    order, losses = batches(len(data.train_x), 120, seed), []
     start = time.perf_counter()
     with np.errstate(over="ignore", invalid="ignore"):  # a penalty can end in NaN
-        for _ in range(steps):
-            chosen = next(order)
-            loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
-            net.backward(slope)
-            net.descend(rate)
-            losses.append(loss)
-    return np.asarray(losses), 1e3 * (time.perf_counter() - start) / steps
+        losses = np.asarray(list(learn(net, rate, 120, steps, seed)))
+    return losses, 1e3 * (time.perf_counter() - start) / steps
 
 
 def best(seed, make):

@@ -28,8 +28,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.chain import Chain, Linear, sigmoid
+from batchnorm.demo.digits import digits, learn
 from batchnorm.progress import shown
 
 STEPS, RATE = 300, 0.1
@@ -92,13 +92,10 @@ def train(seed, norm, rate, hidden=3, width=50):
         ]
         inputs = width
     net.append(Linear(inputs, 10, rng))
-    order, rows = batches(len(data.train_x), 60, seed), []
-    for _ in range(STEPS):
-        chosen = next(order)
-        loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
-        net.backward(slope)
-        net.descend(rate)
-        rows.append((loss, np.max(np.abs(net[0].bias)), np.linalg.norm(net[0].weight)))
+    rows = [
+        (loss, np.max(np.abs(net[0].bias)), np.linalg.norm(net[0].weight))
+        for loss in learn(net, rate, 60, STEPS, seed)
+    ]
     return np.asarray(rows).T
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.chain import Activation, Chain, Linear, accuracy, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.digits import digits, learn
 from batchnorm.progress import shown
 
 DATA = digits()
@@ -95,12 +95,8 @@ GOAL = 0.8
 def train(seed, normalized, scale, rate, steps=150):
     """Accuracy on the training data, after some steps."""
     net = network(np.random.default_rng(seed), normalized, scale, hidden=3)
-    order = batches(len(DATA.train_x), 60, seed)
-    for _ in range(steps):
-        chosen = next(order)
-        _, slope = cross_entropy(net(DATA.train_x[chosen]), DATA.train_y[chosen])
-        net.backward(slope)
-        net.descend(rate)
+    for _ in learn(net, rate, 60, steps, seed):
+        pass
     return accuracy(net(DATA.train_x), DATA.train_y)
 
 

@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, accuracy, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.chain import Chain, Linear, accuracy, sigmoid
+from batchnorm.demo.digits import digits, learn
 
 SIZES = (1e0, 1e2, 1e4, 1e6)
 
@@ -70,15 +70,9 @@ def train(seed, bias, steps=100, rate=1.0):
     """Training loss over the steps, the network's biases and β at the end, and its accuracy."""
     data, rng = digits(), np.random.default_rng(seed)
     net = Chain([Linear(64, 50, rng, bias=bias), bn.BatchNorm(50), sigmoid(), Linear(50, 10, rng)])
-    order, losses = batches(len(data.train_x), 60, seed), []
-    for _ in range(steps):
-        chosen = next(order)
-        loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
-        net.backward(slope)
-        net.descend(rate)
-        losses.append(loss)
+    losses = np.asarray(list(learn(net, rate, 60, steps, seed)))
     net[1].eval()
-    return np.asarray(losses), net[0].bias, net[1].beta, accuracy(net(data.test_x), data.test_y)
+    return losses, net[0].bias, net[1].beta, accuracy(net(data.test_x), data.test_y)
 
 
 def measure(seed):

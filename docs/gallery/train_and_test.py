@@ -28,7 +28,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.digits import digits, learn
 from batchnorm.progress import shown
 
 DATA = digits()
@@ -45,12 +45,8 @@ def train(seed, momentum=0.1, batch=8, steps=400, rate=0.3):
         net += [Linear(inputs, 50, rng, bias=False), norms[-1], sigmoid()]
         inputs = 50
     net.append(Linear(inputs, 10, rng))
-    order = batches(len(DATA.train_x), batch, seed)
-    for _ in range(steps):
-        chosen = next(order)
-        _, slope = cross_entropy(net(DATA.train_x[chosen]), DATA.train_y[chosen])
-        net.backward(slope)
-        net.descend(rate)
+    for _ in learn(net, rate, batch, steps, seed):
+        pass
     return net, norms
 
 

@@ -22,8 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.chain import Chain, Linear, sigmoid
+from batchnorm.demo.digits import digits, learn
 from batchnorm.progress import shown
 
 GAMMAS = (1.0, 2.0, 5.0, 10.0)
@@ -76,20 +76,13 @@ def best_of_one_sigmoid():
 def read_digits(seed, affine, steps=150, rate=1.0):
     """The loss of three hidden layers on the digits, mean of the last 30 of 150 steps."""
     data, rng = digits(), np.random.default_rng(seed)
-    net, inputs, losses = Chain(), data.train_x.shape[1], []
+    net, inputs = Chain(), data.train_x.shape[1]
     for _ in range(3):
         norm = bn.BatchNorm(50, affine=affine, track_running_stats=False)
         net += [Linear(inputs, 50, rng, bias=False), norm, sigmoid()]
         inputs = 50
     net.append(Linear(inputs, 10, rng))
-    order = batches(len(data.train_x), 120, seed)
-    for _ in range(steps):
-        chosen = next(order)
-        loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
-        net.backward(slope)
-        net.descend(rate)
-        losses.append(loss)
-    return np.mean(losses[-30:])
+    return np.mean(list(learn(net, rate, 120, steps, seed))[-30:])
 
 
 FITS = {"without γ and β": (False,), "γ and β from 1 and 0": (True,), "γ and β from apart": (True, 4.0)}

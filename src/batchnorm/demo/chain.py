@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from batchnorm.demo import network
+
 Array = npt.NDArray[Any]
 
 PARAMETERS = ("weight", "bias", "gamma", "beta")
@@ -57,8 +59,8 @@ class Activation:
 
 
 def sigmoid() -> Activation:
-    """The logistic function, by tanh, which does not overflow."""
-    return Activation(lambda x: 0.5 * (1 + np.tanh(0.5 * x)), lambda y: y * (1 - y))
+    """The logistic function."""
+    return Activation(network.sigmoid, lambda y: y * (1 - y))
 
 
 class Chain(list[Any]):

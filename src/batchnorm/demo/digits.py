@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn carries, and batches of them."""
+"""The 1,797 handwritten digits that scikit-learn carries, batches of them, and training on these."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from batchnorm.demo.chain import Chain, cross_entropy
 
 Array = npt.NDArray[Any]
 
@@ -38,3 +40,15 @@ def batches(count: int, size: int, seed: int) -> Iterator[Array]:
     while True:
         order = rng.permutation(count)
         yield from order[: count // size * size].reshape(-1, size)
+
+
+def learn(net: Chain, rate: float, size: int, steps: int, seed: int) -> Iterator[float]:
+    """Train on the digits by gradient descent; after each step, the loss that it began with."""
+    data = digits()
+    order = batches(len(data.train_x), size, seed)
+    for _ in range(steps):
+        chosen = next(order)
+        loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
+        net.backward(slope)
+        net.descend(rate)
+        yield loss
