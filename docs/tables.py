@@ -63,10 +63,8 @@ def over_time() -> str:
             for case, value in zip(itertools.product(*parameters), values, strict=True):
                 words = ", ".join(word.strip("'") for word in case)
                 row = found.setdefault(name, {}).setdefault(words, [""] * len(runs))
-                if value is None or name not in units:
-                    row[i] = "failed" if value is None else f"{value:.3g}"
-                else:
-                    row[i] = f"{value:.3g} {units[name]['unit']}"
+                unit = units.get(name, {}).get("unit", "")
+                row[i] = "failed" if value is None else f"{value:.3g} {unit}"
     commits = [f"`{run.commit_hash[:7]}`" for run in runs]
     machines = [
         (c, day, run.params.get("cpu", run.params["machine"]))

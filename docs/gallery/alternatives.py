@@ -28,11 +28,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, sigmoid
-from batchnorm.demo.digits import digits, learn
+from batchnorm.demo.digits import WIDTH, learn, reader
 from batchnorm.progress import shown
-
-WIDTH = 50
 
 
 class Penalty:
@@ -130,12 +127,7 @@ RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 def train(seed, make, rate, steps=150, hidden=3):
     """The loss over the steps, and milliseconds per step."""
-    data, rng = digits(), np.random.default_rng(seed)
-    net, inputs = Chain(), data.train_x.shape[1]
-    for _ in range(hidden):
-        net += [Linear(inputs, WIDTH, rng), *([make()] if make else []), sigmoid()]
-        inputs = WIDTH
-    net.append(Linear(inputs, 10, rng))
+    net = reader(np.random.default_rng(seed), [[make()] if make else [] for _ in range(hidden)])
     start = time.perf_counter()
     with np.errstate(over="ignore", invalid="ignore"):  # a penalty can end in NaN
         losses = np.asarray(list(learn(net, rate, 120, steps, seed)))

@@ -33,11 +33,11 @@ import numpy as np
 from scipy.stats import wasserstein_distance
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
-from batchnorm.demo.digits import batches, digits
+from batchnorm.demo.chain import Chain, cross_entropy
+from batchnorm.demo.digits import WIDTH, batches, digits, reader
 from batchnorm.progress import shown
 
-HIDDEN, WIDTH, SCALE, RATE, STEPS, EVERY = 4, 50, 3.0, 1.0, 200, 10
+HIDDEN, SCALE, RATE, STEPS, EVERY = 4, 3.0, 1.0, 200, 10
 
 
 class Jitter:
@@ -80,14 +80,9 @@ COLOURS = dict(zip(NETWORKS, ("tab:orange", "tab:blue", "tab:green"), strict=Tru
 
 def build(rng, norm):
     """The layers before the last hidden one; and the rest, which takes their output."""
-    data = digits()
-    below, above, inputs = Chain(), Chain(), data.train_x.shape[1]
-    for i in range(HIDDEN):
-        part = below if i < HIDDEN - 1 else above
-        part += [Linear(inputs, WIDTH, rng, SCALE), *norm(rng), sigmoid()]
-        inputs = WIDTH
-    above.append(Linear(inputs, 10, rng))
-    return below, above
+    net = reader(rng, [norm(rng) for _ in range(HIDDEN)], SCALE)
+    last = (len(net) - 1) // HIDDEN * (HIDDEN - 1)
+    return Chain(net[:last]), Chain(net[last:])
 
 
 def shift(before, after):

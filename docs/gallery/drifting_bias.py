@@ -28,8 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, sigmoid
-from batchnorm.demo.digits import digits, learn
+from batchnorm.demo.digits import WIDTH, learn, reader
 from batchnorm.progress import shown
 
 STEPS, RATE = 300, 0.1
@@ -80,18 +79,10 @@ class Outside(bn.BatchNorm):
         return dx
 
 
-def train(seed, norm, rate, hidden=3, width=50):
+def train(seed, norm, rate):
     """Loss, largest bias and size of the first layer's weights, at every step."""
-    data, rng = digits(), np.random.default_rng(seed)
-    net, inputs = Chain(), data.train_x.shape[1]
-    for _ in range(hidden):
-        net += [
-            Linear(inputs, width, rng),
-            norm(width, affine=False, track_running_stats=False),
-            sigmoid(),
-        ]
-        inputs = width
-    net.append(Linear(inputs, 10, rng))
+    norms = [[norm(WIDTH, affine=False, track_running_stats=False)] for _ in range(3)]
+    net = reader(np.random.default_rng(seed), norms)
     rows = [
         (loss, np.max(np.abs(net[0].bias)), np.linalg.norm(net[0].weight))
         for loss in learn(net, rate, 60, STEPS, seed)

@@ -27,8 +27,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Activation, Chain, Linear, accuracy, cross_entropy, sigmoid
-from batchnorm.demo.digits import digits, learn
+from batchnorm.demo.chain import Activation, accuracy, cross_entropy
+from batchnorm.demo.digits import WIDTH, digits, learn, reader
 from batchnorm.progress import shown
 
 DATA = digits()
@@ -38,15 +38,10 @@ COLOURS = {False: "tab:orange", True: "tab:blue"}
 
 def network(rng, normalized, scale, hidden):
     """Hidden layers of 50 sigmoids, and ten scores."""
-    net, inputs = Chain(), DATA.train_x.shape[1]
-    for _ in range(hidden):
-        net.append(Linear(inputs, 50, rng, scale, bias=not normalized))
-        if normalized:
-            net.append(bn.BatchNorm(50, track_running_stats=False))
-        net.append(sigmoid())
-        inputs = 50
-    net.append(Linear(inputs, 10, rng))
-    return net
+    norms = [
+        [bn.BatchNorm(WIDTH, track_running_stats=False)] if normalized else [] for _ in range(hidden)
+    ]
+    return reader(rng, norms, scale, bias=not normalized)
 
 
 def gradients(seed, normalized, scale, hidden=8):

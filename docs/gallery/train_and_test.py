@@ -27,8 +27,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import batchnorm as bn
-from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
-from batchnorm.demo.digits import digits, learn
+from batchnorm.demo.chain import cross_entropy
+from batchnorm.demo.digits import WIDTH, digits, learn, reader
 from batchnorm.progress import shown
 
 DATA = digits()
@@ -38,13 +38,8 @@ MOMENTA = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 def train(seed, momentum=0.1, batch=8, steps=400, rate=0.3):
     """A network, and its batch norms."""
-    rng = np.random.default_rng(seed)
-    net, norms, inputs = Chain(), [], DATA.train_x.shape[1]
-    for _ in range(3):
-        norms.append(bn.BatchNorm(50, momentum=momentum))
-        net += [Linear(inputs, 50, rng, bias=False), norms[-1], sigmoid()]
-        inputs = 50
-    net.append(Linear(inputs, 10, rng))
+    norms = [bn.BatchNorm(WIDTH, momentum=momentum) for _ in range(3)]
+    net = reader(np.random.default_rng(seed), [[norm] for norm in norms], bias=False)
     for _ in learn(net, rate, batch, steps, seed):
         pass
     return net, norms

@@ -23,7 +23,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, Linear, sigmoid
-from batchnorm.demo.digits import digits, learn
+from batchnorm.demo.digits import WIDTH, learn, reader
 from batchnorm.progress import shown
 
 GAMMAS = (1.0, 2.0, 5.0, 10.0)
@@ -75,13 +75,8 @@ def best_of_one_sigmoid():
 
 def read_digits(seed, affine, steps=150, rate=1.0):
     """The loss of three hidden layers on the digits, mean of the last 30 of 150 steps."""
-    data, rng = digits(), np.random.default_rng(seed)
-    net, inputs = Chain(), data.train_x.shape[1]
-    for _ in range(3):
-        norm = bn.BatchNorm(50, affine=affine, track_running_stats=False)
-        net += [Linear(inputs, 50, rng, bias=False), norm, sigmoid()]
-        inputs = 50
-    net.append(Linear(inputs, 10, rng))
+    norms = [[bn.BatchNorm(WIDTH, affine=affine, track_running_stats=False)] for _ in range(3)]
+    net = reader(np.random.default_rng(seed), norms, bias=False)
     return np.mean(list(learn(net, rate, 120, steps, seed))[-30:])
 
 

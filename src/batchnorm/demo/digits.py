@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy.typing as npt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from batchnorm.demo.chain import Chain, cross_entropy
+from batchnorm.demo.chain import Chain, Linear, cross_entropy, sigmoid
 
 Array = npt.NDArray[Any]
+
+WIDTH = 50  # units in a hidden layer
 
 
 class Digits(NamedTuple):
@@ -40,6 +42,18 @@ def batches(count: int, size: int, seed: int) -> Iterator[Array]:
     while True:
         order = rng.permutation(count)
         yield from order[: count // size * size].reshape(-1, size)
+
+
+def reader(
+    rng: np.random.Generator, norms: Iterable[Iterable[Any]], scale: float = 1.0, bias: bool = True
+) -> Chain:
+    """Hidden layers of 50 sigmoids, with what stands before each layer's sigmoids; and ten scores."""
+    net, inputs = Chain(), digits().train_x.shape[1]
+    for norm in norms:
+        net += [Linear(inputs, WIDTH, rng, scale, bias), *norm, sigmoid()]
+        inputs = WIDTH
+    net.append(Linear(inputs, 10, rng))
+    return net
 
 
 def learn(net: Chain, rate: float, size: int, steps: int, seed: int) -> Iterator[float]:
