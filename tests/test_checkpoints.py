@@ -297,3 +297,23 @@ def test_an_axis_in_a_list():
     back = bn.from_state(state.arrays, "keras", {**state.settings, "axis": [3]})
     assert back.axis == 3
     assert back(np.zeros((2, 4, 4, 3), np.float32)).shape == (2, 4, 4, 3)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("layout", data.VECTOR_LAYOUTS)
+def test_arrays_however_they_lie_in_memory(tmp_path, layout, shape):
+    """From a framework's state into a layer, out of it, and through both kinds of file."""
+    given = [data.VECTOR_LAYOUTS[layout](v) for v in (*data.parameters(shape), *data.statistics(shape))]
+    axis = tuple(range(1, 1 + len(shape)))
+    names = FORMATS["keras"].names
+    layer = bn.from_state(dict(zip(names, given, strict=True)), "keras", {"axis": list(axis)})
+    layer.gamma, layer.running_var = given[0], given[3]  # as a user may assign them
+    ways = [bn.to_state(layer, "keras").arrays]
+    for suffix in (".npz", ".safetensors"):
+        bn.save(tmp_path / f"model{suffix}", layer)
+        other = bn.BatchNorm(shape, axis=axis)
+        bn.load(tmp_path / f"model{suffix}", other)
+        ways.append(bn.to_state(other, "keras").arrays)
+    for found in ways:
+        for name, v in zip(names, given, strict=True):
+            np.testing.assert_array_equal(found[name], v)

@@ -6,12 +6,13 @@ names the argument, what it got and what was expected, in that order.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import numbers
 import operator
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import array_api_compat as compat
@@ -66,7 +67,7 @@ _plain: dict[type, bool] = {}
 
 def key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> Any:
     """What decides whether a call passes, or None where that is more than shapes, dtypes, devices."""
-    if type(axis) is not int:
+    if type(axis) is not int or not (out is None or any(out is a for a in arrays[:2])):
         return None
     parts: list[Any] = [call, axis, out is None or _writable(out)]
     for a in (out, *arrays):
@@ -200,6 +201,53 @@ def output(at: Layout, x: Array, out: Array | None) -> None:
         fail(TypeError, "out", f"an array of {library(at.xp)}", "an array that can be written to")
     if not _writable(out):
         fail(ValueError, "out", "a read-only array", "one that can be written to")
+
+
+def apart(out: Array | None, **given: Array | None) -> None:
+    """Check that writing to `out` changes no argument that is still to be read.
+
+    It may be x or dy itself, which are read where they are written; not another view of their memory.
+    """
+    if out is None:
+        return
+    np: Any = importlib.import_module("numpy")
+    target = _placed(out)
+    if target is None:
+        return
+    for argument, a in given.items():
+        other = None if a is None or a is out else _placed(a)
+        if a is None or other is None or not np.may_share_memory(target, other):
+            continue
+        same = (target.ctypes.data, target.strides) == (other.ctypes.data, other.strides)
+        if argument in ("x", "dy") and same and a.dtype == out.dtype:
+            continue
+        try:
+            shared = np.shares_memory(target, other, max_work=10**6)
+        except np.exceptions.TooHardError:
+            shared = True
+        if shared:
+            got = f"memory that it shares with {argument}"
+            fail(ValueError, "out", got, "x or dy itself, or memory of its own")
+
+
+def _placed(a: Array) -> Array | None:
+    """Give a NumPy array that is where an array is, maybe on a device; None where nobody can tell."""
+    import numpy as np
+
+    if isinstance(a, np.ndarray):
+        return a
+    if compat.is_torch_array(a):
+        torch = sys.modules["torch"]
+        if type(a) not in (torch.Tensor, torch.nn.Parameter) or a.layout != torch.strided or traced():
+            return None
+        size, address = a.element_size(), a.data_ptr()
+        strides = tuple(step * size for step in a.stride())
+    elif compat.is_cupy_array(a):
+        size, address, strides = a.itemsize, a.data.ptr, a.strides
+    else:
+        return None
+    place = {"shape": tuple(a.shape), "typestr": f"|V{size}", "data": (address, False)}
+    return np.asarray(SimpleNamespace(__array_interface__=place | {"strides": strides, "version": 3}))
 
 
 def _writable(out: Array) -> bool:

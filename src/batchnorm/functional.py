@@ -95,6 +95,7 @@ def batch_norm(
             if group is None:
                 checks.enough_values(at, x, where)
             checks.output(at, x, out)
+            checks.apart(out, x=x, gamma=gamma, beta=beta, where=where)
             checks.scalar("eps", eps, 0)
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
@@ -174,6 +175,8 @@ def batch_norm_backward(
             checks.vectors(at, gamma=gamma)
             checks.weights(at, x, where)
             checks.output(at, x, out)
+            named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
+            checks.apart(out, dy=dy, x=x, gamma=gamma, where=where, **named)
             checks.scalar("eps", eps, 0)
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
@@ -242,6 +245,7 @@ def normalize(
         at = checks.subject(x, axis)
         checks.vectors(at, mean=mean, var=var, gamma=gamma, beta=beta)
         checks.output(at, x, out)
+        checks.apart(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
     kernels = kernels_for(x, mean, var, gamma, beta, out)
@@ -300,6 +304,7 @@ def normalize_backward(
     checks.vectors(at, mean=mean, var=var, gamma=gamma)
     eps = checks.scalar("eps", eps, 0)
     checks.output(at, x, out)
+    checks.apart(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma)
 
     kernels = kernels_for(dy, x, out, mean, var, gamma)
     mid = centre(at, Moments(1, mean, var))

@@ -45,7 +45,7 @@ def refuses(arrays: tuple[Array | None, ...]) -> str | None:
     """Why the arrays of a call cannot be worked on, or None. Its vectors always can: they are copied."""
     shape = arrays[0].shape  # type: ignore[union-attr]
     for a in arrays:
-        if a is None or a.shape != shape:
+        if a is None or a.shape != shape or a.dtype.kind in "biu":  # weights, which are copied too
             continue
         if sentinel(a.dtype) is None:
             return f"dtype {a.dtype} is not one that it reads"
@@ -136,7 +136,7 @@ def _parameter(v: Array | None) -> tuple[Array | None, int, int]:
         return None, 0, terms.NONE
     kind = _KINDS.get(v.dtype)
     if kind is None or v.flags.num & _PLAIN != _PLAIN:
-        v, kind = np.array(v, np.float64), terms.DOUBLE
+        v, kind = np.array(v, np.float64, order="C"), terms.DOUBLE  # the default keeps v's own order
     return v, address(v), kind
 
 
@@ -227,7 +227,7 @@ def _table(x: Array, *vectors: Array) -> Array:
 
 def _alike(dy: Array, x: Array) -> tuple[Array, Array]:
     """Gradients and data in one dtype, the wider: the loops read both in the same."""
-    dtype = np.result_type(dy, x, np.float32)
+    dtype = np.float64 if np.float64 in (dy.dtype, x.dtype) else np.float32
     return np.asarray(dy, dtype), np.asarray(x, dtype)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from batchnorm.capabilities import LIBRARIES, gap
 from batchnorm.layout import FLOATS
+from batchnorm.testing import data
 from batchnorm.testing.libraries import BFLOAT16, Target, targets
 
 NOT_RUN = pytest.StashKey[dict[str, str]]()
@@ -41,7 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         found = metafunc.config.stash[TARGETS]
-        metafunc.parametrize("target", found, ids=repr, indirect=True)
+        for name, layouts in (("layout", data.LAYOUTS), ("vector_layout", data.VECTOR_LAYOUTS)):
+            if name in metafunc.fixturenames:  # arrays of some libraries lie in one way only
+                pairs = [(t, way) for t in found for way in (layouts if t.strided else ["C"])]
+                ids = [f"{target}-{way}" for target, way in pairs]
+                metafunc.parametrize(("target", name), pairs, ids=ids, indirect=["target"])
+                break
+        else:
+            metafunc.parametrize("target", found, ids=repr, indirect=True)
     if "dtype" in metafunc.fixturenames:
         only = metafunc.definition.get_closest_marker("dtypes")
         wanted = only.args if only else FLOATS

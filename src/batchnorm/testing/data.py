@@ -70,6 +70,27 @@ def _strided(a: Array) -> Array:
     return wide[..., ::2]
 
 
+def _reversed(a: Array) -> Array:
+    backwards = (slice(None, None, -1),) * a.ndim
+    return np.ascontiguousarray(a[backwards])[backwards]
+
+
+def _permuted(a: Array) -> Array:
+    """The first axis innermost, the others in order: neither C nor Fortran order from three axes on."""
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 0, -1)), -1, 0)
+
+
+def _broadcast(a: Array) -> Array:
+    """Other values: the first along the last axis, with a stride of 0."""
+    return np.broadcast_to(a[..., :1], a.shape)
+
+
+def _unaligned(a: Array) -> Array:
+    found: Array = np.ndarray(a.shape, a.dtype, bytearray(a.nbytes + 1), offset=1)
+    found[...] = a
+    return found
+
+
 def _read_only(a: Array) -> Array:
     a = a.copy()
     a.flags.writeable = False
@@ -79,7 +100,13 @@ def _read_only(a: Array) -> Array:
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
     "C": np.ascontiguousarray,
     "F": np.asfortranarray,
+    "permuted": _permuted,
     "strided": _strided,
-    "reversed": lambda a: np.ascontiguousarray(a[::-1])[::-1],
+    "reversed": _reversed,
+    "broadcast": _broadcast,
     "read-only": _read_only,
 }
+"""Ways to lie in memory, for arrays of one axis at least; each gives the same values but "broadcast"."""
+
+VECTOR_LAYOUTS = {**LAYOUTS, "unaligned": _unaligned}
+"""The same for per-channel arguments: these may also begin between two values' addresses."""

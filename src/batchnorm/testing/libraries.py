@@ -37,6 +37,9 @@ def numpy_dtype(name: str) -> Any:
 class Target:
     """A library on a device: eager, with NumPy's memory where it can share it."""
 
+    strided = True
+    """Whether arrays may keep the strides that they come in with."""
+
     def __init__(self, library: str, module: str, device: str) -> None:
         self.library, self.module, self.device_name = library, module, device
 
@@ -207,6 +210,8 @@ class Torch(OnKernels):
 
 
 class Jax(Target):
+    strided = False
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         jax = importlib.import_module("jax")
@@ -260,6 +265,8 @@ class Dask(Target):
 
 
 class Ndonnx(Target):
+    strided = False
+
     def asarray(self, a: Array) -> Array:
         return self.xp.asarray(a)
 
@@ -315,6 +322,8 @@ class Dpnp(Target):
 
 
 class Sparse(Target):
+    strided = False
+
     def to_numpy(self, a: Array) -> Array:
         return a.todense() if hasattr(a, "todense") else np.asarray(a)
 

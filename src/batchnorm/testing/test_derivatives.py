@@ -38,18 +38,20 @@ def largest(v):
     return max(abs(number) for number in np.ravel(v))
 
 
-def inputs(shape, axis, dtype, mean):
+def inputs(shape, axis, dtype, mean, layout="C"):
     vector = data.channels(shape, axis)
-    gamma, beta = data.parameters(vector, dtype)
     along = [np.asarray(data.batch(vector, dtype, seed=i)) for i in (7, 8)]
+    vectors = [*data.parameters(vector, dtype), *along]
+    if vector:
+        vectors = map(data.VECTOR_LAYOUTS[layout], vectors)
     x, dy, u = (data.batch(shape, dtype, mean=m, seed=i) for i, m in ((1, mean), (2, 0.5), (3, 0.25)))
-    return x, dy, u, gamma, beta, *along
+    return x, dy, u, *vectors
 
 
 @functools.lru_cache
-def expected_tangents(shape, axis, dtype, mean, weighted):
+def expected_tangents(shape, axis, dtype, mean, weighted, layout="C"):
     """Tangents of y, mean and variance, each with the size of its terms."""
-    x, _, u, gamma, beta, dgamma, dbeta = map(decimals, inputs(shape, axis, dtype, mean))
+    x, _, u, gamma, beta, dgamma, dbeta = map(decimals, inputs(shape, axis, dtype, mean, layout))
     where = _weights(shape, weighted)
 
     def results(t):
@@ -72,7 +74,11 @@ def expected_tangents(shape, axis, dtype, mean, weighted):
 @pytest.mark.dtypes("float32", "float64")
 @pytest.mark.parametrize(("shape", "axis", "mean"), SHAPES)
 def test_forward_mode(target, shape, axis, mean, dtype, weighted):
-    x, _, u, gamma, _, dgamma, dbeta = inputs(shape, axis, dtype, mean)
+    judge_forward_mode(target, shape, axis, dtype, mean, weighted)
+
+
+def judge_forward_mode(target, shape, axis, dtype, mean, weighted, layout="C"):
+    x, _, u, gamma, _, dgamma, dbeta = inputs(shape, axis, dtype, mean, layout)
     where = _weights(shape, weighted)
 
     def tangents(u, dgamma, dbeta, x, gamma, *where):
@@ -83,15 +89,15 @@ def test_forward_mode(target, shape, axis, mean, dtype, weighted):
     given = (u, dgamma, dbeta, x, gamma) + (() if where is None else (where,))
     actual = target.call(tangents, *given)
     assert actual[0].dtype.name == dtype
-    expected, sizes = expected_tangents(shape, axis, dtype, mean, weighted)
+    expected, sizes = expected_tangents(shape, axis, dtype, mean, weighted, layout)
     for name, mine, right, size in zip(("dy", "dmean", "dvar"), actual, expected, sizes, strict=True):
         verdict.assert_close(mine.ravel(), right, size, dtype, UNITS, name)
 
 
 @functools.lru_cache
-def expected_gradients(shape, axis, dtype, mean, weighted):
+def expected_gradients(shape, axis, dtype, mean, weighted, layout="C"):
     """Gradients to dy, x and gamma, each with the size of its terms."""
-    x, dy, u, gamma, _, a, b = map(decimals, inputs(shape, axis, dtype, mean))
+    x, dy, u, gamma, _, a, b = map(decimals, inputs(shape, axis, dtype, mean, layout))
     where = _weights(shape, weighted)
 
     def loss(dy, x, gamma):
@@ -118,7 +124,11 @@ def expected_gradients(shape, axis, dtype, mean, weighted):
 @pytest.mark.dtypes("float32", "float64")
 @pytest.mark.parametrize(("shape", "axis", "mean"), SHAPES)
 def test_double_backward(target, shape, axis, mean, dtype, weighted):
-    x, dy, u, gamma, _, a, b = inputs(shape, axis, dtype, mean)
+    judge_double_backward(target, shape, axis, dtype, mean, weighted)
+
+
+def judge_double_backward(target, shape, axis, dtype, mean, weighted, layout="C"):
+    x, dy, u, gamma, _, a, b = inputs(shape, axis, dtype, mean, layout)
     where = _weights(shape, weighted)
 
     def gradients(u, a, b, dy, x, gamma, *where):
@@ -128,10 +138,16 @@ def test_double_backward(target, shape, axis, mean, dtype, weighted):
 
     given = (u, a, b, dy, x, gamma) + (() if where is None else (where,))
     actual = target.call(gradients, *given)
-    expected, sizes = expected_gradients(shape, axis, dtype, mean, weighted)
+    expected, sizes = expected_gradients(shape, axis, dtype, mean, weighted, layout)
     for name, mine, right, size in zip(("dy", "x", "gamma"), actual, expected, sizes, strict=True):
         assert mine.dtype.name == dtype
         verdict.assert_close(mine, right, size, dtype, UNITS, f"d_{name}")
+
+
+def test_vectors_however_they_lie_in_memory(target, vector_layout):
+    case = ((2, 2, 3, 2), (1, 3), "float32", 0.5, None, vector_layout)
+    judge_forward_mode(target, *case)
+    judge_double_backward(target, *case)
 
 
 def test_what_is_left_out_is_zero(target):

@@ -44,7 +44,6 @@ def test_optional_parameters(target, given):
     verdict.forward(y, Problem(x, gamma, beta), "float32")
 
 
-@pytest.mark.parametrize("layout", data.LAYOUTS)
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_layouts(target, layout, axis):
     x = data.LAYOUTS[layout](data.batch((6, 7, 8), mean=5.0))
