@@ -1,7 +1,7 @@
 """Random calls of every public function, judged by the oracle.
 
-Shapes, axes, dtypes, and the memory of each argument by itself: order of axes, steps, reversed, stride 0,
-unaligned, read-only, `out` that is x or dy.
+Shapes, axes, dtypes, and the memory of each argument by itself: order of axes, steps, reversed,
+stride 0, unaligned, read-only, `out` that is x or dy.
 
 python tests/fuzz.py TARGET [--cases 20000] [--first 0]
 

@@ -147,9 +147,9 @@ def trained_arrays(prefix=""):
 
 def test_errors(tmp_path):
     layer = trained()
-    with pytest.raises(ValueError, match="framework: got 'mxnet', expected one of torch, keras"):
+    with pytest.raises(ValueError, match="framework: got 'mxnet', expected one of 'torch', 'keras'"):
         bn.to_state(layer, "mxnet")
-    with pytest.raises(TypeError, match="layer: got a int, expected a BatchNorm"):
+    with pytest.raises(TypeError, match="layer: got an int, expected a BatchNorm"):
         bn.to_state(3, "torch")
     with pytest.raises(ValueError, match="layer: got one without running statistics"):
         bn.to_state(bn.BatchNorm(3, track_running_stats=False), "torch")

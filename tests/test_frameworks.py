@@ -127,7 +127,7 @@ def test_chainer_by_its_documented_rule():
 
 
 def test_an_unknown_framework():
-    with pytest.raises(ValueError, match=r"framework: got 'tf', expected one of pytorch, keras"):
+    with pytest.raises(ValueError, match=r"framework: got 'tf', expected one of 'pytorch', 'keras'"):
         bn.BatchNorm.like("tf", 5)
 
 

@@ -175,9 +175,8 @@ def test_special_values_pass_through(chosen):
 def test_kernels_say_which_and_why():
     x = np.zeros((4, 3), np.float32)
     assert bn.kernels_for(x).name == "numba"
-    swapped = x.astype(">f4")
-    assert bn.kernels_for(swapped).name == "numpy"
-    assert ">f4" in bn.kernels_for(swapped).why
+    with pytest.raises(TypeError, match="x: got dtype >f4, expected one of float16"):
+        bn.kernels_for(x.astype(">f4"))
     bytes_ = np.zeros(4 * 3 * 4 + 1, np.uint8)
     odd = bytes_[1:].view(np.float32).reshape(4, 3)
     assert "aligned" in bn.kernels_for(odd).why
@@ -329,12 +328,12 @@ def test_kernels_of_one_s_own(added):
 def test_wrong_kernels_of_one_s_own(added):
     for wrong, text in (
         ((3, len), "kind: got an object of class int, expected a class of arrays"),
-        ((np.ndarray, None), "rule: got an object of class NoneType, expected a function of arrays"),
+        ((np.ndarray, None), "rule: got None, expected a function of arrays"),
     ):
         with pytest.raises(TypeError, match=text):
             bn.add_kernels(*wrong)
     added(np.ndarray, lambda *arrays: 3)
-    with pytest.raises(TypeError, match=r"rule: got a int from <.*>, expected a KernelSet, or None"):
+    with pytest.raises(TypeError, match=r"rule: got an int from <.*>, expected a KernelSet, or None"):
         bn.batch_norm(data.batch((4, 3)))
 
 

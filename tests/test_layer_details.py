@@ -131,7 +131,7 @@ def test_a_layer_trains_under_jit():
             "running_var: got a variance below",
         ),
         (lambda s: {**s, "num_batches_tracked": -1}, ValueError, "num_batches_tracked: got -1"),
-        (lambda s: 3, ValueError, "state: got a int, expected keys"),
+        (lambda s: 3, ValueError, "state: got 3, expected keys"),
     ],
 )
 def test_a_wrong_state_changes_nothing(change, error, text):
@@ -268,5 +268,5 @@ def test_arguments_are_checked_in_inference_too():
     layer = bn.BatchNorm(4).eval()
     with pytest.raises(TypeError, match="where: got a str"):
         layer(X, where="garbage")
-    with pytest.raises(TypeError, match="group: got a int"):
+    with pytest.raises(TypeError, match="group: got an int"):
         layer(X, group=5)

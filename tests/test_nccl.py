@@ -178,5 +178,5 @@ def test_a_device_that_waits_for_ever(cupy):
 
 
 def test_no_communicator(cupy):
-    with pytest.raises(TypeError, match="comm: got a int, expected a cupy.cuda.nccl.NcclCommunicator"):
+    with pytest.raises(TypeError, match="comm: got an int, expected a cupy.cuda.nccl.NcclCommunicator"):
         bn.distributed.nccl(3)

@@ -107,7 +107,7 @@ def test_a_model_with_constants_subgraphs_and_training():
 
 def test_errors():
     layer = trained()
-    with pytest.raises(TypeError, match="model: got a int, expected an onnx.ModelProto"):
+    with pytest.raises(TypeError, match="model: got an int, expected an onnx.ModelProto"):
         from_onnx(3)
     model = to_onnx(layer)
     del model.graph.initializer[2]

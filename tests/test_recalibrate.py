@@ -132,7 +132,7 @@ def test_torch_tensors():
     ("layers", "batches", "error", "message"),
     [
         ([], [1], ValueError, "layers: got none, expected at least one BatchNorm"),
-        ([3], [1], TypeError, r"layers\[0\]: got a int, expected a BatchNorm"),
+        ([3], [1], TypeError, r"layers\[0\]: got an int, expected a BatchNorm"),
         (
             [bn.BatchNorm(3, track_running_stats=False)],
             [1],

@@ -310,7 +310,7 @@ def test_convert_and_revert():
     assert type(model[1]) is nn.BatchNorm2d
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert all(torch.equal(state[name], v) for name, v in model.state_dict().items())
-    with pytest.raises(TypeError, match="model: got a int, expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match="model: got an int, expected a torch.nn.Module"):
         convert(3)
 
 

@@ -181,26 +181,32 @@ def from_state(
     known = {*form.names, *filter(None, [form.batches])}
     needed = form.names if framework == "onnx" else form.names[2:]
     if not isinstance(arrays, Mapping) or not set(needed) <= set(arrays) <= known:
-        got = f"names {sorted(arrays)}" if isinstance(arrays, Mapping) else f"a {type(arrays).__name__}"
+        named = isinstance(arrays, Mapping)
+        got = f"names {sorted(map(str, arrays))}" if named else checks.shown(arrays)
         checks.fail(
             ValueError, "arrays", got, f"{sorted(needed)}, and perhaps {sorted(known - {*needed})}"
         )
-    words = _words(form, framework, settings or {})
+    settings = {} if settings is None else settings
+    words = _words(form, framework, settings)
     given = {
-        ours: _numpy(arrays[theirs])
+        ours: _numpy(theirs, arrays[theirs])
         for ours, theirs in zip(OURS, form.names, strict=True)
         if theirs in arrays
     }
+    for name, theirs in zip(OURS, form.names, strict=True):
+        if name in given and float_name(np, given[name].dtype) is None:
+            checks.fail(TypeError, theirs, f"dtype {given[name].dtype}", "a floating one")
     shape = given["running_mean"].shape
     if not shape or math.prod(shape) == 0:
         checks.fail(ValueError, form.names[2], f"shape {shape}", "a number for each channel")
     affine = any(name in given for name in PARAMETERS)
+    _agree(form, settings, arrays, shape, words["axis"])
     if affine:  # one of two: the other is as if it were not there
         dtype = next(given[name].dtype for name in PARAMETERS if name in given)
         given = {"gamma": np.ones(shape, dtype), "beta": np.zeros(shape, dtype)} | given
     layer = BatchNorm(shape[0] if len(shape) == 1 else shape, affine=affine, **words)
     if form.batches in arrays:
-        given[COUNT] = _numpy(arrays[form.batches])
+        given[COUNT] = _numpy(form.batches, arrays[form.batches])
     names = dict(zip(OURS, form.names, strict=True)) | {COUNT: form.batches}
     _load({"": layer}, {"": given}, names)
     return layer.eval()
@@ -223,7 +229,7 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
     TypeError, ValueError
         Another kind of file or of layer. Nothing is written then.
     """
-    several = layers if isinstance(layers, Mapping) else {"": layers}
+    several = _several(layers)
     found = {
         _name(prefix, name): v
         for prefix, layer in several.items()
@@ -252,13 +258,11 @@ def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
         A file that is cut or of another kind; missing or unknown names under a prefix; a shape or dtype
         that does not fit; a variance below zero. Every layer is then as it was.
     """
+    several = _several(layers)
     held = files.names(path)
-    several = layers if isinstance(layers, Mapping) else {"": layers}
     names = dict(zip(OURS, FORMATS["torch"].names, strict=True)) | {COUNT: COUNT}
     wanted: dict[str, dict[str, str]] = {}
     for prefix, layer in several.items():
-        if not isinstance(layer, BatchNorm):
-            checks.fail(TypeError, "layers", f"a {type(layer).__name__}", "a BatchNorm")
         above = _name(prefix, "")
         mine = {name.removeprefix(above) for name in held if name.startswith(above)}
         own = {ours: names[ours] for ours in layer.state_dict()}
@@ -269,10 +273,23 @@ def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
         wanted[prefix] = {ours: above + theirs for ours, theirs in own.items() if theirs in mine}
     arrays = files.read(path, [name for found in wanted.values() for name in found.values()])
     states = {
-        prefix: {ours: _numpy(arrays[name]) for ours, name in found.items()}
+        prefix: {ours: _numpy(name, arrays[name]) for ours, name in found.items()}
         for prefix, found in wanted.items()
     }
     _load(several, states, names)
+
+
+def _several(layers: Any) -> Mapping[str, BatchNorm]:
+    """Check layers under prefixes, or one layer."""
+    several = layers if isinstance(layers, Mapping) else {"": layers}
+    if not several:
+        checks.fail(ValueError, "layers", "none", "at least one BatchNorm")
+    for prefix, layer in several.items():
+        if not isinstance(prefix, str):
+            checks.fail(TypeError, "layers", f"the key {checks.shown(prefix)}", "prefixes that are str")
+        if not isinstance(layer, BatchNorm):
+            checks.fail(TypeError, "layers", checks.kind(layer), "a BatchNorm")
+    return several
 
 
 def _load(
@@ -287,7 +304,7 @@ def _load(
             if name == COUNT:
                 continue
             theirs = _name(prefix, names[name])
-            if v.dtype.kind != "f":
+            if float_name(np, v.dtype) is None:
                 checks.fail(TypeError, theirs, f"dtype {v.dtype}", "a floating one")
             if v.shape != own[name].shape:
                 checks.fail(ValueError, theirs, f"shape {v.shape}", f"{tuple(own[name].shape)}")
@@ -314,10 +331,10 @@ def _batches(argument: str, v: Array) -> int:
 def _held(layer: BatchNorm) -> tuple[dict[str, Array], Any]:
     """NumPy copies of what a layer holds, the statistics in all their digits; its parameters' dtype."""
     if not isinstance(layer, BatchNorm):
-        checks.fail(TypeError, "layer", f"a {type(layer).__name__}", "a BatchNorm")
+        checks.fail(TypeError, "layer", checks.kind(layer), "a BatchNorm")
     if not layer.track_running_stats:
         checks.fail(ValueError, "layer", "one without running statistics", "one with them")
-    own = {name: v if name == COUNT else _numpy(v) for name, v in layer.state_dict().items()}
+    own = {name: v if name == COUNT else _numpy(name, v) for name, v in layer.state_dict().items()}
     parameters = {name: own[name] for name in PARAMETERS if name in own}
     dtype = _dtype(layer, parameters)
     return own | {name: _rounded(name, v, dtype) for name, v in parameters.items()}, dtype
@@ -370,13 +387,13 @@ def _name(prefix: str, name: str) -> str:
 
 
 def _format(framework: str) -> Format:
-    if framework not in FORMATS:
-        checks.fail(ValueError, "framework", repr(framework), f"one of {', '.join(FORMATS)}")
-    return FORMATS[framework]
+    return FORMATS[checks.one_of("framework", framework, FORMATS)]
 
 
-def _words(form: Format, framework: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _words(form: Format, framework: str, settings: Any) -> dict[str, Any]:
     """A framework's settings as arguments of `BatchNorm`."""
+    if not isinstance(settings, Mapping):
+        checks.fail(TypeError, "settings", checks.shown(settings), "a mapping of names to values")
     known = {form.eps, "momentum", *form.switches}
     known |= {"num_features"} if form.size else set()
     known |= {"axis"} if form.axis else set()
@@ -384,17 +401,52 @@ def _words(form: Format, framework: str, settings: Mapping[str, Any]) -> dict[st
     known |= {"training_mode"} if framework == "onnx" else set()
     unknown = set(settings) - known
     if unknown:
-        checks.fail(ValueError, "settings", f"{sorted(unknown)}", f"some of {sorted(known)}")
+        got = f"{sorted(map(str, unknown))}"
+        checks.fail(ValueError, "settings", got, f"some of {sorted(known)}")
     words: dict[str, Any] = dict(PRESETS[form.preset].settings())
     if form.eps in settings:
-        words["eps"] = settings[form.eps]
+        words["eps"] = checks.scalar(form.eps, settings[form.eps], 0)
     if "momentum" in settings:
         theirs = settings["momentum"]
-        words["momentum"] = None if theirs is None else _exact(form.momentum(theirs))
+        if theirs is None and framework != "torch":
+            expected = f"a number: {framework} has no cumulative average"
+            checks.fail(ValueError, "momentum", "None", expected)
+        if theirs is not None:
+            theirs = _exact(form.momentum(float(checks.scalar("momentum", theirs, 0, 1))))
+        words["momentum"] = theirs
     if "axis" in settings:
         axis = settings["axis"]  # a list in what Keras writes
         words["axis"] = (axis[0] if len(axis) == 1 else tuple(axis)) if isinstance(axis, list) else axis
     return words
+
+
+def _agree(
+    form: Format,
+    settings: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    shape: tuple[int, ...],
+    axis: Any,
+) -> None:
+    """Check settings that say of the arrays what the arrays say themselves."""
+    there = {switch: name in arrays for switch, name in zip(form.switches, form.names, strict=False)}
+    if len(form.switches) == 1:  # one for both
+        there = dict.fromkeys(form.switches, any(name in arrays for name in form.names[:2]))
+    there["track_running_stats"] = True
+    for switch, found in there.items():
+        if switch in settings and checks.flag(switch, settings[switch]) != found:
+            what = "whose arrays are there" if found else "whose arrays are not there"
+            checks.fail(ValueError, switch, f"{settings[switch]}, {what}", str(found))
+    if "num_features" in settings:
+        count = settings["num_features"]
+        given = count if isinstance(count, tuple) else (count,)
+        if not all(type(n) is int for n in given) or given != shape:
+            got = f"{checks.shown(count)}, for arrays of shape {shape}"
+            checks.fail(ValueError, "num_features", got, str(shape[0] if len(shape) == 1 else shape))
+    if len(axes := checks.channel_axes(axis)) != len(shape):
+        got = f"{axis!r}, for arrays of shape {shape}"
+        checks.fail(ValueError, "axis", got, f"{len(shape)} axes, not {len(axes)}")
+    if settings.get("training_mode", 0) not in (0, 1):
+        checks.fail(ValueError, "training_mode", checks.shown(settings["training_mode"]), "0 or 1")
 
 
 def _exact(momentum: float) -> float:
@@ -402,12 +454,16 @@ def _exact(momentum: float) -> float:
     return round(momentum, 15)
 
 
-def _numpy(v: Any) -> Array:
+def _numpy(argument: str, v: Any) -> Array:
     """A NumPy copy of the same numbers, in the machine's byte order."""
     import numpy as np
 
-    v = v if compat.is_array_api_obj(v) else np.asarray(v)
-    xp = compat.array_namespace(v)
+    if not compat.is_array_api_obj(v):
+        try:
+            v = np.asarray(v)
+        except ValueError:  # a list of lists of different lengths, say
+            checks.fail(TypeError, argument, checks.shown(v), "an array")
+    xp = checks.namespace(argument, v)
     if float_name(xp, v.dtype) == "bfloat16":  # which NumPy does not have, and float32 holds exactly
         v = xp.astype(v, xp.float32)
     if compat.is_torch_array(v) or compat.is_cupy_array(v):

@@ -6,12 +6,15 @@ names the argument, what it got and what was expected, in that order.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import numbers
 import operator
 import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -22,21 +25,64 @@ from batchnorm.tracing import traced
 
 Array = Any
 
+# Per-channel arguments that have no default.
+REQUIRED = ("mean", "var", "stats.mean", "stats.var")
+
 
 def fail(error: type[Exception], argument: str, got: object, expected: str) -> NoReturn:
-    """Raise an error in the one form that all of ours have."""
-    raise error(f"{argument}: got {got}, expected {expected}")
+    """Raise an error in the one form that all of ours have: one line."""
+    raise error(" ".join(f"{argument}: got {got}, expected {expected}".split()))
+
+
+def kind(value: Any) -> str:
+    """The class of an argument, with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
+def shown(value: Any) -> str:
+    """What an argument is, in a few words."""
+    what = kind(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+        return f"{what} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    try:  # a number of NumPy's without its class
+        text = " ".join((str if isinstance(value, numbers.Real) else repr)(value).split())
+    except Exception:  # an object that cannot tell what it is
+        return what
+    return text if len(text) <= 80 else what
 
 
 def namespace(argument: str, x: Array) -> ModuleType:
     """The array API namespace of an array."""
-    if type(x).__name__ == "MaskedArray":  # its sums would honour the mask, its count would not
-        fail(TypeError, argument, "a MaskedArray", "a plain array, and its mask inverted as `where`")
+    # Sums of a masked array would honour its mask, counts would not; products of a matrix are others.
+    inner = type(getattr(x, "_meta", x))  # of Dask's chunks
+    if inner.__name__ in ("MaskedArray", "MaskedTensor"):
+        got = kind(x) if inner is type(x) else f"an array of {inner.__name__} chunks"
+        fail(TypeError, argument, got, "a plain array, and its mask inverted as `where`")
+    if inner.__name__ == "matrix":
+        fail(TypeError, argument, "a matrix", "a plain array: np.asarray(…) gives one")
+    if compat.is_torch_array(x) and (x.is_nested or x.layout != sys.modules["torch"].strided):
+        layout = "nested" if x.is_nested else x.layout
+        fail(TypeError, argument, f"a tensor of layout {layout}", "a strided one")
     try:
         xp: ModuleType = compat.array_namespace(x)
     except TypeError:
-        fail(TypeError, argument, f"a {type(x).__name__}", "an array of an array API library")
+        fail(TypeError, argument, kind(x), "an array of an array API library")
     return xp
+
+
+def real(argument: str, xp: ModuleType, a: Array) -> None:
+    """Check that an array holds numbers, or truths, of kinds that some argument takes."""
+    if float_name(xp, a.dtype) is None and not _counts(xp, a.dtype):
+        fail(TypeError, argument, f"dtype {a.dtype}", f"one of {', '.join(FLOATS)}, or weights")
+
+
+def _counts(xp: ModuleType, dtype: Any) -> bool:
+    """Whether a dtype is boolean or integral, as a mask or weights may be."""
+    try:
+        return bool(xp.isdtype(dtype, ("bool", "integral")))
+    except TypeError:  # a dtype that is none of the standard's
+        return False
 
 
 def library(xp: ModuleType) -> str:
@@ -74,14 +120,17 @@ def key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> Any:
         if a is None:
             parts.append(None)
             continue
-        kind = type(a)
-        plain = _plain.get(kind)
+        cls = type(a)
+        plain = _plain.get(cls)
         if plain is None:
-            plain = _plain[kind] = (kind.__module__, kind.__name__) in _PLAIN
+            plain = _plain[cls] = (cls.__module__, cls.__name__) in _PLAIN
         if not plain:
             return None
         device = a.device
-        parts.append((kind, a.shape, a.dtype, getattr(device, "id", device)))  # CuPy's has no hash
+        try:
+            parts.append((cls, a.shape, a.dtype, getattr(device, "id", device)))  # CuPy's has no hash
+        except RuntimeError:  # a nested tensor, which has no shape
+            return None
     return tuple(parts)
 
 
@@ -105,10 +154,10 @@ def like(at: Layout, x: Array, argument: str, other: Array) -> None:
         fail(ValueError, argument, f"shape {tuple(other.shape)}", f"{tuple(x.shape)}, as x")
 
 
-def vectors(at: Layout, **given: Array | None) -> None:
+def vectors(at: Layout, **given: Any) -> None:
     """Check per-channel arguments: library, device, dtype and shape."""
     for argument, v in given.items():
-        if v is None:
+        if v is None and argument not in REQUIRED:
             continue
         _beside(at.xp, at.device, argument, v, at.name)
         if not same_shape(v.shape, at.channels):
@@ -124,22 +173,28 @@ def vectors(at: Layout, **given: Array | None) -> None:
 def statistics(at: Layout, stats: Any) -> None:
     """Check the `stats` that batch_norm returned."""
     if not _is_moments(stats):
-        fail(TypeError, "stats", f"a {type(stats).__name__}", "the Moments that batch_norm returned")
+        fail(TypeError, "stats", kind(stats), "the Moments that batch_norm returned")
     vectors(at, **{"stats.mean": stats.mean, "stats.var": stats.var, "stats.mean_lo": stats.mean_lo})
-    if hasattr(stats.count, "shape") and stats.count.shape != ():
+    if getattr(stats.count, "shape", ()) != ():
         vectors(at, **{"stats.count": stats.count})
+    elif not hasattr(stats.count, "dtype"):
+        scalar("stats.count", stats.count, 0)
 
 
 def mergeable(parts: tuple[Any, ...]) -> ModuleType:
     """Check that moments can be merged; their library."""
     for i, part in enumerate(parts):
         if not _is_moments(part):
-            fail(TypeError, f"parts[{i}]", f"a {type(part).__name__}", "Moments")
+            fail(TypeError, f"parts[{i}]", kind(part), "Moments")
     first = parts[0].mean
     xp, device = namespace("parts[0].mean", first), _device(first)
+    _floating(xp, "parts[0].mean", first)
     for i, part in enumerate(parts):
         for field, v in zip(part._fields, part, strict=True):
-            if not hasattr(v, "dtype"):
+            if field == "mean_lo" and v is None:
+                continue
+            if field == "count" and not hasattr(v, "dtype"):
+                scalar(f"parts[{i}].count", v, 0)
                 continue
             _beside(xp, device, f"parts[{i}].{field}", v, "parts[0].mean")
             if not same_shape(v.shape, first.shape) and (field != "count" or v.shape != ()):
@@ -155,7 +210,7 @@ def weights(at: Layout, x: Array, where: Array | None) -> None:
     _same_library(at.xp, "where", where, "x")
     _same_device(at.device, "where", where, "x")
     dtype = where.dtype
-    if float_name(at.xp, dtype) is None and not at.xp.isdtype(dtype, ("bool", "integral")):
+    if float_name(at.xp, dtype) is None and not _counts(at.xp, dtype):
         fail(TypeError, "where", f"dtype {dtype}", "a boolean mask or real weights")
     trailing = tuple(x.shape)[x.ndim - where.ndim :] if where.ndim <= x.ndim else None
     if trailing is None or not all(
@@ -187,7 +242,7 @@ def enough_values(at: Layout, x: Array, where: Array | None) -> None:
 def group(group: Any) -> None:
     """Check that a group can sum over its members."""
     if group is not None and not callable(getattr(group, "all_reduce", None)):
-        fail(TypeError, "group", f"a {type(group).__name__}", "an object with all_reduce(array)")
+        fail(TypeError, "group", kind(group), "an object with all_reduce(array)")
 
 
 def output(at: Layout, x: Array, out: Array | None) -> None:
@@ -260,17 +315,20 @@ def scalar(argument: str, value: Any, low: float, high: float = float("inf")) ->
         return value
     interval = f"a number >= {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g}]"
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = float("inf")
         if not low <= number <= high or number == float("inf"):
-            fail(ValueError, argument, str(value), interval)
+            fail(ValueError, argument, shown(value), interval)
         return number
     if (
         getattr(value, "shape", None) != ()
         or float_name(namespace(argument, value), value.dtype) is None
     ):
-        fail(TypeError, argument, f"{value!r}", interval)
-    if seen_false((value >= low) & (value <= high)):
-        fail(ValueError, argument, f"{value!r}", interval)
+        fail(TypeError, argument, shown(value), interval)
+    if seen_false((value >= low) & (value <= high) & (value < float("inf"))):
+        fail(ValueError, argument, shown(value), interval)
     return value
 
 
@@ -280,10 +338,69 @@ def whole(argument: str, value: Any, low: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        fail(TypeError, argument, repr(value), expected)
+        fail(TypeError, argument, shown(value), expected)
     if isinstance(value, bool) or number < low:
-        fail(ValueError, argument, repr(value), expected)
+        fail(ValueError, argument, shown(value), expected)
     return number
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Check a switch, and return it as a bool."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):  # NumPy's
+        fail(TypeError, argument, shown(value), "True or False")
+    return bool(value)
+
+
+def one_of(argument: str, value: Any, names: Iterable[str], more: str = "") -> str:
+    """Check a name."""
+    expected = f"one of {', '.join(map(repr, names))}{more}"
+    if not isinstance(value, str):
+        fail(TypeError, argument, shown(value), expected)
+    if value not in names:
+        fail(ValueError, argument, shown(value), expected)
+    return value
+
+
+def function(argument: str, value: Any, what: str = "a function") -> None:
+    """Check something that is called."""
+    if not callable(value):
+        fail(TypeError, argument, shown(value), what)
+
+
+def iterable(argument: str, value: Any, what: str) -> None:
+    """Check something that is gone through."""
+    if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+        fail(TypeError, argument, shown(value), what)
+
+
+def path(argument: str, value: Any) -> Path:
+    """Check a path."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        fail(TypeError, argument, shown(value), "a path")
+    return Path(value)
+
+
+def channel_axes(axis: Any, expected: str = "an int, or a tuple of ints") -> tuple[int, ...]:
+    """Check that an axis is one, or a tuple of them, as far as that goes without an array."""
+    given = axis if isinstance(axis, tuple) else (axis,)
+    if any(isinstance(a, bool) or getattr(a, "shape", ()) != () for a in given):
+        fail(TypeError, "axis", shown(axis), expected)
+    try:
+        return tuple(operator.index(a) for a in given)
+    except TypeError:
+        fail(TypeError, "axis", shown(axis), expected)
+
+
+def floating(argument: str, dtype: Any) -> str:
+    """Check a dtype of any library, or its name; which of ours it is."""
+    if dtype is float or isinstance(dtype, str):  # as NumPy understands it
+        with contextlib.suppress(TypeError):
+            dtype = importlib.import_module("numpy").dtype(dtype)
+    named = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    name = (named if isinstance(named, str) else shown(dtype).strip("'")).rpartition(".")[2]
+    if name not in FLOATS:
+        fail(TypeError, argument, shown(dtype), f"one of {', '.join(FLOATS)}")
+    return name
 
 
 def from_environment(variable: str, low: int, expected: str) -> int | None:
@@ -362,14 +479,11 @@ def _axes(axis: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
     expected = f"an int, or a tuple of increasing ints, in [{-ndim}, {ndim - 1}] for {ndim}-d {name}"
     if ndim == 0:
         expected = f"() for 0-d {name}, which has no axis"
-    try:
-        given = [operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,))]
-    except TypeError:
-        fail(TypeError, "axis", repr(axis), expected)
+    given = channel_axes(axis, expected)
     axes = tuple(a + ndim if a < 0 else a for a in given)
     increasing = all(a < b for a, b in itertools.pairwise(axes))
     if not increasing or not all(0 <= a < ndim for a in axes):
-        fail(ValueError, "axis", repr(axis), expected)
+        fail(ValueError, "axis", shown(axis), expected)
     return axes
 
 

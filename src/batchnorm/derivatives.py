@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from batchnorm import checks
 from batchnorm.functional import Axis
-from batchnorm.kernels import KernelSet, kernels_for
+from batchnorm.kernels import KernelSet, pick
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 from batchnorm.vectors import Centre, centre, compute, slope, sums_with, weights_of
@@ -184,7 +184,7 @@ class _Call(NamedTuple):
         *others: Array | None,
     ) -> _Call:
         counted = stats.count if hasattr(stats.count, "dtype") else None
-        kernels = kernels_for(x, gamma, where, counted, *stats[1:], *others)
+        kernels = pick(x, gamma, where, counted, *stats[1:], *others)
         x = compute(at, x)  # (..., C, ...)
         n = at.vector(stats.count)  # (C)
         n = at.xp.where(n > 0, n, at.xp.ones_like(n))  # (C)
@@ -198,7 +198,7 @@ def _checked(
 ) -> Layout:
     at = checks.subject(x, axis)
     for argument, other in like.items():
-        if other is not None:
+        if other is not None or argument == "dy":
             checks.like(at, x, argument, other)
     checks.statistics(at, stats)
     checks.vectors(at, gamma=gamma)

@@ -85,7 +85,7 @@ _KINDS = {
 
 
 def _kind(path: Any) -> _Kind:
-    suffix = Path(path).suffix.lower()
+    suffix = checks.path("path", path).suffix.lower()
     if suffix not in _KINDS:
         checks.fail(ValueError, "path", os.fspath(path), f"a file that ends in {' or '.join(_KINDS)}")
     return _KINDS[suffix]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchnorm import checks, groups
-from batchnorm.kernels import kernels_for, written
+from batchnorm.kernels import pick, written
 from batchnorm.moments import Moments
 from batchnorm.tracing import traceable
 from batchnorm.vectors import (
@@ -100,7 +100,7 @@ def batch_norm(
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
 
-    kernels = kernels_for(x, gamma, beta, where, out)
+    kernels = pick(x, gamma, beta, where, out)
     y: Array
     if group is not None:
         if kernels.joined is None or out is not None:
@@ -182,7 +182,7 @@ def batch_norm_backward(
     eps = checks.scalar("eps", eps, 0)
 
     counted = stats.count if hasattr(stats.count, "dtype") else None
-    kernels = kernels_for(dy, x, gamma, where, out, counted, *stats[1:])
+    kernels = pick(dy, x, gamma, where, out, counted, *stats[1:])
     w = weights_of(where, x.ndim)
     if kernels.backward is not None and group is None:
         dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)
@@ -248,7 +248,7 @@ def normalize(
         checks.apart(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
         checks.remember(key, at)
     eps = checks.scalar("eps", eps, 0)
-    kernels = kernels_for(x, mean, var, gamma, beta, out)
+    kernels = pick(x, mean, var, gamma, beta, out)
     if kernels.inference is not None:
         return kernels.inference(x, mean, var, gamma, beta, eps, at, out)
     return scale_shift_by(kernels, at, x, Moments(1, mean, var), gamma, beta, eps, out)
@@ -305,8 +305,9 @@ def normalize_backward(
     eps = checks.scalar("eps", eps, 0)
     checks.output(at, x, out)
     checks.apart(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma)
+    stats_grad = checks.flag("stats_grad", stats_grad)
 
-    kernels = kernels_for(dy, x, out, mean, var, gamma)
+    kernels = pick(dy, x, out, mean, var, gamma)
     mid = centre(at, Moments(1, mean, var))
     sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, None)
     rstd, a = slope(at, var, gamma, eps)  # (C), (C)
@@ -349,4 +350,4 @@ def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     """
     at = checks.subject(x, axis)
     checks.weights(at, x, where)
-    return moments_by(kernels_for(x, where), at, x, where)
+    return moments_by(pick(x, where), at, x, where)

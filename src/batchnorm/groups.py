@@ -87,6 +87,6 @@ def all_reduce(group: Any, *vectors: Array) -> list[Array]:
     packed = xp.stack(vectors)
     summed = group.all_reduce(packed)
     if getattr(summed, "shape", None) != packed.shape:
-        got = f"a {type(summed).__name__} of shape {getattr(summed, 'shape', None)}"
+        got = f"{checks.kind(summed)} of shape {getattr(summed, 'shape', None)}"
         checks.fail(TypeError, "group.all_reduce", got, f"the sum, an array of shape {packed.shape}")
     return [summed[i, ...] for i in range(len(vectors))]

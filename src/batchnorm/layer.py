@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
@@ -134,7 +135,7 @@ class BatchNorm:
         dtype: Any = None,
     ) -> None:
         shape = _shape(num_features)
-        kept = axis if isinstance(axis, tuple) else (axis,)
+        kept = checks.channel_axes(axis)
         if len(kept) != len(shape):
             got, expected = f"{len(kept)} axes", f"{len(shape)}, one per number in num_features"
             checks.fail(ValueError, "axis", got, expected)
@@ -142,6 +143,10 @@ class BatchNorm:
         correction = checks.scalar("correction", correction, 0)
         if momentum is not None:
             momentum = checks.scalar("momentum", momentum, 0, 1)
+        affine = checks.flag("affine", affine)
+        track_running_stats = checks.flag("track_running_stats", track_running_stats)
+        if dtype is not None:
+            checks.floating("dtype", dtype)
         if device is not None and xp is None:
             checks.fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
         checks.group(group)
@@ -169,7 +174,7 @@ class BatchNorm:
         if not track_running_stats:
             self.running_mean = self.running_var = None
         if xp is not None:
-            xp = compat.array_namespace(xp.zeros(()))  # its compat namespace, as arrays have it
+            xp = _namespace(xp, device)
             self._settle(self._moved(xp, device, dtype or xp.float32))
 
     @classmethod
@@ -195,12 +200,12 @@ class BatchNorm:
         ValueError
             A framework that is not in the table.
         """
-        if framework not in PRESETS:
-            checks.fail(ValueError, "framework", repr(framework), f"one of {', '.join(PRESETS)}")
+        checks.one_of("framework", framework, PRESETS)
         return cls(num_features, **{**PRESETS[framework].settings(), **settings})
 
     def train(self, mode: bool = True) -> Self:
         """Normalize by the batch's statistics and update the running ones; or, with False, neither."""
+        mode = checks.flag("mode", mode)
         self.batch_statistics = mode or not self.track_running_stats
         self.update_statistics = mode and self.track_running_stats
         return self
@@ -399,6 +404,7 @@ class BatchNorm:
     def _moved(self, xp: ModuleType, device: Any, dtype: Any) -> dict[str, Array | None]:
         """The layer's arrays in a library, on a device: parameters in `dtype`, statistics wide."""
         wide = xp.float64 if has_float64(xp, device) else xp.float32
+        dtype = getattr(xp, checks.floating("dtype", dtype), dtype)  # the library's own of that name
         moved: dict[str, Array | None] = {}
         for name, v in self._arrays().items():
             kind = dtype if name in PARAMETERS else wide
@@ -447,9 +453,24 @@ def _shape(num_features: Any) -> tuple[int, ...]:
         shape = tuple(operator.index(n) for n in given if not isinstance(n, bool))
     except TypeError:
         shape = ()
-    if len(shape) != len(given) or not all(n > 0 for n in shape):
-        checks.fail(ValueError, "num_features", repr(num_features), "a positive int, or a tuple")
+    if len(shape) != len(given) or not all(0 < n <= sys.maxsize for n in shape):
+        got = checks.shown(num_features)
+        checks.fail(ValueError, "num_features", got, "a positive int, or a tuple of them")
     return shape
+
+
+def _namespace(xp: Any, device: Any) -> ModuleType:
+    """The array API namespace that arrays of a module have; checks that it and the device are there."""
+    try:
+        found: ModuleType = compat.array_namespace(xp.zeros(()))
+    except (AttributeError, TypeError):
+        checks.fail(TypeError, "xp", checks.shown(xp), "the module of an array API library")
+    try:
+        found.zeros((), device=device)
+    except Exception as error:  # each library has errors of its own for a device that it does not know
+        got = f"{checks.shown(device)} ({type(error).__name__})"
+        checks.fail(ValueError, "device", got, f"a device of {checks.library(found)}")
+    return found
 
 
 def _detached(stats: Moments) -> Moments:

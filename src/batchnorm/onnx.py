@@ -66,7 +66,7 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     """
     onnx = _onnx()
     if not isinstance(model, onnx.ModelProto):
-        checks.fail(TypeError, "model", f"a {type(model).__name__}", "an onnx.ModelProto")
+        checks.fail(TypeError, "model", checks.kind(model), "an onnx.ModelProto")
     if any(map(_normalizes, model.functions)):
         model = importlib.import_module("onnx.inliner").inline_local_functions(model)
     for function in filter(_normalizes, model.functions):
@@ -220,7 +220,7 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
     """
     onnx = _onnx()
     if getattr(node, "op_type", None) != OPERATOR:
-        got = getattr(node, "op_type", None) or f"a {type(node).__name__}"
+        got = getattr(node, "op_type", None) or checks.kind(node)
         checks.fail(TypeError, "node", got, f"a {OPERATOR} node")
     settings = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0} | _settings(onnx, node, "node")
     if not settings["training_mode"] and (_outputs(node) > 1 or not settings.get("is_test", 1)):

@@ -55,7 +55,7 @@ def recalibrate(
     Raises
     ------
     TypeError
-        Something among `layers` is not a `BatchNorm`.
+        Something among `layers` is not a `BatchNorm`, or an argument is of a wrong kind.
     ValueError
         No layers, no batches, a layer without running statistics, or one that `forward` does not call.
 
@@ -67,9 +67,14 @@ def recalibrate(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, steps 7 to 10.
     """
+    if not isinstance(layers, BatchNorm):
+        checks.iterable("layers", layers, "a BatchNorm, or an iterable of them")
     chosen = [layers] if isinstance(layers, BatchNorm) else list(layers)
     _check(chosen)
+    checks.function("forward", forward, "a function of a batch")
+    checks.iterable("batches", batches, "an iterable of batches")
     checks.group(group)
+    progress = checks.flag("progress", progress)
     before = [dict(vars(layer)) for layer in chosen]
     try:
         for layer in chosen:
@@ -96,7 +101,7 @@ def _check(layers: Sequence[Any]) -> None:
         checks.fail(ValueError, "layers", "none", "at least one BatchNorm")
     for i, layer in enumerate(layers):
         if not isinstance(layer, BatchNorm):
-            checks.fail(TypeError, f"layers[{i}]", f"a {type(layer).__name__}", "a BatchNorm")
+            checks.fail(TypeError, f"layers[{i}]", checks.kind(layer), "a BatchNorm")
         if not layer.track_running_stats:
             got = "a layer with track_running_stats=False"
             checks.fail(ValueError, f"layers[{i}]", got, "one with running statistics")

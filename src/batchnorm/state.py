@@ -16,7 +16,7 @@ Array = Any
 def checked(state: Any, own: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
     """Check a state against a layer's own; its arrays and its number of batches."""
     if not isinstance(state, Mapping) or set(state) != set(own):
-        got = f"keys {sorted(state)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        got = f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else checks.shown(state)
         checks.fail(ValueError, "state", got, f"keys {sorted(own)}")
     arrays = {name: v for name, v in state.items() if name != "num_batches_tracked"}
     for name, v in arrays.items():
@@ -50,11 +50,11 @@ def taken(name: str, v: Array, own: Array) -> Array:
 def _count(value: Any) -> Any:
     """A number of batches: an int, or the traced array of one."""
     try:
-        count = operator.index(value)
+        count = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:  # a tracer of JAX cannot be an index
         if compat.is_jax_array(value) and value.shape == () and value.dtype.kind in "iu":
             return value
         count = -1
     if count < 0:
-        checks.fail(ValueError, "num_batches_tracked", repr(value), "a whole number >= 0")
+        checks.fail(ValueError, "num_batches_tracked", checks.shown(value), "a whole number >= 0")
     return count

@@ -136,7 +136,7 @@ def to_host(array: Array) -> Array:
     try:
         return np.asarray(array)
     except TypeError:
-        got = f"a {type(array).__name__} without values"
+        got = f"{checks.kind(array)} without values"
         checks.fail(TypeError, "group", got, "bn.distributed.jax(axis_name) for what JAX traces")
 
 

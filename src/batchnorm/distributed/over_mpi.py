@@ -31,7 +31,7 @@ class Mpi(Members):
             raise ModuleNotFoundError(f"mpi4py is not installed: {hint}", name="mpi4py") from error
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
-            checks.fail(TypeError, "comm", f"a {type(comm).__name__}", "an mpi4py.MPI.Intracomm")
+            checks.fail(TypeError, "comm", checks.kind(comm), "an mpi4py.MPI.Intracomm")
         self.timeout = seconds(timeout)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._error = MPI.Exception

@@ -23,7 +23,7 @@ class Nccl(Members):
     def __init__(self, comm: Any, timeout: float | None) -> None:
         super().__init__()
         if not isinstance(comm, nccl.NcclCommunicator):
-            got = f"a {type(comm).__name__}"
+            got = checks.kind(comm)
             checks.fail(TypeError, "comm", got, "a cupy.cuda.nccl.NcclCommunicator")
         self.timeout = seconds(timeout)
         self.rank, self.size = comm.rank_id(), comm.size()

@@ -27,7 +27,7 @@ class Torch(Members):
             checks.fail(RuntimeError, "process_group", got, "a call of init_process_group before")
         group: Any = dist.group.WORLD if process_group is None else process_group
         if not isinstance(group, dist.ProcessGroup):
-            got = f"a {type(group).__name__}"
+            got = checks.kind(group)
             checks.fail(
                 TypeError, "process_group", got, "a torch.distributed.ProcessGroup with this rank"
             )

@@ -71,6 +71,15 @@ def kernels_for(x: Array, *others: Array | None) -> KernelSet:
     ValueError
         ``BATCHNORM_KERNELS`` names no kernels.
     """
+    for i, a in enumerate((x, *others)):
+        if a is not None or i == 0:
+            argument = f"others[{i - 1}]" if i else "x"
+            checks.real(argument, checks.namespace(argument, a), a)
+    return pick(x, *others)
+
+
+def pick(x: Array, *others: Array | None) -> KernelSet:
+    """Pick the kernel set for the checked arrays of a call."""
     picked = _by_added_rules(x, *others) if _added else None
     kind: Any = type(x)
     return _rule(kind)(x, *others) if picked is None else picked
@@ -95,7 +104,7 @@ def _by_added_rules(x: Array, *others: Array | None) -> KernelSet | None:
         if isinstance(picked, KernelSet):
             return picked
         if picked is not None:
-            got = f"a {type(picked).__name__} from {rule!r}"
+            got = f"{checks.kind(picked)} from {rule!r}"
             checks.fail(TypeError, "rule", got, "a KernelSet, or None")
     return None
 
@@ -258,9 +267,7 @@ def add_kernels(kind: type, rule: Rule) -> Callable[[], None]:
     if not isinstance(kind, type):
         got = f"an object of class {type(kind).__name__}"
         checks.fail(TypeError, "kind", got, "a class of arrays")
-    if not callable(rule):
-        got = f"an object of class {type(rule).__name__}"
-        checks.fail(TypeError, "rule", got, "a function of arrays that gives a KernelSet")
+    checks.function("rule", rule, "a function of arrays that gives a KernelSet")
     global _added
     entry = (kind, rule)
     _added = (*_added, entry)
@@ -283,7 +290,7 @@ def set_kernels(name: str | None) -> None:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         `name` is not the name of a kernel set.
     """
     global _chosen
@@ -312,9 +319,8 @@ def _from_environment() -> str | None:
 
 
 def _known(argument: str, name: str) -> str:
-    if name not in NAMES:
-        checks.fail(ValueError, argument, repr(name), f"one of {', '.join(map(repr, NAMES))}")
-    return name
+    more = "" if argument == VARIABLE else ", or None for the default"
+    return checks.one_of(argument, name, NAMES, more)
 
 
 @functools.cache

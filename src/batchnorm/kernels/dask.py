@@ -15,7 +15,7 @@ import dask.array
 from array_api_compat import array_namespace, device
 from dask.graph_manipulation import bind
 
-from batchnorm.kernels import KernelSet, kernels_for
+from batchnorm.kernels import KernelSet, pick
 from batchnorm.layout import Layout, layout
 from batchnorm.moments import Moments, pool_rows
 
@@ -152,7 +152,7 @@ def _layout(x: Array, kept: tuple[int, ...]) -> Layout:
 
 def _chunk_moments(x: Array, w: Array | None, *, kept: tuple[int, ...]) -> Array:
     at = _layout(x, kept)
-    return at.xp.stack(kernels_for(x, w).moments(x, w, at))
+    return at.xp.stack(pick(x, w).moments(x, w, at))
 
 
 def _merged(parts: Array, axis: Any, keepdims: bool, *, kept: tuple[int, ...]) -> Array:
@@ -170,12 +170,12 @@ def _merged(parts: Array, axis: Any, keepdims: bool, *, kept: tuple[int, ...]) -
 
 
 def _chunk_scale_shift(x: Array, *vectors: Array, kept: tuple[int, ...]) -> Array:
-    return kernels_for(x).scale_shift(x, *vectors, _layout(x, kept), None)
+    return pick(x).scale_shift(x, *vectors, _layout(x, kept), None)
 
 
 def _chunk_grad_sums(x: Array, dy: Array, m: Array, w: Array | None, *, kept: tuple[int, ...]) -> Array:
     at = _layout(x, kept)
-    return at.xp.stack(kernels_for(dy, x, w).grad_sums(dy, x, m, w, at))
+    return at.xp.stack(pick(dy, x, w).grad_sums(dy, x, m, w, at))
 
 
 def _chunk_grad_input(
@@ -189,4 +189,4 @@ def _chunk_grad_input(
     *,
     kept: tuple[int, ...],
 ) -> Array:
-    return kernels_for(dy, x, w).grad_input(dy, x, m, a, b, c, w, _layout(x, kept), None)
+    return pick(dy, x, w).grad_input(dy, x, m, a, b, c, w, _layout(x, kept), None)

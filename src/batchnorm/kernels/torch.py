@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm import checks
 from batchnorm.kernels import KernelSet
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
@@ -74,7 +75,7 @@ def refuses(arrays: tuple[Array | None, ...], device: str) -> str | None:
         if a is None:
             continue
         if type(a) not in (torch.Tensor, torch.nn.Parameter):
-            return f"include a {type(a).__name__}"
+            return f"include {checks.kind(a)}"
         if device not in ("cpu", "cuda") or a.layout is not torch.strided:
             return "are not strided memory of a CPU or a CUDA device"
         if a.is_neg():  # a view whose sign PyTorch changes as it reads

@@ -130,7 +130,7 @@ WRONG = [
         lambda x: bn.batch_norm(x, group=3),
         (X,),
         TypeError,
-        r"group: got a int, expected an object",
+        r"group: got an int, expected an object",
     ),
     (
         "layer channels",

@@ -141,7 +141,7 @@ def revert(model: Module) -> Module:
 
 def _replaced(model: Module, by: dict[type, type], group: Any = None) -> Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"model: got {checks.kind(model)}, expected a torch.nn.Module")
     for module in model.modules():
         if type(module) in by:  # the state is the same, so the class is all that differs
             module.__class__ = by[type(module)]

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from batchnorm import groups, vectors
-from batchnorm.kernels import kernels_for
+from batchnorm.kernels import pick
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
@@ -27,7 +27,7 @@ class _Joined(torch.autograd.Function):
     def forward(
         ctx: Any, x: Any, gamma: Any, beta: Any, where: Any, at: Layout, eps: Any, group: Any
     ) -> Any:
-        kernels = kernels_for(x, gamma, beta, where)
+        kernels = pick(x, gamma, beta, where)
         y, stats = groups.forward(kernels, at, x, where, gamma, beta, eps, None, group)
         ctx.save_for_backward(x, gamma, where, *stats)
         ctx.mark_non_differentiable(*stats)
@@ -43,7 +43,7 @@ class _Joined(torch.autograd.Function):
         at, group, moments = ctx.at, ctx.group, Moments(*stats)
         with groups.attending(group, "batch_norm_backward", x, at.kept):
             dy = torch.zeros_like(x) if dy is None else dy  # the others need this member's sums
-        kernels, w = kernels_for(dy, x, gamma, where), vectors.weights_of(where, x.ndim)
+        kernels, w = pick(dy, x, gamma, where), vectors.weights_of(where, x.ndim)
         own = vectors.sums_with(kernels, at, dy, x, vectors.centre(at, moments), w)
         sums = groups.all_reduce(group, *own)
         backward_from: Any = vectors.backward_from
