@@ -139,6 +139,14 @@ def test_autograd_over_a_group(tmp_path):
         torch.testing.assert_close(y, net.eval()(in_torch.batches()[0][0]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mesh", ["auto", "explicit"])
+def test_arrays_of_jax_on_several_devices(mesh):
+    """No group is named: JAX's compiler adds up what is spread; vectors are on all devices."""
+    if missing["jax"] or not importlib.util.find_spec("flax"):
+        pytest.skip("jax or flax is missing")
+    assert launch("one process", 1, "members.sharded", mesh) == ("", [0])
+
+
 def test_messages_under_way_when_a_program_ends():
     """MPI still writes to their memory then."""
     if missing["mpi"]:

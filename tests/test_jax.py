@@ -55,6 +55,28 @@ def test_gradients_of_batch_norm(kind):
     check_grads(f, given, order=2)
 
 
+def test_numpy_s_arrays_and_tangents_in_transformations():
+    x, gamma, beta = map(np.asarray, arrays())
+    along = np.random.default_rng(3).standard_normal(x.shape)
+
+    def loss(f):
+        return lambda *a: (f(*a) ** 3).sum()
+
+    def f(*given):
+        return bn.batch_norm(*given)[0]
+
+    for own, right in (
+        (
+            jax.jvp(f, (x, gamma, beta), (along, gamma, beta)),
+            jax.jvp(formula, *[(x, gamma, beta), (along, gamma, beta)]),
+        ),
+        (jax.vjp(f, x, gamma, beta)[1](along), jax.vjp(formula, x, gamma, beta)[1](along)),
+        (jax.grad(loss(f), (0, 1, 2))(x, gamma, beta), jax.grad(loss(formula), (0, 1, 2))(x, gamma, beta)),
+    ):
+        for a, b in zip(own, right, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_gradients_of_normalize():
     x, gamma, beta = arrays()
     mean, var = arrays(seed=1)[1], jnp.abs(arrays(seed=2)[1]) + 0.5
@@ -193,6 +215,69 @@ def test_moments_and_state_are_trees():
     np.testing.assert_allclose(y, formula(x, jnp.ones(3), jnp.zeros(3)))
 
 
+OUTSIDE = r"BatchNorm: got a training pass that JAX traces, of a layer that was made outside, expected"
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_layer_made_outside_says_what_to_do(transform, seen):
+    """And is as it was: nothing that is traced stays in it."""
+    layer, x = bn.BatchNorm(3), arrays()[0]
+    if seen:
+        layer(x)
+        layer.update()
+    before = layer.state_dict()
+    with pytest.raises(RuntimeError, match=OUTSIDE):
+        transform(lambda x: layer(x).sum())(x[None] if transform is jax.vmap else x)
+    after = layer.state_dict()
+    assert all(after[name] is before[name] for name in before)
+    layer.update()
+    np.testing.assert_allclose(layer(x), formula(x, jnp.ones(3), jnp.zeros(3)), rtol=1e-9, atol=1e-9)
+    layer.update()
+    inferred = transform(lambda x: layer.eval()(x).sum())(x[None] if transform is jax.vmap else x)
+    assert np.all(np.isfinite(inferred))
+
+
+def test_a_layer_made_outside_takes_its_state_inside():
+    layer, x = bn.BatchNorm(3), arrays()[0]
+
+    @jax.jit
+    def step(state, x):
+        layer.load_state_dict(state)
+        y = layer(x)
+        layer.update()
+        return y, layer.state_dict()
+
+    state = bn.BatchNorm(3, xp=jnp, dtype=jnp.float64).state_dict()
+    for _ in range(2):
+        y, state = step(state, x)
+    np.testing.assert_allclose(y, formula(x, jnp.ones(3), jnp.zeros(3)), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(state["running_mean"], 0.19 * np.asarray(x).mean((0, 2)))
+
+
+LOADED = """
+import pathlib, sys
+import jax, jax.export, jax.numpy as jnp
+import batchnorm.jax
+loaded = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
+y, stats = loaded.call(jnp.arange(24.0, dtype=jnp.float32).reshape(8, 3))
+assert type(stats).__name__ == "Moments", stats
+assert stats.mean.tolist() == [10.5, 11.5, 12.5], stats
+"""
+
+
+def test_an_exported_function_returns_moments(tmp_path):
+    import subprocess
+    import sys
+
+    import jax.export
+
+    with jax.enable_x64(False):
+        exported = jax.export.export(jax.jit(bn.batch_norm))(jnp.ones((8, 3), jnp.float32))
+        (tmp_path / "exported").write_bytes(exported.serialize())
+    subprocess.run([sys.executable, "-c", LOADED, tmp_path / "exported"], check=True)
+
+
 # The Flax module.
 
 nnx = pytest.importorskip("flax.nnx")
@@ -258,3 +343,21 @@ def test_the_module_says_what_is_missing():
     module = BatchNorm(3, rngs=nnx.Rngs(0), use_running_average=None)
     with pytest.raises(ValueError, match="use_running_average: got None, expected True or False"):
         module(jnp.ones((4, 3)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_module_says_what_to_do_under_a_plain_jit():
+    module, x = BatchNorm(3, rngs=nnx.Rngs(0)), jnp.ones((4, 3)) * jnp.arange(4.0)[:, None]
+    with pytest.raises(Exception, match="Cannot mutate") as raised:
+        jax.jit(lambda x: module(x))(x)
+    assert "expected nnx.jit (or nnx.split before and nnx.merge inside)" in raised.value.__notes__[0]
+    np.testing.assert_array_equal(module.mean[...], np.zeros(3))
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def step(state, x):
+        module = nnx.merge(graph, state)
+        return module(x), nnx.state(module)
+
+    _, state = step(state, x)
+    np.testing.assert_allclose(nnx.merge(graph, state).mean[...], 0.015 * np.ones(3), rtol=1e-5)

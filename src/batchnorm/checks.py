@@ -463,15 +463,27 @@ def _same_library(xp: ModuleType, argument: str, v: Array, name: str) -> None:
 
 def _same_device(device: Any, argument: str, v: Array, name: str) -> None:
     other = _device(v)
-    # Unknown for a traced array; and one that is spread over several devices is JAX's own affair.
+    # Unknown for a traced array; and what is spread over several devices is JAX's own affair.
     if device is None or other is None or type(device) is not type(other):
         return
-    if device != other and "Sharding" not in type(device).__name__:
+    if device != other and not _is_spread(device):
         fail(ValueError, argument, f"an array on device {other}", f"one on {device}, as {name}")
 
 
 def _device(x: Array) -> Any:
-    return compat.device(x)
+    """Where per-channel vectors of x are made: on its device, or on each of several."""
+    device = compat.device(x)
+    if not _is_spread(device):
+        return device
+    sharding = sys.modules["jax"].sharding
+    if not isinstance(device, sharding.NamedSharding):
+        return None  # JAX then brings vectors to where x is
+    return sharding.NamedSharding(device.mesh, sharding.PartitionSpec(), memory_kind=device.memory_kind)
+
+
+def _is_spread(device: Any) -> bool:
+    """Whether a device is JAX's word for several."""
+    return "Sharding" in type(device).__name__
 
 
 def _axes(axis: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:

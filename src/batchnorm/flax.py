@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
 import batchnorm as bn
 from batchnorm import checks
@@ -48,8 +49,16 @@ class BatchNorm(nnx.BatchNorm):
         group = None if self.axis_name is None else jax_group(self.axis_name, self.axis_index_groups)
         y, stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=self.epsilon, where=mask, group=group)
         mean, var = bn.update_running(mean, var, stats, momentum=1 - self.momentum, correction=0)
-        self.mean[...] = jax.lax.stop_gradient(mean)
-        self.var[...] = jax.lax.stop_gradient(var)
+        try:
+            self.mean.set_value(jax.lax.stop_gradient(mean))
+            self.var.set_value(jax.lax.stop_gradient(var))
+        except TraceContextError as error:
+            error.add_note(
+                "BatchNorm: got a training pass that JAX traces, of a module that was made outside,"
+                " expected nnx.jit (or nnx.split before and nnx.merge inside) in the place of jax.jit,"
+                " or use_running_average=True"
+            )
+            raise
         return y
 
 

@@ -10,12 +10,17 @@ import functools
 from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
 
 from batchnorm.kernels import KernelSet, generic
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
 Array = Any
+
+# So that an exported function may take or return them; who loads it imports this module before.
+jax.export.register_namedtuple_serialization(Moments, serialized_name="batchnorm.Moments")
 
 
 def forward(
@@ -50,13 +55,14 @@ _ruled: Any = functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))(_plain)
 def _tangents(eps: float, at: Layout, given: Any, along: Any) -> Any:
     from batchnorm.derivatives import batch_norm_jvp
 
-    x, w, gamma, beta = given
-    dx, _, dgamma, dbeta = along
+    # NumPy's arrays come as they are, to a rule too.
+    x, w, gamma, beta = (v if v is None else jnp.asarray(v) for v in given)
+    dx, dgamma, dbeta = (v if v is None else jnp.asarray(v) for v in (along[0], *along[2:]))
     y, stats = _ruled(x, w, gamma, beta, eps, at)
     axis = at.kept[0] if len(at.kept) == 1 else at.kept
     dy, dmean, dvar = batch_norm_jvp(dx, dgamma, dbeta, x, stats, gamma, axis=axis, eps=eps, where=w)
-    none = at.xp.zeros_like(stats.count)
-    return (y, stats), (dy, Moments(none, dmean, dvar, none))
+    count, low = (at.xp.zeros_like(v) for v in (stats.count, stats.mean_lo))
+    return (y, stats), (dy, Moments(count, dmean, dvar, low))
 
 
 @functools.cache

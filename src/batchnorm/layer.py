@@ -23,6 +23,7 @@ from batchnorm.layout import Layout, has_float64
 from batchnorm.moments import Moments, update_running
 from batchnorm.presets import PRESETS
 from batchnorm.state import checked, taken
+from batchnorm.tracing import is_jax_tracer, jax_trace
 
 Array = Any
 
@@ -163,6 +164,7 @@ class BatchNorm:
         self._pending: Moments | None = None
         self._noted: list[Moments] | None = None  # while `recalibrate` collects what passes note
         self._settled = False
+        self._trace = jax_trace()  # of JAX, in which it was made, or its state was loaded
         self.train()
 
         import numpy as np  # at home in every environment, yet not needed to import this package
@@ -176,6 +178,13 @@ class BatchNorm:
         if xp is not None:
             xp = _namespace(xp, device)
             self._settle(self._moved(xp, device, dtype or xp.float32))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: not of which transformation of JAX it is a part."""
+        return {name: v for name, v in vars(self).items() if name != "_trace"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, _trace=jax_trace())
 
     @classmethod
     def like(cls, framework: str, num_features: int | tuple[int, ...], **settings: Any) -> Self:
@@ -236,6 +245,8 @@ class BatchNorm:
         ------
         TypeError, ValueError
             As `batch_norm`; and an `x` of another library than the layer's arrays.
+        RuntimeError
+            JAX traces a training pass of a layer that was made outside of the traced function.
         """
         group = self.group if group is None else group
         checks.group(group)
@@ -266,7 +277,12 @@ class BatchNorm:
             stats = Moments(1, mean, var)
             y = normalize(x, mean, var, gamma, beta, **settings)
 
-        if at.device is not None or note is not None:  # a traced input would leak from inference
+        # What JAX traces would leak from inference, and from a training pass of a layer made elsewhere.
+        if note is not None or not any(map(is_jax_tracer, state.values())):
+            if note is not None and is_jax_tracer(note.mean) and self._trace != jax_trace():
+                got = "a training pass that JAX traces, of a layer that was made outside"
+                expected = "its state in and out: load_state_dict before the pass, state_dict() after it"
+                checks.fail(RuntimeError, "BatchNorm", got, expected)
             self._settle(state)
         if note is not None:
             note = _detached(note)
@@ -372,6 +388,8 @@ class BatchNorm:
         for name, v in new.items():
             setattr(self, name, v)
         self._settled = self._settled or first is not None
+        if any(map(is_jax_tracer, new.values())):
+            self._trace = jax_trace()
         if self.track_running_stats:
             self.num_batches_tracked = count
         self._saved = self._pending = None

@@ -1,8 +1,9 @@
-"""Where a compiler follows a call instead of running it."""
+"""Where a compiler follows a call instead of running it: PyTorch's, and JAX's transformations."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +20,19 @@ def traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_jax_tracer(a: Any) -> bool:
+    """Whether an array stands for one that JAX has not computed."""
+    jax: Any = sys.modules.get("jax")
+    return jax is not None and isinstance(a, jax.core.Tracer)
+
+
+def jax_trace() -> Any:
+    """Give what tells one transformation of JAX, or none, from another; None where JAX is not loaded."""
+    if "jax" not in sys.modules:
+        return None
+    return importlib.import_module("jax.extend.core").get_opaque_trace_state(convention="batchnorm")
 
 
 def traceable(function: Callable[P, R]) -> Callable[P, R]:

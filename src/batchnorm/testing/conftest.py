@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         found = metafunc.config.stash[TARGETS]
-        for name, layouts in (("layout", data.LAYOUTS), ("vector_layout", data.VECTOR_LAYOUTS)):
+        for name, layouts in (("array_layout", data.LAYOUTS), ("vector_layout", data.VECTOR_LAYOUTS)):
             if name in metafunc.fixturenames:  # arrays of some libraries lie in one way only
                 pairs = [(t, way) for t in found for way in (layouts if t.strided else ["C"])]
                 ids = [f"{target}-{way}" for target, way in pairs]

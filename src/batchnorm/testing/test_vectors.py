@@ -138,9 +138,9 @@ def test_layer(target, vector_layout, shape, axis):
 
 @case
 @pytest.mark.operation("where")
-def test_weights(target, layout, shape, axis):
+def test_weights(target, array_layout, shape, axis):
     x, dy = data.batch(shape, mean=3.0), data.batch(shape, mean=0.5, seed=5)
-    (gamma, *_), lay = vectors(shape, axis, layout)
+    (gamma, *_), lay = vectors(shape, axis, array_layout)
     where = lay(data.weights(shape, "weights") + np.float32(0.25))
 
     def both(x, dy, gamma, where):
