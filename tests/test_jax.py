@@ -71,7 +71,10 @@ def test_numpy_s_arrays_and_tangents_in_transformations():
             jax.jvp(formula, *[(x, gamma, beta), (along, gamma, beta)]),
         ),
         (jax.vjp(f, x, gamma, beta)[1](along), jax.vjp(formula, x, gamma, beta)[1](along)),
-        (jax.grad(loss(f), (0, 1, 2))(x, gamma, beta), jax.grad(loss(formula), (0, 1, 2))(x, gamma, beta)),
+        (
+            jax.grad(loss(f), (0, 1, 2))(x, gamma, beta),
+            jax.grad(loss(formula), (0, 1, 2))(x, gamma, beta),
+        ),
     ):
         for a, b in zip(own, right, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)

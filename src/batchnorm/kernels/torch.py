@@ -105,7 +105,7 @@ def view(a: Array) -> Array:
 def tensor(a: Array) -> Array:
     """A tensor of the same memory."""
     torch = sys.modules["torch"]
-    if a.dtype == _bfloat16():
+    if a.dtype.name == "bfloat16":
         return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(a)
 

@@ -76,7 +76,7 @@ class Target:
     def asarray(self, a: Array) -> Array:
         """Bring a NumPy array into the library, sharing memory where the library can."""
         xp = self.xp
-        if a.dtype == BFLOAT16:
+        if a.dtype.name == "bfloat16":
             return xp.astype(self.asarray(a.astype(np.float32)), xp.bfloat16)
         dtype = getattr(xp, a.dtype.name)
         try:
@@ -189,7 +189,7 @@ class Torch(OnKernels):
 
     def asarray(self, a: Array) -> Array:
         torch = importlib.import_module("torch")
-        if a.dtype == BFLOAT16:
+        if a.dtype.name == "bfloat16":
             return self.asarray(a.astype(np.float32)).to(torch.bfloat16)
         if not a.flags.writeable or any(s < 0 for s in a.strides):
             a = a.copy(order="K")  # torch has neither read-only memory nor negative strides
