@@ -183,8 +183,7 @@ def test_exported():
 
     given = tuple(v.detach() for v in arguments())
     program = torch.export.export(Model(), given)
-    targets = {str(node.target) for node in program.graph.nodes}
-    assert "batchnorm.batch_norm.default" in targets
+    assert not any("batchnorm" in str(node.target) for node in program.graph.nodes)
     for mine, right in zip(program.module()(*given), Model()(*given), strict=True):
         torch.testing.assert_close(mine, right)
 
@@ -300,7 +299,8 @@ def test_convert_and_revert():
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     parameters = list(model.parameters())
-    assert convert(model) is model
+    with pytest.warns(UserWarning, match=r"convert: 2 batch norms, but not 3, an? Own \(a subclass of"):
+        assert convert(model) is model
     assert [type(m) for m in (model[1], model[2][1], model[3])] == [BatchNorm2d, BatchNorm2d, Own]
     model(torch.randn(4, 3, 9, 9)).sum().backward()
     optimizer.step()

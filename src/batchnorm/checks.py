@@ -97,7 +97,7 @@ def subject(x: Array, axis: int | tuple[int, ...], argument: str = "x") -> Layou
     if any(n != n for n in x.shape):  # Dask's word for what it has not computed
         got = f"chunks of unknown size (shape {tuple(x.shape)})"
         fail(ValueError, argument, got, "known ones: call compute_chunk_sizes() on it first")
-    return layout(argument, xp, x, _axes(axis, x.ndim, argument), _device(x))
+    return layout(argument, xp, x, axes(axis, x.ndim, argument), _device(x))
 
 
 # Layouts of calls that passed, by what decides whether a call passes. Most calls are like the last.
@@ -486,17 +486,17 @@ def _is_spread(device: Any) -> bool:
     return "Sharding" in type(device).__name__
 
 
-def _axes(axis: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
+def axes(axis: int | tuple[int, ...], ndim: int, name: str = "x") -> tuple[int, ...]:
     """The channel axes as non-negative, increasing numbers."""
     expected = f"an int, or a tuple of increasing ints, in [{-ndim}, {ndim - 1}] for {ndim}-d {name}"
     if ndim == 0:
         expected = f"() for 0-d {name}, which has no axis"
     given = channel_axes(axis, expected)
-    axes = tuple(a + ndim if a < 0 else a for a in given)
-    increasing = all(a < b for a, b in itertools.pairwise(axes))
-    if not increasing or not all(0 <= a < ndim for a in axes):
+    kept = tuple(a + ndim if a < 0 else a for a in given)
+    increasing = all(a < b for a, b in itertools.pairwise(kept))
+    if not increasing or not all(0 <= a < ndim for a in kept):
         fail(ValueError, "axis", shown(axis), expected)
-    return axes
+    return kept
 
 
 def same_shape(got: Any, expected: Any) -> bool:

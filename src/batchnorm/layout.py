@@ -10,6 +10,8 @@ import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
+
 Array = Any
 DType = Any
 
@@ -75,6 +77,8 @@ def _float_name(xp: ModuleType, dtype: DType) -> str | None:
 
 def has_float64(xp: ModuleType, device: Any) -> bool:
     """Whether float64 arrays can be made: not in JAX without x64, nor on every device."""
+    if compat.is_torch_namespace(xp):  # whose answer below is a tensor made, and seen by tracers
+        return getattr(device, "type", "cpu") != "mps"
     info = getattr(xp, "__array_namespace_info__", None)
     if info is None:
         return hasattr(xp, "float64")
@@ -108,7 +112,10 @@ def definite(xp: ModuleType, v: Array) -> Array:
     does both), and then ``x - v`` is measured from another v than the one returned: on float32 data
     with a mean of 1e6 that was an error of 160,000 eps. What comes out of a sort is computed once;
     here it is the smaller of v and v. (XLA drops its own optimization barrier before it fuses.)
+    PyTorch's compilers keep what they have summed, and its exporters know no sort.
     """
+    if compat.is_torch_namespace(xp):
+        return v
     return xp.sort(xp.stack((v, v)), axis=0)[0, ...]
 
 

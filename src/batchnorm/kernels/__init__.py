@@ -125,7 +125,7 @@ def _for_others(x: Array, *others: Array | None) -> KernelSet:
     if get_kernels() not in (None, "generic"):
         got = f"{get_kernels()!r} asked for, but x is an array of {library}"
         checks.fail(TypeError, "kernels", got, "arrays it can run on")
-    return _generic(f"{library} has no kernels of its own here")
+    return own_kernels(f"{library} has no kernels of its own here")
 
 
 def _for_numpy(*arrays: Array | None) -> KernelSet:
@@ -144,7 +144,7 @@ def _for_numpy(*arrays: Array | None) -> KernelSet:
             expected = "arrays it can run on" if compiled is not None else "a Numba that can be imported"
             checks.fail(TypeError, "kernels", f"'numba' asked for, but {why_not}", expected)
         return _blocked(why_not)
-    return _blocked("it was asked for") if asked == "numpy" else _generic("it was asked for")
+    return _blocked("it was asked for") if asked == "numpy" else own_kernels("it was asked for")
 
 
 def _for_torch(x: Array, *others: Array | None) -> KernelSet:
@@ -155,11 +155,11 @@ def _for_torch(x: Array, *others: Array | None) -> KernelSet:
     from batchnorm.kernels import torch as adapter
 
     asked, arrays = get_kernels(), (x, *others)
-    if asked == "generic":
-        return _generic("it was asked for")
     why = adapter.transformed()
     if why is not None:
-        return _generic(f"{why}, which it can do with its own operators")
+        return own_kernels(f"{why}, which it can do with its own operators")
+    if asked == "generic":
+        return adapter.restrided(own_kernels("it was asked for"))
     why = adapter.recorded(arrays)
     if why is not None:
         from batchnorm.torch import operators
@@ -180,7 +180,7 @@ def _for_torch(x: Array, *others: Array | None) -> KernelSet:
     if asked is not None:
         why_not = why_not or f"the tensors are on the device {x.device}"
         checks.fail(TypeError, "kernels", f"{asked!r} asked for, but {why_not}", "arrays it can run on")
-    return _generic(str(why_not))
+    return adapter.restrided(own_kernels(str(why_not)))
 
 
 def _for_cupy(x: Array, *others: Array | None) -> KernelSet:
@@ -189,14 +189,14 @@ def _for_cupy(x: Array, *others: Array | None) -> KernelSet:
 
     asked = get_kernels()
     if asked == "generic":
-        return _generic("it was asked for")
+        return own_kernels("it was asked for")
     why_not = cupy.unusable()
     if asked in (None, "cupy") and why_not is None:
         return cupy.on_arrays(x.device.id)
     if asked is not None:
         got = f"{asked!r} asked for, but {why_not or 'x is an array of cupy'}"
         checks.fail(TypeError, "kernels", got, "arrays it can run on")
-    return _generic(str(why_not))
+    return own_kernels(str(why_not))
 
 
 def _for_jax(x: Array, *others: Array | None) -> KernelSet:
@@ -207,7 +207,7 @@ def _for_jax(x: Array, *others: Array | None) -> KernelSet:
     if asked not in (None, "jax", "generic"):
         got = f"{asked!r} asked for, but x is an array of jax.numpy"
         checks.fail(TypeError, "kernels", got, "arrays it can run on")
-    return _generic("it was asked for") if asked == "generic" else jax.kernel_set()
+    return own_kernels("it was asked for") if asked == "generic" else jax.kernel_set()
 
 
 def _for_dask(x: Array, *others: Array | None) -> KernelSet:
@@ -215,7 +215,7 @@ def _for_dask(x: Array, *others: Array | None) -> KernelSet:
     from batchnorm.kernels import dask
 
     if get_kernels() == "generic":
-        return _generic("it was asked for")
+        return own_kernels("it was asked for")
     return dask.kernel_set()
 
 
@@ -355,7 +355,8 @@ def _set(name: str, why: str, module: Any) -> KernelSet:
 
 
 @functools.cache
-def _generic(why: str) -> KernelSet:
+def own_kernels(why: str) -> KernelSet:
+    """Give array API code as kernels: a library's own operators and nothing else."""
     return KernelSet(
         "generic",
         f"array API code that every library runs; {why}",

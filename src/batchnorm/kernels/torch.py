@@ -19,6 +19,8 @@ from batchnorm.tracing import traced
 
 Array = Any
 
+# Kernels whose output is like another argument than the first.
+MODEL = {"backward": 1, "grad_input": 1}
 
 _own_operators: ContextVar[str | None] = ContextVar("own_operators", default=None)
 
@@ -122,6 +124,32 @@ def _layout(at: Layout) -> Layout:
     )
 
 
+def memory_format(x: Array) -> Any:
+    """How PyTorch's own batch norm lays out a result for x: channels last, or in the order of axes."""
+    torch = sys.modules["torch"]
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is None:
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=last):
+        return last
+    return torch._prims_common.suggest_memory_format(x)
+
+
+def empty_result(x: Array, device: Any = None) -> Array:
+    """A tensor for a result like x, as PyTorch's own batch norm makes it."""
+    torch = sys.modules["torch"]
+    return torch.empty_like(x, memory_format=memory_format(x), device=device)
+
+
+def laid_out(result: Array, x: Array) -> Array:
+    """A result like x, brought into the layout of PyTorch's own where it is in another."""
+    if result.stride() == empty_result(x, "meta").stride():
+        return result
+    return empty_result(x).copy_(result)
+
+
 def _into(value: Any) -> Any:
     torch = sys.modules["torch"]
     if isinstance(value, torch.Tensor):
@@ -139,11 +167,16 @@ def _out_of(value: Any) -> Any:
     return tuple(_out_of(v) for v in value) if isinstance(value, tuple) else value
 
 
-def _through(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that takes and gives tensors; an `out`, the last argument, comes back itself."""
+def _through(kernel: Callable[..., Any], model: int = 0) -> Callable[..., Any]:
+    """A kernel that takes and gives tensors; an `out`, the last argument, comes back itself.
+
+    Its first result is like the argument of the number `model`.
+    """
 
     @functools.wraps(kernel)
     def call(*arguments: Any) -> Any:
+        if arguments[-1] is None and not arguments[model].is_contiguous():
+            arguments = (*arguments[:-1], empty_result(arguments[model]))
         result = kernel(*(_into(a) for a in arguments))
         out = arguments[-1]
         if out is None or isinstance(out, Layout):
@@ -161,5 +194,23 @@ def adapted(host: KernelSet) -> KernelSet:
         from batchnorm.kernels.team import on_torch
 
         kernels = {f: on_torch(k) for f, k in kernels.items()}
-    through: dict[str, Any] = {f: _through(k) for f, k in kernels.items()}
+    through: dict[str, Any] = {f: _through(k, MODEL.get(f, 0)) for f, k in kernels.items()}
     return host._replace(**through)
+
+
+@functools.cache
+def restrided(own: KernelSet) -> KernelSet:
+    """PyTorch's own operators, with results in the layout of its batch norm's."""
+
+    def laid(kernel: Callable[..., Any], model: int) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def call(*arguments: Any) -> Any:
+            result = kernel(*arguments)
+            return result if arguments[-1] is not None else laid_out(result, arguments[model])
+
+        return call
+
+    outputs: dict[str, Any] = {
+        f: laid(getattr(own, f), MODEL.get(f, 0)) for f in ("scale_shift", "grad_input")
+    }
+    return own._replace(**outputs)

@@ -4,6 +4,7 @@
 """
 
 from batchnorm.torch import operators  # noqa: F401  (what is loaded from a file may call them)
-from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert, revert
+from batchnorm.torch.conversion import convert, report, revert
+from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "revert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "report", "revert"]

@@ -2,6 +2,9 @@
 
 The checks of values, libraries and devices are Python that a graph cannot hold; shapes, dtypes and axes
 are checked by the operators when they are traced.
+
+In a graph that stays in this process (`torch.compile`), a call is an operator of this package; in a
+program that leaves it, what `leaving` has.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from batchnorm import functional
 from batchnorm.kernels import torch as adapter
 from batchnorm.moments import Moments
+from batchnorm.torch import leaving
 from batchnorm.vectors import weights_of
 
 Array = Any
@@ -26,6 +30,9 @@ def follow(name: str, *args: Any, group: Any = None, out: Array | None = None, *
     for argument, value in (("group", group), ("out", out)):
         if value is not None:
             raise TypeError(f"{argument}: got one in a graph of PyTorch, expected None")
+    plain = leaving.functions().get(name)
+    if plain is not None:
+        return plain(*args, **kwargs)
     decomposed = _transformed() or adapter.learned(kwargs.get("where")) is not None
     found = (_OWN if decomposed else _OPERATORS)[name](*args, **kwargs)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import checks
+from batchnorm.torch.leaving import leaves
 
 Module = Any
 
@@ -18,8 +20,9 @@ def _forward(self: Module, x: Any) -> Any:
     self._check_input_dim(x)
     gamma, beta, mean, var = self.weight, self.bias, self.running_mean, self.running_var
     if not self.training and mean is not None:
-        # Copies: the next batch moves these, maybe before the gradient of y is taken.
-        return bn.normalize(x, mean.clone(), var.clone(), gamma, beta, eps=self.eps)
+        if not leaves():  # copies: the next batch moves these, maybe before the gradient of y is taken
+            mean, var = mean.clone(), var.clone()
+        return bn.normalize(x, mean, var, gamma, beta, eps=self.eps)
     if mean is not None and x.shape[1] != mean.shape[0]:
         expected = f"{mean.shape[0]}, as running_mean"
         checks.fail(ValueError, "input", f"{x.shape[1]} channels", expected)
@@ -41,20 +44,41 @@ def _forward(self: Module, x: Any) -> Any:
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 0.0 if count is None else 1.0 / count.double()
-        with torch.no_grad():
-            unbiased = stats.var * (stats.count / (stats.count - 1))
-            for running, batch in ((mean, stats.mean), (var, unbiased)):
-                running.copy_(running + momentum * (batch - running))
+        n, batch_mean, batch_var = (v.detach() for v in stats[:3])
+        for running, batch in ((mean, batch_mean), (var, batch_var * (n / (n - 1)))):
+            running.copy_(running + momentum * (batch - running))
     return y
 
 
 torch.fx.wrap("_forward")  # symbolic tracing keeps the call whole, as it does with torch.nn's modules
 
 
-def forward(self: Module, input: torch.Tensor) -> torch.Tensor:
+def _renamed(function: Any, name: str) -> Any:
+    """The same function under another name: TorchScript compiles a method under that of its function."""
+    copied = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copied.__annotations__ = function.__annotations__
+    return copied
+
+
+_theirs = _renamed(nn.BatchNorm1d.forward, "scripted_forward")  # all three have the same one
+
+
+def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """Normalize, and update the running statistics in training."""
-    result: torch.Tensor = _forward(self, input)
-    return result
+    # TorchScript cannot call this package: it compiles torch.nn's own.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return self.scripted_forward(input)  # type: ignore[no-any-return]
+    return _forward(self, input)  # type: ignore[no-any-return]
+
+
+def _scriptable(self: Module) -> Module:
+    """What `torch.jit.script` asks for; it does not know groups."""
+    if self.group is not None:
+        got = "a module that joins batches over a group"
+        checks.fail(TypeError, "torch.jit.script", got, "one without: batchnorm.torch.revert it before")
+    return self
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -65,6 +89,8 @@ class BatchNorm1d(nn.BatchNorm1d):
     """
 
     forward = forward
+    scripted_forward = _theirs
+    __prepare_scriptable__ = _scriptable
     group: Any = None
 
 
@@ -72,6 +98,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on this package's passes; see `BatchNorm1d`. Input: (N, C, H, W)."""
 
     forward = forward
+    scripted_forward = _theirs
+    __prepare_scriptable__ = _scriptable
     group: Any = None
 
 
@@ -79,73 +107,6 @@ class BatchNorm3d(nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on this package's passes; see `BatchNorm1d`. Input: (N, C, D, H, W)."""
 
     forward = forward
+    scripted_forward = _theirs
+    __prepare_scriptable__ = _scriptable
     group: Any = None
-
-
-_OURS: dict[type, type] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-
-
-def convert(model: Module, group: Any = None) -> Module:
-    """Replace the batch norms of a model by this package's, in place.
-
-    A module keeps all it has: parameters, running statistics, hooks, its place in the model and in
-    optimizers. Subclasses of `torch.nn`'s batch norms, ``SyncBatchNorm`` among them, are left alone.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model, or a batch norm.
-    group : optional
-        The members over which batches are joined in training, as in `batchnorm.batch_norm`. Gradients
-        of parameters stay each member's own part, as DistributedDataParallel expects them.
-
-    Returns
-    -------
-    torch.nn.Module
-        The same model.
-
-    Raises
-    ------
-    TypeError
-        `model` is not a module, or `group` is no group.
-    """
-    checks.group(group)
-    return _replaced(model, _OURS, group)
-
-
-def revert(model: Module) -> Module:
-    """Put `torch.nn`'s batch norms back, in place, as they are after any training since `convert`.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model, or a batch norm.
-
-    Returns
-    -------
-    torch.nn.Module
-        The same model.
-
-    Raises
-    ------
-    TypeError
-        `model` is not a module.
-    """
-    return _replaced(model, _THEIRS)
-
-
-def _replaced(model: Module, by: dict[type, type], group: Any = None) -> Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {checks.kind(model)}, expected a torch.nn.Module")
-    for module in model.modules():
-        if type(module) in by:  # the state is the same, so the class is all that differs
-            module.__class__ = by[type(module)]
-            vars(module).pop("group", None)
-            if group is not None:
-                module.group = group
-    return model

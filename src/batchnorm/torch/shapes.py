@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from batchnorm import checks
+from batchnorm.kernels.torch import empty_result
 from batchnorm.layout import Layout
 
 Array = Any
@@ -46,14 +47,14 @@ def _vectors(at: Layout, dtype: Any, count: int) -> list[Array]:
 def batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
     """Give y, and count, mean, variance and low part of the mean."""
     at = _checked(x, axis, gamma=gamma, beta=beta)
-    return torch.empty_like(x), *_vectors(at, at.wide, 4)
+    return empty_result(x), *_vectors(at, at.wide, 4)
 
 
 def batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
     """Give dx, dgamma and dbeta."""
     at = _checked(x, axis, gamma=gamma)
     dtype = at.compute if gamma is None else gamma.dtype
-    return torch.empty_like(x), *_vectors(at, dtype, 2)
+    return empty_result(x), *_vectors(at, dtype, 2)
 
 
 def batch_norm_double_backward(  # type: ignore[no-untyped-def]
@@ -62,13 +63,13 @@ def batch_norm_double_backward(  # type: ignore[no-untyped-def]
     """Give gradients to dy, x and gamma."""
     at = _checked(x, axis, gamma=gamma)
     dtype = at.compute if gamma is None else gamma.dtype
-    return torch.empty_like(dy), torch.empty_like(x), *_vectors(at, dtype, 1)
+    return empty_result(dy), empty_result(x), *_vectors(at, dtype, 1)
 
 
 def normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
     """Give y."""
     _checked(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
-    return torch.empty_like(x)
+    return empty_result(x)
 
 
 def normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
@@ -76,7 +77,7 @@ def normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-u
     at = _checked(x, axis, mean=mean, var=var, gamma=gamma)
     dtype = at.compute if gamma is None else gamma.dtype
     grads = _vectors(at, dtype, 2)
-    return torch.empty_like(x), *grads, torch.empty_like(mean), torch.empty_like(var)
+    return empty_result(x), *grads, torch.empty_like(mean), torch.empty_like(var)
 
 
 def moments(x, where, axis):  # type: ignore[no-untyped-def]
