@@ -324,6 +324,55 @@ def test_modules_are_copied_and_saved(tmp_path):
     assert repr(module) == repr(other)
 
 
+class Alone:
+    """A group of one, of which there cannot be two."""
+
+    def all_reduce(self, array):
+        return array
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a communicator is not copied")
+
+    def __reduce__(self):
+        raise TypeError("a communicator is not pickled")
+
+
+def test_copies_share_a_group_and_files_leave_it_out(tmp_path):
+    group = Alone()
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), group)
+    x = torch.randn(6, 3)
+    y = model(x)
+    copied = copy.deepcopy(model)
+    assert copied[1].group is group
+    assert copied[1].running_mean is not model[1].running_mean
+    same(copied(x), y)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert averaged.module[1].group is group
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded[1].group is None
+    same(loaded.eval()(x), model.eval()(x))
+    assert copy.copy(model[1]).group is group
+    assert type(revert(copied)[1]) is nn.BatchNorm1d
+    assert not hasattr(copied[1], "group")
+
+
+def test_a_layer_s_copies_share_its_group():
+    import pickle
+
+    group = Alone()
+    layer = bn.BatchNorm(3, group=group)
+    layer.backward(layer(torch.randn(6, 3)))
+    copied = copy.deepcopy(layer)
+    assert copied.group is copy.copy(layer).group is group
+    assert copied.running_mean is not layer.running_mean
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert loaded.group is None
+    assert torch.equal(loaded.running_mean, layer.running_mean)
+    assert loaded.num_batches_tracked == 1
+
+
 @pytest.fixture(scope="module")
 def example():
     spec = importlib.util.spec_from_file_location("resnet", ROOT / "docs/examples/resnet.py")

@@ -412,11 +412,13 @@ def from_environment(variable: str, low: int, expected: str) -> int | None:
 
 
 def joined(at: Layout, stats: Any, where: Array | None) -> None:
-    """Check that the members of a group have enough values between them."""
+    """Check that the members of a group have enough values between them; all find the same."""
     enough = stats.count >= 2 if where is None else stats.count > 0
     if seen_false(at.xp.all(enough)):
         got = "a channel with fewer than 2 values" if where is None else "a channel without any weight"
-        fail(ValueError, "x", f"{got} in the whole group", "enough values to normalize by")
+        error = ValueError(f"x: got {got} in the whole group, expected enough values to normalize by")
+        error.on_all_members = True  # type: ignore[attr-defined]
+        raise error
 
 
 def seen_false(truth: Array) -> bool:

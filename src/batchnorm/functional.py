@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from batchnorm import checks, groups
@@ -83,12 +82,12 @@ def batch_norm(
     Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift, Algorithm 1.
     """
-    plain = where is None and group is None
-    key = checks.key("batch_norm", axis, out, x, gamma, beta) if plain else None
-    at = checks.passed(key)
-    if at is None:
-        checks.group(group)
-        with groups.attending(group, "batch_norm", x, axis):
+    checks.group(group)
+    with groups.call(group, "batch_norm") as call:
+        plain = where is None and group is None
+        key = checks.key("batch_norm", axis, out, x, gamma, beta) if plain else None
+        at = checks.passed(key)
+        if at is None:
             at = checks.subject(x, axis)
             checks.vectors(at, gamma=gamma, beta=beta)
             checks.weights(at, x, where)
@@ -97,16 +96,17 @@ def batch_norm(
             checks.output(at, x, out)
             checks.apart(out, x=x, gamma=gamma, beta=beta, where=where)
             checks.scalar("eps", eps, 0)
-        checks.remember(key, at)
-    eps = checks.scalar("eps", eps, 0)
+            checks.remember(key, at)
+        eps = checks.scalar("eps", eps, 0)
 
-    kernels = pick(x, gamma, beta, where, out)
-    y: Array
-    if group is not None:
-        if kernels.joined is None or out is not None:
-            return groups.forward(kernels, at, x, where, gamma, beta, eps, out, group)
-        y, stats = kernels.joined(x, where, gamma, beta, eps, at, group)
-        return y, stats
+        kernels = pick(x, gamma, beta, where, out)
+        y: Array
+        if call is not None:
+            call.announce_forward(at, x)
+            if kernels.joined is None or out is not None:
+                return groups.forward(kernels, at, x, where, gamma, beta, eps, out, group)
+            y, stats = kernels.joined(x, where, gamma, beta, eps, at, group)
+            return y, stats
     if kernels.forward is not None:
         y, stats = kernels.forward(x, weights_of(where, x.ndim), gamma, beta, eps, at, out)
         return y, stats
@@ -163,12 +163,12 @@ def batch_norm_backward(
     ----------
     Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
     """
-    plain = where is None and group is None and isinstance(stats, Moments)
-    key = checks.key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
-    at = checks.passed(key)
-    if at is None:
-        checks.group(group)
-        with groups.attending(group, "batch_norm_backward", x, axis):
+    checks.group(group)
+    with groups.call(group, "batch_norm_backward") as call:
+        plain = where is None and group is None and isinstance(stats, Moments)
+        key = checks.key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
+        at = checks.passed(key)
+        if at is None:
             at = checks.subject(x, axis)
             checks.like(at, x, "dy", dy)
             checks.statistics(at, stats)
@@ -178,22 +178,24 @@ def batch_norm_backward(
             named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
             checks.apart(out, dy=dy, x=x, gamma=gamma, where=where, **named)
             checks.scalar("eps", eps, 0)
-        checks.remember(key, at)
-    eps = checks.scalar("eps", eps, 0)
+            checks.remember(key, at)
+        eps = checks.scalar("eps", eps, 0)
 
-    counted = stats.count if hasattr(stats.count, "dtype") else None
-    kernels = pick(dy, x, gamma, where, out, counted, *stats[1:])
-    w = weights_of(where, x.ndim)
-    if kernels.backward is not None and group is None:
+        counted = stats.count if hasattr(stats.count, "dtype") else None
+        kernels = pick(dy, x, gamma, where, out, counted, *stats[1:])
+        w = weights_of(where, x.ndim)
+        if call is not None:
+            call.announce_backward(at, x)
+            own = sums_with(kernels, at, dy, x, centre(at, stats), w)
+            joined = groups.all_reduce(group, *own)
+            return backward_from(kernels, at, dy, x, w, stats, gamma, eps, joined, out)
+    if kernels.backward is not None:
         dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)
         dtype = at.compute if gamma is None else gamma.dtype
         if dgamma.dtype == dtype:
             return dx, dgamma, dbeta
         return dx, at.xp.astype(dgamma, dtype), at.xp.astype(dbeta, dtype)
-
-    sums: Sequence[Array] = sums_with(kernels, at, dy, x, centre(at, stats), w)
-    if group is not None:
-        sums = groups.all_reduce(group, *sums)
+    sums = sums_with(kernels, at, dy, x, centre(at, stats), w)
     return backward_from(kernels, at, dy, x, w, stats, gamma, eps, sums, out)
 
 

@@ -1,22 +1,24 @@
 """What the members of a group do together: one vector per pass, and a word before it.
 
 A group is anything with ``all_reduce(array) -> array``, a sum over its members. One that also tells
-``rank`` and ``size`` needs a single reduction where there would be two. One that can ``announce`` is
-told what a member comes with, or that its arguments are wrong, before the others wait for it.
+``rank`` and ``size`` needs a single reduction where there would be two. One with ``announce``,
+``decline`` and ``abort`` (`distributed.members`) is told what a member comes with, and if it fails.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
 
 from array_api_compat import array_namespace, device
 
 from batchnorm import checks, vectors
 from batchnorm.kernels import KernelSet
-from batchnorm.layout import Layout
+from batchnorm.layout import Layout, float_name
 from batchnorm.moments import Moments, pool, pool_rows
 
 Array = Any
@@ -26,23 +28,63 @@ Array = Any
 ONE_VECTOR = 2**19
 
 
-@contextmanager
-def attending(group: Any, call: str, x: Array, axis: int | tuple[int, ...]) -> Iterator[None]:
-    """Tell the other members what this one comes with; or, if it fails in here, why it does not."""
-    try:
-        yield
-    except Exception as error:
-        decline(group, error)
-        raise
-    if hasattr(group, "announce"):
-        axes = axis if isinstance(axis, tuple) else (axis,)
-        group.announce(f"{call} of {x.dtype} with {tuple(x.shape[a] for a in axes)} channels")
+class Call:
+    """A call that all members of a group make: a context whose error is an error on every member.
+
+    Up to the last sum, that is: after it, each member has what it needs of the others.
+    """
+
+    def __init__(self, group: Any, name: str) -> None:
+        self.group, self.name, self.announced = group, name, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            tell = getattr(self.group, "abort" if self.announced else "decline", None)
+            if tell is not None:
+                tell(error)
+
+    def announce(self, what: str, sums: Sequence[tuple[int, ...]], dtype: str) -> None:
+        """Say what this member comes with, and the shapes of what it is going to add up."""
+        self.announced = True
+        if hasattr(self.group, "announce"):
+            self.group.announce(f"{self.name} of {what}", tuple(sums), dtype)
+
+    def announce_forward(self, at: Layout, x: Array) -> None:
+        """Say what this member comes with to a forward pass."""
+        self.announce(_named(at, x), moments_sums(self.group, at.channels), _wide(at))
+
+    def announce_backward(self, at: Layout, x: Array) -> None:
+        """Say what this member comes with to a backward pass."""
+        self.announce(_named(at, x), [(2, *at.broadcast)], _wide(at))
 
 
-def decline(group: Any, error: BaseException) -> None:
-    """Tell the other members that this one does not come, and why."""
-    if hasattr(group, "announce"):
-        group.announce(f"{type(error).__name__}: {error}", failed=True)
+def call(group: Any, name: str) -> Any:
+    """A call of a group's members; of nobody where there is no group."""
+    return _ALONE if group is None else Call(group, name)
+
+
+_ALONE = contextlib.nullcontext()
+
+
+def _named(at: Layout, x: Array) -> str:
+    return f"{float_name(at.xp, x.dtype)} with {at.channels} channels"
+
+
+def _wide(at: Layout) -> str:
+    return "float64" if at.wide == at.xp.float64 else "float32"
+
+
+def moments_sums(group: Any, channels: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of what `join` adds up."""
+    size = getattr(group, "size", None)
+    if size is None or size * 4 * math.prod(channels) * 8 > ONE_VECTOR:
+        return [(2, *channels)] * 2
+    return [(size, 4, *channels)]
 
 
 def forward(
@@ -69,24 +111,47 @@ def join(group: Any, own: Moments) -> Moments:
     sums with zeros are exact, so every member merges the very same numbers.
     """
     xp = array_namespace(own.mean)
-    size = getattr(group, "size", None)
     packed = xp.stack(tuple(own))  # (4, C)
-    each = math.prod(packed.shape) * 8
-    if size is None or size * each > ONE_VECTOR:
+    if len(moments_sums(group, tuple(packed.shape[1:]))) > 1:
         return pool([own], lambda *sums: all_reduce(group, *sums))
+    size = group.size
     places = xp.reshape(xp.arange(size, device=device(own.mean)), (size,) + (1,) * packed.ndim)
     mine = places == group.rank
     vector = xp.where(mine, packed[None, ...], xp.zeros_like(packed)[None, ...])  # (size, 4, C)
-    (vector,) = all_reduce(group, vector)
-    return pool_rows(Moments(*(vector[:, i, ...] for i in range(4))))
+    summed = _summed(group, vector)
+    return pool_rows(Moments(*(summed[:, i, ...] for i in range(4))))
 
 
 def all_reduce(group: Any, *vectors: Array) -> list[Array]:
     """Sum vectors over the members of a group, packed into one array."""
     xp = array_namespace(*vectors)
-    packed = xp.stack(vectors)
+    summed = _summed(group, xp.stack(vectors))
+    return [summed[i, ...] for i in range(len(vectors))]
+
+
+def _summed(group: Any, packed: Array) -> Array:
     summed = group.all_reduce(packed)
     if getattr(summed, "shape", None) != packed.shape:
         got = f"{checks.kind(summed)} of shape {getattr(summed, 'shape', None)}"
         checks.fail(TypeError, "group.all_reduce", got, f"the sum, an array of shape {packed.shape}")
-    return [summed[i, ...] for i in range(len(vectors))]
+    return summed
+
+
+class Shared:
+    """An object whose `group` its copies share, and pickles leave out."""
+
+    group: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if name != "group"}
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(vars(self) | copy.deepcopy(self.__getstate__(), memo))
+        return made

@@ -43,7 +43,7 @@ class _Pass(NamedTuple):
     note: Moments | None
 
 
-class BatchNorm:
+class BatchNorm(groups.Shared):
     r"""Batch normalization with parameters and running statistics.
 
     .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
@@ -135,7 +135,7 @@ class BatchNorm:
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        shape = _shape(num_features)
+        shape = channels(num_features)
         kept = checks.channel_axes(axis)
         if len(kept) != len(shape):
             got, expected = f"{len(kept)} axes", f"{len(shape)}, one per number in num_features"
@@ -180,11 +180,11 @@ class BatchNorm:
             self._settle(self._moved(xp, device, dtype or xp.float32))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied: not of which transformation of JAX it is a part."""
-        return {name: v for name, v in vars(self).items() if name != "_trace"}
+        """What a file holds: not the group, nor of which transformation of JAX the layer is a part."""
+        return {name: v for name, v in super().__getstate__().items() if name != "_trace"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state, _trace=jax_trace())
+        vars(self).update(state, group=None, _trace=jax_trace())
 
     @classmethod
     def like(cls, framework: str, num_features: int | tuple[int, ...], **settings: Any) -> Self:
@@ -252,11 +252,11 @@ class BatchNorm:
         checks.group(group)
         if not (self.batch_statistics or self.update_statistics):
             group = None  # there is nothing to join
-        try:
+        with groups.call(group, "BatchNorm"):
             at, state = self._checked(x)
-        except Exception as error:
-            groups.decline(group, error)
-            raise
+            if not self.batch_statistics:
+                checks.weights(at, x, where)
+                checks.output(at, x, out)
 
         gamma, beta = state["gamma"], state["beta"]
         mean, var = state["running_mean"], state["running_var"]
@@ -266,12 +266,8 @@ class BatchNorm:
             y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
             note = stats if self.update_statistics else None
         else:
-            with groups.attending(group, "moments", x, self.axis):
-                checks.weights(at, x, where)
             if self.update_statistics:
-                note = moments(x, axis=self.axis, where=where)
-                if group is not None:
-                    note = groups.join(group, _detached(note))
+                note = self._joined_moments(at, x, where, group)
             else:
                 self._warn_if_never_committed()
             stats = Moments(1, mean, var)
@@ -321,12 +317,13 @@ class BatchNorm:
             As `batch_norm_backward`.
         """
         if self._saved is None:
-            checks.fail(
-                RuntimeError, "backward", "no forward pass to go back from", "a call of the layer first"
-            )
+            with groups.call(self.group if self.batch_statistics else None, "backward"):
+                got = "no forward pass to go back from"
+                checks.fail(RuntimeError, "backward", got, "a call of the layer first")
         x, stats, by_batch, gamma, where, group, note = self._saved
         # Another pass's note is not this pass's to commit, nor one that was committed before.
-        running = self._followed(note) if note is not None and note is self._pending else None
+        with groups.call(group if by_batch else None, "backward"):
+            running = self._followed(note) if note is not None and note is self._pending else None
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
         if by_batch:
             dx, dgamma, dbeta = batch_norm_backward(
@@ -402,7 +399,7 @@ class BatchNorm:
     def _checked(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
         """Check an input; its layout, and the layer's arrays in its library."""
         at = checks.subject(x, self.axis)
-        expected = _shape(self.num_features)
+        expected = channels(self.num_features)
         if not checks.same_shape(at.channels, expected):
             got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
             checks.fail(ValueError, "x", got, axis)
@@ -415,6 +412,14 @@ class BatchNorm:
             got = repr(getattr(self, switch))
             checks.fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
         return at, state
+
+    def _joined_moments(self, at: Layout, x: Array, where: Array | None, group: Any) -> Moments:
+        """The moments of a batch, or of all members' batches."""
+        if group is None:
+            return moments(x, axis=self.axis, where=where)
+        with groups.call(group, "moments") as call:
+            call.announce_forward(at, x)
+            return groups.join(group, _detached(moments(x, axis=self.axis, where=where)))
 
     def _arrays(self) -> dict[str, Array | None]:
         return {name: getattr(self, name) for name in PARAMETERS + RUNNING}
@@ -464,7 +469,7 @@ class BatchNorm:
             )
 
 
-def _shape(num_features: Any) -> tuple[int, ...]:
+def channels(num_features: Any) -> tuple[int, ...]:
     """The shape of gamma."""
     given = num_features if isinstance(num_features, tuple) else (num_features,)
     try:

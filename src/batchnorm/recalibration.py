@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import array_api_compat as compat
 
 from batchnorm import checks, groups
-from batchnorm.layer import BatchNorm
+from batchnorm.layer import BatchNorm, channels
 from batchnorm.moments import Moments, update_running
 from batchnorm.progress import shown
 
@@ -67,28 +66,30 @@ def recalibrate(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, steps 7 to 10.
     """
-    if not isinstance(layers, BatchNorm):
-        checks.iterable("layers", layers, "a BatchNorm, or an iterable of them")
-    chosen = [layers] if isinstance(layers, BatchNorm) else list(layers)
-    _check(chosen)
-    checks.function("forward", forward, "a function of a batch")
-    checks.iterable("batches", batches, "an iterable of batches")
     checks.group(group)
-    progress = checks.flag("progress", progress)
-    before = [dict(vars(layer)) for layer in chosen]
-    try:
-        for layer in chosen:
-            layer.batch_statistics = layer.update_statistics = True
-            layer._noted = []
-            if group is not None:
-                layer.group = None
-        with _told(group):
+    with groups.call(group, "recalibrate") as call:
+        if not isinstance(layers, BatchNorm):
+            checks.iterable("layers", layers, "a BatchNorm, or an iterable of them")
+        chosen = [layers] if isinstance(layers, BatchNorm) else list(layers)
+        _check(chosen)
+        checks.function("forward", forward, "a function of a batch")
+        checks.iterable("batches", batches, "an iterable of batches")
+        progress = checks.flag("progress", progress)
+        before = [dict(vars(layer)) for layer in chosen]
+        try:
+            for layer in chosen:
+                layer.batch_statistics = layer.update_statistics = True
+                layer._noted = []
+                if group is not None:
+                    layer.group = None
             count, totals = _collected(chosen, forward, batches, progress)
-        new = _statistics(chosen, count, totals, group)
-    except BaseException:
-        for layer, state in zip(chosen, before, strict=True):
-            vars(layer).update(state)
-        raise
+            if call is not None:
+                count, totals = _joined(chosen, count, totals, group, call)
+            new = _statistics(chosen, count, totals)
+        except BaseException:
+            for layer, state in zip(chosen, before, strict=True):
+                vars(layer).update(state)
+            raise
     for layer, state, (mean, var, seen) in zip(chosen, before, new, strict=True):
         # A layer that had seen no input keeps the library that it has now.
         names = ("batch_statistics", "update_statistics", "group", "_saved", "_pending", "_noted")
@@ -107,18 +108,6 @@ def _check(layers: Sequence[Any]) -> None:
             checks.fail(ValueError, f"layers[{i}]", got, "one with running statistics")
 
 
-@contextlib.contextmanager
-def _told(group: Any) -> Iterator[None]:
-    """Let the other members know when this one fails; they would wait for it."""
-    try:
-        yield
-    except BaseException as error:
-        groups.decline(group, error)
-        raise
-    if hasattr(group, "announce"):
-        group.announce("recalibrate")
-
-
 def _collected(
     layers: list[BatchNorm], forward: Callable[[Any], Any], batches: Iterable[Any], progress: bool
 ) -> tuple[int, list[Moments | None]]:
@@ -132,6 +121,10 @@ def _collected(
             for note in layer._noted or ():
                 _push(stack, note)
             layer._noted = []
+    for i, stack in enumerate(stacks):
+        if count and not stack:
+            got = "no input from any batch"
+            checks.fail(ValueError, f"layers[{i}]", got, "a layer that `forward` calls")
     return count, [Moments.merge(*(m for _, m in stack)) if stack else None for stack in stacks]
 
 
@@ -144,42 +137,64 @@ def _push(stack: list[tuple[int, Moments]], note: Moments) -> None:
     stack.append((size, note))
 
 
+def _joined(
+    layers: list[BatchNorm], count: int, totals: list[Moments | None], group: Any, call: groups.Call
+) -> tuple[int, list[Moments | None]]:
+    """The number of all members' batches, and the moments of all that went through each layer.
+
+    They are joined as NumPy's float64, whatever a layer's arrays are: a member without batches has not
+    learned what these will be.
+    """
+    import numpy as np
+
+    shapes = [channels(layer.num_features) for layer in layers]
+    sums = [shape for c in shapes for shape in groups.moments_sums(group, c)]
+    call.announce(f"{len(layers)} layers with {shapes} channels", [*sums, (1, 1)], "float64")
+    found: list[Moments | None] = []
+    for layer, shape, total in zip(layers, shapes, computed(totals), strict=True):
+        nothing = Moments(*np.zeros((4, *shape)))
+        joined = groups.join(group, nothing if total is None else Moments(*map(on_host, total)))
+        found.append(Moments(*(in_library_of(layer.running_mean, v) for v in joined)))
+    (batches,) = groups.all_reduce(group, np.asarray([float(count)]))
+    return int(batches[0]), found
+
+
 def _statistics(
-    layers: list[BatchNorm], count: int, totals: list[Moments | None], group: Any
+    layers: list[BatchNorm], count: int, totals: list[Moments | None]
 ) -> list[tuple[Array, Array, int]]:
     """The new running mean and variance of each layer, and the number of batches behind them."""
-    if group is not None:
-        totals = [_joined(layer, total, group) for layer, total in zip(layers, totals, strict=True)]
-        like: Any = layers[0].running_mean
-        (counts,) = groups.all_reduce(group, compat.array_namespace(like).full_like(like, count))
-        count = int(compat.array_namespace(counts).max(counts))
     if count == 0:
         checks.fail(ValueError, "batches", "none", "at least one")
     found: list[Any] = []
-    for i, (layer, total) in enumerate(zip(layers, totals, strict=True)):
-        if total is None:
-            got = "no input from any batch"
-            checks.fail(ValueError, f"layers[{i}]", got, "a layer that `forward` calls")
+    for layer, total in zip(layers, totals, strict=True):
+        assert total is not None  # or there would be no batches
         old: Any = layer.running_mean, layer.running_var
         xp, n = compat.array_namespace(total.mean), total.count
         # From nothing: what is there may be NaN, which no momentum would take away.
         mean, var = map(xp.zeros_like, old)
         new = update_running(mean, var, total, momentum=1, correction=layer.correction)
         found.append((*(xp.where(n > 0, v, o) for v, o in zip(new, old, strict=True)), count))
-    return _computed(found)
+    return computed(found)
 
 
-def _joined(layer: BatchNorm, total: Moments | None, group: Any) -> Moments:
-    """The moments of all members; of a member without batches, nothing."""
-    if total is None:
-        nothing = compat.array_namespace(layer.running_mean).zeros_like(layer.running_mean)
-        total = Moments(nothing, nothing, nothing, nothing)
-    return groups.join(group, total)
-
-
-def _computed(found: list[tuple[Array, Array, int]]) -> list[tuple[Array, Array, int]]:
+def computed(found: list[Any]) -> list[Any]:
     """Statistics of lazy arrays, computed once, all together."""
-    if compat.is_dask_array(found[0][0]):
+    if any(compat.is_dask_array(v) for item in found if item is not None for v in item):
         dask: Any = importlib.import_module("dask")
         (found,) = dask.persist(found)
     return found
+
+
+def on_host(v: Array) -> Array:
+    """A vector as NumPy's float64."""
+    import numpy as np
+
+    if compat.is_torch_array(v) or compat.is_cupy_array(v):
+        v = compat.to_device(v, "cpu")
+    return np.asarray(v, np.float64)
+
+
+def in_library_of(own: Array, v: Array) -> Array:
+    """A NumPy vector in the library, dtype and place of another."""
+    xp = compat.array_namespace(own)
+    return xp.asarray(v.tolist(), dtype=own.dtype, device=compat.device(own))

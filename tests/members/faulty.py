@@ -1,8 +1,9 @@
-"""One member of three, of which rank 1 goes wrong in the third step; what each of them then holds.
+"""One member of some, of which rank 1 goes wrong in the third step; what each of them then holds.
 
-python -m members.faulty {mpi,gloo} {killed,hangs,channels,dtype,raises,backward} folder
+python -m members.faulty {mpi,gloo} fault folder
 """
 
+import contextlib
 import os
 import pickle
 import signal
@@ -13,61 +14,138 @@ from pathlib import Path
 import numpy as np
 
 import batchnorm as bn
+from batchnorm import kernels
 from batchnorm.testing import data
 from members.worker import group_of
 
 TIMEOUT = 4
+# Faults after which the member takes no part in anything.
+GONE = ("killed", "hangs", "refuses and stays away")
 
 
-def go_wrong(fault, layer, x):
-    """What the third step of rank 1 is; its input."""
-    if fault == "hangs":
-        time.sleep(2 * TIMEOUT)
-    if fault == "channels":
-        layer.__init__(6, group=layer.group)
-        return data.batch((8, 6))
-    if fault == "dtype":
-        return x.astype(np.float64)
-    if fault == "raises":
-        return np.zeros((8, 4), int)
+def out_of_memory(which):
+    """Have a kernel find no memory, in the middle of a call."""
+    right = kernels.pick
+
+    def pick(*arrays):
+        def fail(*arguments):
+            raise MemoryError("no room for this")
+
+        return right(*arrays)._replace(forward=None, backward=None, **{which: fail})
+
+    bn.functional.pick = pick
+
+
+def hang(layer, x):
+    time.sleep(2 * TIMEOUT)
     return x
+
+
+def other_channels(layer, x):
+    layer.__init__(6, group=layer.group)
+    return data.batch((8, 6))
+
+
+def no_kernels(layer, x):
+    bn.set_kernels("cupy")
+    return x
+
+
+def no_memory(layer, x):
+    out_of_memory("moments")
+    return x
+
+
+def no_memory_for_y(layer, x):
+    out_of_memory("scale_shift")
+    return x
+
+
+def no_memory_backward(layer, x):
+    out_of_memory("grad_sums")
+    return x
+
+
+def lazy(layer, x):
+    import dask.array
+
+    layer.__init__(4, group=layer.group)
+    return dask.array.from_array(x)
+
+
+def wrong_eps(layer, x):
+    layer.eps = "a"
+    return x
+
+
+def out_of_order(layer, x):
+    return layer.backward(x)
+
+
+# What the third step of rank 1 does to the layer, and its input.
+FAULTS = {
+    "hangs": hang,
+    "channels": other_channels,
+    "dtype": lambda layer, x: x.astype(np.float64),
+    "raises": lambda layer, x: np.zeros((8, 4), int),
+    "refuses and stays away": lambda layer, x: x[0],
+    "no kernels": no_kernels,
+    "no memory": no_memory,
+    "no memory for y": no_memory_for_y,
+    "no memory, backward": no_memory_backward,
+    "lazy": lazy,
+    "eps": wrong_eps,
+    "out of order": out_of_order,
+}
 
 
 def steps(group, fault):
     """Train until something is wrong; then what a member reports."""
-    layer = bn.BatchNorm(4, group=group)
+    wide = 40_000 if fault.endswith("of many channels") else 4  # beyond one vector for all
+    layer = bn.BatchNorm(wide, group=group)
     committed = []
     for step in range(4):
-        x = data.batch((8, 4), mean=3.0, seed=[group.rank, step])
+        x = data.batch((8, wide), mean=3.0, seed=[group.rank, step])
+        wrong = step == 2 and group.rank == 1
         start = time.monotonic()
         try:
-            if step == 2 and group.rank == 1:
-                x = go_wrong(fault, layer, x)
+            if wrong:
+                x = FAULTS.get(fault.removesuffix(" of many channels"), lambda layer, x: x)(layer, x)
             y = layer(x)
-            if step == 2 and group.rank == 1:
-                if fault == "killed":  # between forward and backward
-                    os.kill(os.getpid(), signal.SIGKILL)
-                y = y[:5] if fault == "backward" else y
-            layer.backward(y)
-        except (bn.distributed.GroupError, TypeError, ValueError) as error:
-            same = all(
-                np.array_equal(a, b)
-                for a, b in zip((layer.running_mean, layer.running_var), committed[-1], strict=True)
-            )
-            again = None
-            if fault not in ("killed", "hangs"):
-                y, stats = bn.batch_norm(data.batch((8, 4), seed=group.rank), group=group)
-                again = float(stats.count[0])
+            if wrong and fault == "killed":  # between forward and backward
+                os.kill(os.getpid(), signal.SIGKILL)
+            layer.backward(y[:5] if wrong and fault == "backward" else y)
+        except (bn.distributed.GroupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+            seconds = time.monotonic() - start
+            bn.functional.pick = kernels.pick
+            bn.set_kernels(None)
             return {
                 "step": step,
                 "error": f"{type(error).__name__}: {error}",
-                "seconds": time.monotonic() - start,
+                "seconds": seconds,
                 "batches": layer.num_batches_tracked,
-                "unchanged": same,
-                "again": again,
+                "unchanged": all(
+                    np.array_equal(a, b)
+                    for a, b in zip((layer.running_mean, layer.running_var), committed[-1], strict=True)
+                ),
+                "again": again(group, wide, fault),
             }
         committed.append((layer.running_mean.copy(), layer.running_var.copy()))
     return {"step": 4}
+
+
+def again(group, wide, fault):
+    """Use the group once more, where all members are there; the values behind a mean, and its error."""
+    if fault in GONE:
+        return None
+    if fault == "no memory for y" and group.rank == 1:  # the others are in backward
+        with contextlib.suppress(bn.distributed.GroupError):
+            group.all_reduce(np.zeros(3))
+            raise AssertionError("no error")
+    parts = [data.batch((8, wide), seed=rank) for rank in range(group.size)]
+    _, stats = bn.batch_norm(parts[group.rank], group=group)
+    right = np.concatenate(parts).astype(float).mean(0)
+    return float(stats.count[0]), float(abs(stats.mean - right).max())
 
 
 def main(engine, fault, folder):
@@ -77,7 +155,7 @@ def main(engine, fault, folder):
     begun.write_bytes(pickle.dumps(found))
     begun.rename(begun.with_suffix(".pickle"))
     # An MPI launcher ends all members with the first; engines wait at the end for who is gone.
-    others = (0, 2) if fault in ("killed", "hangs") else (0, 1, 2)
+    others = [rank for rank in range(group.size) if not (fault in GONE and rank == 1)]
     end = time.monotonic() + 60
     while not all(Path(folder, f"{r}.pickle").exists() for r in others) and time.monotonic() < end:
         time.sleep(0.01)

@@ -21,7 +21,8 @@ class GroupError(RuntimeError):
 def mpi(comm: Any = None, *, timeout: float | None = 300.0) -> Any:
     """Make a group of the processes of an MPI communicator.
 
-    All of them have to call this: it duplicates the communicator, so that messages do not meet others.
+    All of them have to call this: the first time, it duplicates the communicator, so that messages do
+    not meet others. The duplicate serves all groups of the communicator, and is freed with it.
 
     Parameters
     ----------

@@ -1,15 +1,23 @@
-"""What processes of a group tell each other before they add up vectors, and how they give up.
+"""What processes of a group tell each other around the vectors that they add up, and how they give up.
 
-An engine that adds vectors of different lengths hangs, crashes or gives nonsense. So each member first
-says in one row of bytes what it comes with; only when all say the same do they begin. The rows travel
-while each member works on its own part of the batch.
+An engine that adds vectors of different lengths hangs, crashes or gives nonsense. So at its beginning
+each call is announced: every member says in one row of bytes what it comes with, and these rows travel
+while each works on its own part of the batch. Only when all rows are the same do members add up.
+
+A member that fails before it has announced itself says that instead, and waits until all have heard it.
+One that fails later takes part in the sum that the others are in, with a mark in place of its share; one
+that fails after the last sum says so where the next call begins. So all members make the same exchanges
+in the same order, whatever happens to one of them, and what is exchanged has the number of its call in
+it: messages of two calls are never taken for each other's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import array_api_compat as compat
 import numpy as np
@@ -20,11 +28,21 @@ from batchnorm.distributed import GroupError
 
 Array = Any
 Rows = npt.NDArray[np.uint8]
+Shape = tuple[int, ...]
 
 ROW = 512  # bytes
-FAILED = "!"  # what a word begins with whose member does not take part
+FAILED = "!"  # what a row begins with whose member does not take part
+# Numbers of calls, as float32 holds them when some thousand members add theirs up.
+NUMBERS = 2**12
 # How often an answer is asked for before this process sleeps between questions, and how long then.
 AWAKE, NAP = 2000, 5e-5
+
+
+class _Announced(NamedTuple):
+    """A call that this member has announced, until all know that all came with the same."""
+
+    row: str
+    wait: Callable[[], Rows]
 
 
 class Members:
@@ -37,22 +55,73 @@ class Members:
     """Whether members add up without a word before it."""
 
     def __init__(self) -> None:
-        # What was said, and how to wait for what all said; usually one, more after errors.
-        self._words: list[tuple[str, Callable[[], Rows]]] = []
+        self._number = 0  # of exchanges that were begun
+        self._announced: _Announced | None = None
+        self._sums: list[tuple[Shape, str]] = []  # shapes and dtypes that are still to be added up
+        self._late = ""  # an error after the last sum of a call, of which the others do not know yet
         self._broken = ""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} group, rank {self.rank} of {self.size}>"
 
-    def announce(self, word: str, failed: bool = False) -> None:
-        """Say what this member comes with, or that it does not come; does not wait for others."""
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        got, expected = "one to pickle", "its members' processes alone to hold it"
+        checks.fail(TypeError, "group", got, expected)
+
+    def announce(self, what: str, sums: tuple[Shape, ...], dtype: str) -> None:
+        """Say what this member comes with; does not wait for others.
+
+        Parameters
+        ----------
+        what : str
+            The call, for people: all members say the same.
+        sums : tuple of tuples of ints
+            The shapes that the call is going to add up, in order.
+        dtype : {"float32", "float64"}
+            Their dtype.
+        """
         self._whole()
-        if self.quiet:
+        if self._late:
+            got = f"a call after one that failed on this rank {self.rank} alone ({self._late})"
+            error = GroupError(f"group: {got}, expected all members to go on")
+            self.decline(error)
+            raise error
+        if not self.quiet:
+            digest = hashlib.sha256(f"{what} {sums} {dtype}".encode()).hexdigest()[:16]
+            self._announced = self._say(f"{digest} {what}")
+            self._sums = [(shape, dtype) for shape in sums]
+
+    def decline(self, error: BaseException) -> None:
+        """Tell the others that this member does not come to a call, and why; wait until all know.
+
+        They learn of it where they would add up. Nothing is raised here: the error is being raised.
+        """
+        if not (self._broken or self.quiet):
+            told, self._late = self._late or _told(error), ""
+            with contextlib.suppress(GroupError):
+                self._say(FAILED + told).wait()
+
+    def abort(self, error: BaseException) -> None:
+        """Tell the others that this member fails in a call that it has announced.
+
+        That is, where they wait for it; or in the next call, unless all have failed alike.
+        """
+        if self._broken or self.quiet:
             return
-        row = np.zeros(ROW, np.uint8)
-        encoded = (FAILED * failed + word).encode()[:ROW]
-        row[: len(encoded)] = list(encoded)
-        self._words.append((word if not failed else "", self._gather(row)))
+        if not self._sums:
+            alike = isinstance(error, GroupError) or getattr(error, "on_all_members", False)
+            self._late = "" if alike else _told(error)
+            return
+        with contextlib.suppress(GroupError):
+            self._agree()  # raises where the others go no further either
+            self._add_up(None)
+            self._why(FAILED + _told(error))
 
     def all_reduce(self, array: Array) -> Array:
         """Sum an array over the members, each of which calls this with one of the same shape.
@@ -70,23 +139,118 @@ class Members:
         Raises
         ------
         GroupError
-            A member is missing or late, or came with something else.
+            A member is missing or late, came with something else, or failed.
         """
         self._whole()
-        words, self._words = self._words, []
-        for own, wait in words:
-            rows = wait()
-            if own:  # not of a call that failed here: there is nothing to compare
-                self._compare(own, [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows])
-        return self._sum(array)
+        try:
+            vector = self._vector(array)
+            own = tuple(array.shape), _name(vector)
+            if not self.quiet and not self._sums:  # a call of the user's own
+                self.announce(f"all_reduce of an array of shape {own[0]}", own[:1], own[1])
+            if not self.quiet and own != self._sums[0]:
+                got, expected = (f"{dtype} of shape {shape}" for shape, dtype in (own, self._sums[0]))
+                checks.fail(TypeError, "group.all_reduce", got, f"{expected}, as was announced")
+        except GroupError:
+            raise
+        except Exception as error:
+            (self.abort if self._sums else self.decline)(error)
+            error.on_all_members = True  # type: ignore[attr-defined]  # told
+            raise
+        if self.quiet:
+            return self._back(self._sum(vector), array)
+        self._agree()
+        return self._back(self._add_up(vector), array)
+
+    # What an engine brings.
 
     def _gather(self, row: Rows) -> Callable[[], Rows]:
         """Begin to exchange rows; what is returned waits for all members'."""
         raise NotImplementedError
 
-    def _sum(self, array: Array) -> Array:
-        """Sum an array over the members."""
+    def _vector(self, array: Array) -> Array:
+        """An array as a 1-d array of the engine's kind, a copy where the sum may be written to it."""
         raise NotImplementedError
+
+    def _sum(self, vector: Array) -> Array:
+        """Sum a 1-d array over the members."""
+        raise NotImplementedError
+
+    def _zeros(self, size: int, dtype: str) -> Array:
+        """A 1-d array of the engine's kind."""
+        raise NotImplementedError
+
+    def _back(self, vector: Array, like: Array) -> Array:
+        """A sum in the library, shape and place of an array."""
+        raise NotImplementedError
+
+    # Exchanges.
+
+    def _say(self, text: str) -> _Announced:
+        """Begin to exchange rows, with the number of this exchange."""
+        self._number += 1
+        text = f"{text[:1]}{self._number} {text[1:]}" if text[:1] == FAILED else f"{self._number} {text}"
+        row = np.zeros(ROW, np.uint8)
+        encoded = text.encode()[:ROW]
+        row[: len(encoded)] = list(encoded)
+        return _Announced(encoded.decode(errors="replace"), self._gather(row))
+
+    def _agree(self) -> None:
+        """Wait for the rows of the call that was announced, if one was; all have to be the same."""
+        announced, self._announced = self._announced, None
+        if announced is None:
+            return
+        sums, self._sums = self._sums, []  # there are none if the members do not agree
+        self._compare(announced.row, announced.wait())
+        self._sums = sums
+
+    def _compare(self, own: str, rows: Rows) -> None:
+        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+        for rank, text in enumerate(texts):
+            if text.startswith(FAILED):
+                got = f"an error on rank {rank} ({text.partition(' ')[2]})"
+                checks.fail(GroupError, "group", got, "all members to take part")
+        for rank, text in enumerate(texts):
+            if text == own:
+                continue
+            (number, _, theirs), (mine, _, ours) = (t.split(" ", 2) for t in (text, own))
+            if number != mine:
+                self._break(f"exchange {number} from rank {rank} for {mine}")
+            if theirs == ours:
+                theirs, ours = f"another {theirs}", "the same"
+            checks.fail(
+                GroupError, "group", f"{theirs} from rank {rank}", f"{ours}, as on this rank {self.rank}"
+            )
+
+    def _add_up(self, vector: Array | None) -> Array:
+        """Sum a vector over the members; None where this one failed.
+
+        Behind the vector go the number of the exchange and a mark for each member that failed.
+        """
+        (shape, dtype), *self._sums = self._sums
+        self._number += 1
+        number, size = self._number % NUMBERS, int(np.prod(shape))
+        failed = vector is None
+        vector = self._zeros(size, dtype) if vector is None else vector
+        xp = compat.array_namespace(vector)
+        tail = xp.asarray([number, failed], dtype=vector.dtype, device=compat.device(vector))
+        total = self._sum(xp.concat((vector, tail)))
+        numbers, failures = to_host(total[size:]).tolist()
+        if numbers != number * self.size:
+            self._break("a message of another call")
+        if failures:
+            self._sums = []
+            if not failed:
+                self._why("")
+        return total[:size]
+
+    def _why(self, text: str) -> None:
+        """After a sum in which some failed: learn from them why."""
+        announced = self._say(text or "-")
+        for rank, row in enumerate(announced.wait()):
+            said = bytes(row).rstrip(b"\0").decode(errors="replace")
+            if said.startswith(FAILED):
+                got = f"an error on rank {rank} ({said.partition(' ')[2]})"
+                checks.fail(GroupError, "group", got, "all members to take part")
 
     def _whole(self) -> None:
         if self._broken:
@@ -96,19 +260,8 @@ class Members:
         """Give up: messages of this call may still be under way, so none can follow."""
         got = str(why).strip().partition("\n")[0]
         self._broken = f"an error in an earlier one ({got})"
+        self._announced, self._sums = None, []
         raise GroupError(f"group: got {got}, expected all {self.size} members to answer")
-
-    def _compare(self, own: str, words: list[str]) -> None:
-        for rank, word in enumerate(words):
-            if word.startswith(FAILED):
-                got, what = (
-                    f"an error on rank {rank} ({word[len(FAILED) :]})",
-                    "all members to take part",
-                )
-                checks.fail(GroupError, "group", got, what)
-            if word != own.encode()[:ROW].decode(errors="replace"):
-                expected = f"{own}, as on this rank {self.rank}"
-                checks.fail(GroupError, "group", f"{word} from rank {rank}", expected)
 
     def _await(self, done: Callable[[], bool]) -> None:
         """Wait until something is done, or for as long as a member may take."""
@@ -122,6 +275,18 @@ class Members:
                 time.sleep(0)  # another member may need this very processor
             if time.monotonic() > limit:
                 self._break(f"no answer within {self.timeout:g} s on rank {self.rank}")
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _name(vector: Array) -> str:
+    """The name of a dtype that members add up in."""
+    name = str(vector.dtype).rpartition(".")[2]
+    if name not in ("float32", "float64"):
+        checks.fail(TypeError, "array", f"dtype {name}", "float32 or float64")
+    return name
 
 
 def to_host(array: Array) -> Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -17,6 +18,24 @@ Array = Any
 # through by then (after an error, say) must never be freed.
 _hold = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
 _let_go = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_DecRef", ctypes.pythonapi))
+
+
+class _Duplicate:
+    """A communicator's duplicate, so that messages do not meet others."""
+
+    def __init__(self, comm: Any, request: Any) -> None:
+        self.comm, self.request, self.broken = comm, request, False
+
+
+@functools.cache
+def _attribute(mpi: Any) -> Any:
+    """The key under which a communicator keeps its duplicate."""
+
+    def free(comm: Any, key: int, found: _Duplicate) -> None:
+        if not found.broken:
+            found.comm.Free()
+
+    return mpi.Comm.Create_keyval(delete_fn=free)
 
 
 class Mpi(Members):
@@ -35,9 +54,21 @@ class Mpi(Members):
         self.timeout = seconds(timeout)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._error = MPI.Exception
-        self._comm, request = comm.Idup()
-        self._finish(request)
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        # MPI has some 2,000 communicators: one duplicate serves all groups of a communicator, and is
+        # freed with it. After an error messages may be under way in it: then another is made.
+        found: Any = comm.Get_attr(_attribute(MPI))
+        if found is None or found.broken:
+            found = _Duplicate(*comm.Idup())
+            self._duplicate = found
+            self._finish(found.request)
+            found.comm.Set_errhandler(MPI.ERRORS_RETURN)
+            comm.Set_attr(_attribute(MPI), found)
+        self._duplicate = found
+        self._comm = found.comm
+
+    def _break(self, why: object) -> NoReturn:
+        self._duplicate.broken = True
+        super()._break(why)
 
     def _gather(self, row: Rows) -> Callable[[], Rows]:
         rows = np.empty((self.size, len(row)), np.uint8)
@@ -49,11 +80,19 @@ class Mpi(Members):
 
         return wait
 
-    def _sum(self, array: Array) -> Array:
-        mine = np.ascontiguousarray(to_host(array))
-        total = np.empty_like(mine)
-        self._finish(self._begin("Iallreduce", mine, total), mine, total)
-        return from_host(total, array)
+    def _vector(self, array: Array) -> Array:
+        return np.ravel(to_host(array))
+
+    def _zeros(self, size: int, dtype: str) -> Array:
+        return np.zeros(size, dtype)
+
+    def _sum(self, vector: Array) -> Array:
+        total = np.empty_like(vector)
+        self._finish(self._begin("Iallreduce", vector, total), vector, total)
+        return total
+
+    def _back(self, vector: Array, like: Array) -> Array:
+        return from_host(vector.reshape(like.shape), like)
 
     def _begin(self, collective: str, *buffers: Array) -> Any:
         for buffer in buffers:

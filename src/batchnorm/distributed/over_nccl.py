@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cupy
+import numpy as np
 from cupy.cuda import nccl
 
 from batchnorm import checks
@@ -42,13 +43,22 @@ class Nccl(Members):
 
         return wait
 
-    def _sum(self, array: Array) -> Array:
-        mine = cupy.ascontiguousarray(array)
-        total = cupy.empty_like(mine)
-        done = self._run("allReduce", mine, total, nccl.NCCL_SUM)
+    def _vector(self, array: Array) -> Array:
+        return array.reshape(-1)
+
+    def _zeros(self, size: int, dtype: str) -> Array:
+        return cupy.asarray(np.zeros(size, dtype))
+
+    def _sum(self, vector: Array) -> Array:
+        vector = cupy.ascontiguousarray(vector)
+        total = cupy.empty_like(vector)
+        done = self._run("allReduce", vector, total, nccl.NCCL_SUM)
         if self.timeout is not None:
             self._finish(done)
         return total
+
+    def _back(self, vector: Array, like: Array) -> Array:
+        return vector.reshape(like.shape)
 
     def _run(self, collective: str, mine: Array, result: Array, *operation: int) -> Any:
         """Enqueue a collective on the current stream; an event that comes after it."""

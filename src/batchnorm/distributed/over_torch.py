@@ -49,15 +49,25 @@ class Torch(Members):
 
         return wait
 
-    def _sum(self, array: Array) -> Array:
+    def _vector(self, array: Array) -> Array:
         own: Any = array if compat.is_torch_array(array) else self._tensor(array)
-        total = plain(own).detach().to(self._device, copy=True).contiguous()
+        return plain(own).detach().to(self._device).reshape(-1)
+
+    def _zeros(self, size: int, dtype: str) -> Array:
+        return torch.zeros(size, dtype=getattr(torch, dtype), device=self._device)
+
+    def _sum(self, vector: Array) -> Array:
+        total = vector.clone()  # it is written to
         self._finish(self._begin(lambda: dist.all_reduce(total, group=self._group, async_op=True)))
-        if own is array:
-            return total.to(array.device)
-        if compat.is_cupy_array(array):
-            return compat.array_namespace(array).from_dlpack(total.to(own.device))
-        return from_host(to_host(total), array)
+        return total
+
+    def _back(self, vector: Array, like: Array) -> Array:
+        total = vector.reshape(tuple(like.shape))
+        if compat.is_torch_array(like):
+            return total.to(like.device)
+        if compat.is_cupy_array(like):
+            return compat.array_namespace(like).from_dlpack(total.to(f"cuda:{like.device.id}"))
+        return from_host(to_host(total), like)
 
     def _tensor(self, array: Array) -> Array:
         """An array of another library as a tensor."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm import checks
+from batchnorm import checks, groups
 from batchnorm.torch.leaving import leaves
 
 Module = Any
@@ -17,17 +17,18 @@ Module = Any
 
 def _forward(self: Module, x: Any) -> Any:
     """What `torch.nn.BatchNorm2d.forward` does, step by step, with this package's functions."""
-    self._check_input_dim(x)
-    gamma, beta, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+    group = self.group if self.training else None
+    with groups.call(group, type(self).__name__):
+        self._check_input_dim(x)
+        gamma, beta, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        if self.training and mean is not None and x.shape[1] != mean.shape[0]:
+            expected = f"{mean.shape[0]}, as running_mean"
+            checks.fail(ValueError, "input", f"{x.shape[1]} channels", expected)
     if not self.training and mean is not None:
         if not leaves():  # copies: the next batch moves these, maybe before the gradient of y is taken
             mean, var = mean.clone(), var.clone()
         return bn.normalize(x, mean, var, gamma, beta, eps=self.eps)
-    if mean is not None and x.shape[1] != mean.shape[0]:
-        expected = f"{mean.shape[0]}, as running_mean"
-        checks.fail(ValueError, "input", f"{x.shape[1]} channels", expected)
     values = x.numel() // max(1, x.shape[1])
-    group = self.group if self.training else None
     if values == 1 and group is None:
         expected = "at least 2 values per channel in training"
         checks.fail(ValueError, "input", f"shape {tuple(x.shape)}", expected)
@@ -81,7 +82,7 @@ def _scriptable(self: Module) -> Module:
     return self
 
 
-class BatchNorm1d(nn.BatchNorm1d):
+class BatchNorm1d(groups.Shared, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` on this package's passes.
 
     Takes the same arguments, loads and saves the same ``state_dict``, and is one to ``isinstance``.
@@ -94,7 +95,7 @@ class BatchNorm1d(nn.BatchNorm1d):
     group: Any = None
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(groups.Shared, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on this package's passes; see `BatchNorm1d`. Input: (N, C, H, W)."""
 
     forward = forward
@@ -103,7 +104,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     group: Any = None
 
 
-class BatchNorm3d(nn.BatchNorm3d):
+class BatchNorm3d(groups.Shared, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on this package's passes; see `BatchNorm1d`. Input: (N, C, D, H, W)."""
 
     forward = forward

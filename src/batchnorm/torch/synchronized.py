@@ -41,11 +41,12 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, *_: Any) -> Any:
         x, gamma, where, *stats = ctx.saved_tensors
         at, group, moments = ctx.at, ctx.group, Moments(*stats)
-        with groups.attending(group, "batch_norm_backward", x, at.kept):
+        with groups.call(group, "batch_norm_backward") as call:
             dy = torch.zeros_like(x) if dy is None else dy  # the others need this member's sums
-        kernels, w = pick(dy, x, gamma, where), vectors.weights_of(where, x.ndim)
-        own = vectors.sums_with(kernels, at, dy, x, vectors.centre(at, moments), w)
-        sums = groups.all_reduce(group, *own)
+            kernels, w = pick(dy, x, gamma, where), vectors.weights_of(where, x.ndim)
+            call.announce_backward(at, x)
+            own = vectors.sums_with(kernels, at, dy, x, vectors.centre(at, moments), w)
+            sums = groups.all_reduce(group, *own)
         backward_from: Any = vectors.backward_from
         dx, *_ = backward_from(kernels, at, dy, x, w, moments, gamma, ctx.eps, sums, None)
         rstd, _ = vectors.slope(at, moments.var, gamma, ctx.eps)
