@@ -14,6 +14,7 @@ per-channel vector in broadcast shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from batchnorm import checks
@@ -72,13 +73,14 @@ def batch_norm_jvp(
     at = _checked(x, stats, gamma, where, axis, dx=dx)
     checks.vectors(at, dgamma=dgamma, dbeta=dbeta)
     eps = checks.scalar("eps", eps, 0)
-    call = _Call.of(at, x, stats, gamma, where, eps, dx, dgamma, dbeta)
+    call, dtype = _Call.of(at, x, stats, gamma, where, eps, dx, dgamma, dbeta), x.dtype
     if dx is None:
         dx = at.xp.zeros_like(x)
-    dy, total, total_x = _along(call, dx, dgamma, dbeta)
+    x, dx = _again(call, (call.x, dx), _vectors_of(stats))
+    dy, total, total_x = _along(call._replace(x=x), dx, dgamma, dbeta)
     dmean, dvar = total / call.n, 2 * total_x / (call.n * call.rstd)  # (C), (C)
     vectors = (at.xp.astype(at.squeeze(v), stats.var.dtype) for v in (dmean, dvar))
-    return at.xp.astype(dy, x.dtype, copy=False), *vectors
+    return at.xp.astype(dy, dtype, copy=False), *vectors
 
 
 def batch_norm_double_backward(
@@ -136,12 +138,16 @@ def batch_norm_double_backward(
     xp, rstd, n, a = at.xp, call.rstd, call.n, call.a
     dy = compute(at, dy)  # (..., C, ...)
     u = xp.zeros_like(dy) if ddx is None else compute(at, ddx)  # (..., C, ...)
+    dy, u, big = _again(call, (dy, u, call.x), _vectors_of(stats))
+    call = call._replace(x=big)
     direct = at.vector(0.0 if ddgamma is None else ddgamma)  # (C)
 
     d_dy, u1, u2 = _along(call, u, ddgamma, ddbeta)
-    s1, s2 = _sums(call, dy, call.w)  # (C), (C)
+    own_dy, own_x = _again(call, (dy, call.x), (u1, u2))
+    s1, s2 = _sums(call._replace(x=own_x), own_dy, call.w)  # (C), (C)
     zero = xp.zeros_like(call.mid.m)  # (C)
-    _, product = call.kernels.grad_sums(dy, u, zero, None, at)  # (C): sum of u dy
+    own_dy, own_u = _again(call, (dy, u), (s1, s2))
+    _, product = call.kernels.grad_sums(own_dy, own_u, zero, None, at)  # (C): sum of u dy
     q = product - (s1 * u1 + s2 * u2) / n  # (C)
 
     # e = k dy + h w u, and its sums.
@@ -151,9 +157,10 @@ def batch_norm_double_backward(
     # d_x = rstd (k dy + w (h u - sum_e / n - x_hat (sum_e_x + a q) / n))
     slope_x = -rstd * rstd * (sum_e_x + a * q) / n  # (C)
     constant = -rstd * sum_e / n - slope_x * call.mid.rest  # (C)
+    dy, u, x = _again(call, (dy, u, call.x), (rstd * k, rstd * h, slope_x, constant))
     d_x = call.kernels.scale_shift(dy, zero, compute(at, rstd * k), zero, at, None)
     d_x = _add(call, d_x, u, zero, rstd * h, zero)
-    d_x = _add(call, d_x, call.x, call.mid.m, slope_x, constant)
+    d_x = _add(call, d_x, x, call.mid.m, slope_x, constant)
 
     dtype = at.compute if gamma is None else gamma.dtype
     d_gamma = xp.astype(at.squeeze(rstd * q), dtype)
@@ -212,6 +219,16 @@ def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:
     return total, call.rstd * total_x  # (C), (C)
 
 
+def _vectors_of(stats: Moments) -> list[Array]:
+    return [v for v in stats if hasattr(v, "dtype")]
+
+
+def _again(call: _Call, arrays: tuple[Array, ...], after: Sequence[Array]) -> Sequence[Array]:
+    """Big arrays for a pass that comes after some vectors: Dask reads them anew, and keeps none."""
+    found: Sequence[Array] = arrays if call.kernels.again is None else call.kernels.again(arrays, after)
+    return found
+
+
 def _along(
     call: _Call, u: Array, dgamma: Array | None, dbeta: Array | None
 ) -> tuple[Array, Array, Array]:
@@ -225,6 +242,7 @@ def _along(
         x = xp.where(w > 0, x, call.mid.m)  # (..., C, ...)
         finite = xp.where((w > 0) | xp.isfinite(call.x), call.x, call.mid.m)  # (..., C, ...)
     u1, u2 = _sums(call._replace(x=x), weighted, None)  # (C), (C)
+    u, finite = _again(call, (u, finite), (u1, u2))
     b = call.rstd * (at.vector(0.0 if dgamma is None else dgamma) - call.a * u2 / call.n)  # (C)
     c = at.vector(0.0 if dbeta is None else dbeta) - call.a * u1 / call.n - b * call.mid.rest  # (C)
     zero = xp.zeros_like(call.mid.m)  # (C)

@@ -7,20 +7,28 @@ output: it is read again once they are known, so that any size streams through l
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import dask
 import dask.array
 from array_api_compat import array_namespace, device
-from dask.graph_manipulation import bind
+from dask._task_spec import Alias, DataNode, Task, TaskRef, convert_legacy_graph
+from dask.base import clone_key
+from dask.highlevelgraph import HighLevelGraph
+from dask.utils import key_split
 
+from batchnorm import checks
 from batchnorm.kernels import KernelSet, pick
 from batchnorm.layout import Layout, layout
 from batchnorm.moments import Moments, pool_rows
 
 Array = Any
 da: Any = dask.array
+
+# Names in graphs: of statistics and other vectors, and of what comes between two passes.
+STATISTICS, AFTER = "batchnorm-statistics", "batchnorm-after"
 
 
 def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
@@ -30,12 +38,13 @@ def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array,
         axes = tuple(1 + a for a in at.reduced)
         merge = functools.partial(_merged, kept=at.kept)
         parts = da.reduction(parts, merge, merge, axes, keepdims=True, dtype=at.wide, meta=parts._meta)
+    parts = _statistics(parts)
     return parts[0], parts[1], parts[2], parts[3]
 
 
 def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: None) -> Array:
     """Give y = a·(x - m) + b."""
-    return _blocks(_chunk_scale_shift, at, x, m, a, b)
+    return _blocks(_chunk_scale_shift, at, x, *map(_statistics, (m, a, b)))
 
 
 def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tuple[Array, Array]:
@@ -43,6 +52,7 @@ def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tup
     parts = _partial(_chunk_grad_sums, 2, at, x, dy, m, w)
     if at.reduced:
         parts = da.sum(parts, axis=tuple(1 + a for a in at.reduced), keepdims=True)
+    parts = _statistics(parts)
     return parts[0], parts[1]
 
 
@@ -58,7 +68,7 @@ def grad_input(
     out: None,
 ) -> Array:
     """Give dx = a·(dy + w·(b·(x - m) + c))."""
-    return _blocks(_chunk_grad_input, at, x, dy, m, a, b, c, w)
+    return _blocks(_chunk_grad_input, at, x, dy, *map(_statistics, (m, a, b, c)), w)
 
 
 def forward(
@@ -68,7 +78,7 @@ def forward(
     from batchnorm import vectors  # which imports this package's kernels
 
     stats = vectors.moments_by(kernel_set(), at, x, w)
-    (x,) = _again((x,), stats)
+    (x,) = again((x,), stats)
     return vectors.scale_shift_by(kernel_set(), at, x, stats, gamma, beta, eps, None), stats
 
 
@@ -85,27 +95,92 @@ def backward(
     """Give dx, dgamma and dbeta."""
     from batchnorm import vectors
 
-    sums = vectors.sums_with(kernel_set(), at, dy, x, vectors.centre(at, stats), w)
-    dy, x = _again((dy, x), sums)
+    # Where the statistics are x's own and still to come, its chunks are not kept for the sums either.
+    given = [v for v in stats if hasattr(v, "dtype")]
+    own_dy, own_x = again((dy, x), given)
+    sums = vectors.sums_with(kernel_set(), at, own_dy, own_x, vectors.centre(at, stats), w)
+    dy, x = again((dy, x), sums)
     return vectors.backward_from(kernel_set(), at, dy, x, w, stats, gamma, eps, sums, None)
 
 
-def _again(arrays: tuple[Array, ...], after: Sequence[Array]) -> tuple[Array, ...]:
+def _statistics(parts: Array) -> Array:
+    """The same array, under a name by which `again` knows it."""
+    name = f"{STATISTICS}-{dask.base.tokenize(parts.name)}"
+    return parts.map_blocks(_same, name=name, meta=parts._meta)
+
+
+def _same(parts: Array) -> Array:
+    return parts
+
+
+def again(arrays: tuple[Array, ...], after: Sequence[Array]) -> list[Array]:
     """The same arrays, read or computed anew, and not before some others are there.
 
-    Otherwise their chunks would be kept from the first pass to the second.
+    Otherwise their chunks would be kept from the first pass to the second. Statistics of earlier calls
+    are not computed anew: they are small, and graphs would double with every layer. (Dask's own `bind`
+    leaves the tasks of layers other than its blockwise ones as they are.)
     """
+    graph: Any = HighLevelGraph.merge(*(a.__dask_graph__() for a in (*arrays, *after)))
+    nodes = convert_legacy_graph(graph.to_dict())
+    outputs = [list(_flat(a.__dask_keys__())) for a in arrays]
     # The same names for the same call, so that Dask knows equal work by its name.
     seed = dask.base.tokenize([a.name for a in arrays], [a.name for a in after])
-    found: tuple[Array, ...] = bind(arrays, list(after), seed=seed)
+    anew = _computed_anew(nodes, [key for keys in outputs for key in keys])
+    names = {key: clone_key(key, seed) for key in anew}
+    # First come the others, and all vectors: or Dask would begin with chunks that then wait for these.
+    given = {need for key in anew for need in nodes[key].dependencies if need not in anew}
+    waited = {key for a in after for key in _flat(a.__dask_keys__())}
+    waited |= {key for key in given if not isinstance(nodes[key], DataNode)}
+    first, name = f"{AFTER}-{seed}", f"batchnorm-again-{seed}"
+    layer: dict[Any, Any] = {first: Task(first, _nothing, *map(TaskRef, sorted(waited, key=str)))}
+    for key in anew:
+        node = nodes[key].substitute(names, key=names[key])
+        bound = anew.isdisjoint(nodes[key].dependencies)
+        layer[node.key] = Task(node.key, _value, node, TaskRef(first)) if bound else node
+    needed = given | waited
+    needs = {n for n, found in graph.layers.items() if not needed.isdisjoint(found.get_output_keys())}
+    layers, dependencies = {**graph.layers, name: layer}, {**graph.dependencies, name: needs}
+    found = []
+    for i, (a, keys) in enumerate(zip(arrays, outputs, strict=True)):
+        own = f"{name}-{i}"
+        aliases: Any = {(own, *key[1:]): Alias((own, *key[1:]), names.get(key, key)) for key in keys}
+        whole = HighLevelGraph({**layers, own: aliases}, {**dependencies, own: {name, a.name}})
+        found.append(da.Array(whole, own, a.chunks, meta=a._meta))
     return found
+
+
+def _computed_anew(nodes: dict[Any, Any], outputs: list[Any]) -> set[Any]:
+    """Keys of what leads to some outputs, but for data and for statistics of earlier calls."""
+    found: set[Any] = set()
+    rest = outputs
+    while rest:
+        key = rest.pop()
+        known = key in found or key not in nodes
+        if not (known or isinstance(nodes[key], DataNode) or key_split(key) in (STATISTICS, AFTER)):
+            found.add(key)
+            rest += nodes[key].dependencies
+    return found
+
+
+def _flat(keys: Any) -> list[Any]:
+    """The keys of an array's chunks."""
+    return [key for part in keys for key in _flat(part)] if isinstance(keys, list) else [keys]
+
+
+def _value(value: Any, _: None) -> Any:
+    return value
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 @functools.cache
 def kernel_set() -> KernelSet:
     """The kernels on chunks."""
     why = "each chunk on the kernels of its own library"
-    return KernelSet("dask", why, moments, scale_shift, grad_sums, grad_input, forward, backward)
+    fused: dict[str, Any] = {"forward": forward, "backward": backward, "again": again}
+    return KernelSet("dask", why, moments, scale_shift, grad_sums, grad_input, **fused)
 
 
 # What runs on each chunk. Vectors come in broadcast shape, cut as the channels are.
@@ -147,7 +222,7 @@ def _cut_as(x: Array, axes: tuple[int, ...], others: tuple[Any, ...]) -> list[An
 
 
 def _layout(x: Array, kept: tuple[int, ...]) -> Layout:
-    return layout("x", array_namespace(x), x, kept, device(x))
+    return layout("x", checks.namespace("x", x), x, kept, device(x))
 
 
 def _chunk_moments(x: Array, w: Array | None, *, kept: tuple[int, ...]) -> Array:
@@ -162,8 +237,9 @@ def _merged(parts: Array, axis: Any, keepdims: bool, *, kept: tuple[int, ...]) -
     reduced = [a for a in range(ndim) if a not in kept]
     shape = tuple(parts.shape[1 + a] for a in kept)
     broadcast = tuple(parts.shape[1 + a] if a in kept else 1 for a in range(ndim))
+    count = math.prod(parts.shape[1 + a] for a in reduced)  # chunks may have no channels
     n, mean, low, var = (
-        xp.reshape(xp.permute_dims(parts[i, ...], (*reduced, *kept)), (-1, *shape)) for i in range(4)
+        xp.reshape(xp.permute_dims(parts[i, ...], (*reduced, *kept)), (count, *shape)) for i in range(4)
     )
     n, mean, var, low = pool_rows(Moments(n, mean, var, low))
     return xp.stack([xp.reshape(v, broadcast) for v in (n, mean, low, var)])
