@@ -1,5 +1,9 @@
 """Layers in and out of files: .safetensors and .npz, read by other packages and by this one."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from test_checkpoints import DYADIC, a_bfloat16_layer, settled, trained, trained_arrays
@@ -94,14 +98,12 @@ def test_a_file_that_is_cut(tmp_path, suffix):
 
 
 def test_pickles_are_not_read(tmp_path):
-    np.savez(tmp_path / "model.npz", **(trained_arrays() | {"weight": np.array([object()])}))
+    np.savez(tmp_path / "model.npz", **(trained_arrays() | {"weight": np.array([object()] * 6)}))
     with pytest.raises(ValueError, match="path: got 'weight' in .*, which cannot be read"):
         bn.load(tmp_path / "model.npz", bn.BatchNorm(6))
 
 
 def test_without_safetensors_it_says_so(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"not installed, expected it: pip install 'batchnorm\[safe"):
         bn.save(tmp_path / "model.safetensors", trained())
@@ -170,3 +172,132 @@ def test_an_array_that_cannot_be_read_is_named(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="path: got 'bn.bias' in .*model.safetensors, which cannot be"):
         bn.load(tmp_path / "model.safetensors", {"bn": bn.BatchNorm(6)})
+
+
+def test_a_large_array_of_another_shape_is_not_read(tmp_path):
+    """A few MB that unpack to gigabytes: the shape tells before that."""
+    arrays = trained_arrays()
+    path = tmp_path / "model.npz"
+    np.savez_compressed(path, **(arrays | {"weight": np.zeros(2**27)}))  # 1 GB in 1 MB
+    before = peak()
+    with pytest.raises(ValueError, match=r"weight: got shape \(134217728,\), expected \(6,\)"):
+        bn.load(path, bn.BatchNorm(6))
+    assert peak() - before < 2**26
+    tensors = arrays | {"bias": np.zeros((6, 10**6), np.float32)}
+    pytest.importorskip("safetensors.numpy").save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"bias: got shape \(6, 1000000\), expected \(6,\)"):
+        bn.load(tmp_path / "model.safetensors", bn.BatchNorm(6))
+
+
+def peak():
+    """The most memory that this process has had, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+ROUNDS, WRITERS = 15, 4
+WRITE = """
+import sys, time
+import numpy as np
+import batchnorm as bn
+
+path, rounds, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+layer = bn.BatchNorm(50_000)
+layer.gamma, layer.running_mean = np.full(50_000, float(number)), np.full(50_000, float(number))
+for _ in range(rounds):
+    bn.save(path, layer)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_several_processes_save_at_once(tmp_path, suffix):
+    """Every rank of a job, say: each file that is ever seen is whole and one writer's own."""
+    path = tmp_path / f"model{suffix}"
+    bn.save(path, bn.BatchNorm(50_000))
+    command = [sys.executable, "-c", WRITE, path, str(ROUNDS)]
+    writers = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE) for i in range(WRITERS)]
+    layer, seen = bn.BatchNorm(50_000), 0
+    while any(writer.poll() is None for writer in writers):
+        bn.load(path, layer)
+        assert len({layer.gamma[0], *layer.gamma[::999], *layer.running_mean[::999]} - {0.0}) <= 1
+        seen += 1
+    assert seen > 1
+    for writer in writers:
+        assert writer.wait() == 0, writer.stderr.read().decode()
+        writer.stderr.close()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing else is left there"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and links as POSIX has them")
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_that_is_there_keeps_its_place_and_permissions(tmp_path, suffix):
+    real, link = tmp_path / "folder" / f"model{suffix}", tmp_path / f"link{suffix}"
+    real.parent.mkdir()
+    own = real.with_name(f"model{suffix}.partial")
+    own.write_text("the user's own")
+    old = os.umask(0o027)
+    try:
+        bn.save(real, trained())
+        assert real.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(old)
+    real.chmod(0o604)
+    link.symlink_to(real)
+    bn.save(link, trained(seed=5))
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o604
+    layer = bn.BatchNorm(6)
+    bn.load(real, layer)
+    np.testing.assert_array_equal(layer.gamma, trained(seed=5).gamma)
+    assert own.read_text() == "the user's own"
+    assert sorted(p.name for p in real.parent.iterdir()) == [f"model{suffix}", f"model{suffix}.partial"]
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.npz"
+    bn.save(path, trained())
+    whole = path.read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="no space left"):
+        bn.save(path, trained(seed=5))
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="path: got .*, expected a file in a folder that exists"):
+        bn.save(tmp_path / "nowhere" / "model.npz", trained())
+
+
+NAMES = {
+    "one above others": {"": 4, "bn": 4},
+    "one inside another": {"a": 4, "a.weight": 4},
+    "a line break": {"a\nb": 4},
+    "half a character": {"\ud800": 4},
+    "a long one": {"a" * 70_000: 4},
+}
+
+
+@pytest.mark.parametrize("which", NAMES)
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_names_that_could_not_be_loaded_are_not_saved(tmp_path, which, suffix):
+    layers = {prefix: trained(n) for prefix, n in NAMES[which].items()}
+    with pytest.raises(ValueError, match="layers: got (names|the prefix) "):
+        bn.save(tmp_path / f"model{suffix}", layers)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_any_other_names_come_back(tmp_path, suffix):
+    prefixes = ["a", "b.c", "b.d", "é", "名", "a/b", "..", "file", "__metadata__", " ", "x" * 900]
+    layers = {prefix: trained(3 + i, seed=i) for i, prefix in enumerate(prefixes)}
+    bn.save(tmp_path / f"model{suffix}", layers)
+    others = {prefix: bn.BatchNorm(3 + i) for i, prefix in enumerate(prefixes)}
+    bn.load(tmp_path / f"model{suffix}", others)
+    for prefix in prefixes:
+        np.testing.assert_array_equal(others[prefix].gamma, layers[prefix].gamma)

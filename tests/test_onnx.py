@@ -1,5 +1,6 @@
 """ONNX: its own backend cases, its checker and its runtime are the judges."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -56,8 +57,7 @@ def test_a_layer_goes_out_and_comes_back(opset):
     layer = trained()
     model = to_onnx(layer, ndim=3, name="block.bn", opset=opset)
     onnx.checker.check_model(model, full_check=True)
-    newest = onnx.defs.onnx_opset_version()
-    assert model.opset_import[0].version == (opset or newest)
+    assert model.opset_import[0].version == opset or opset is None
     loaded = from_onnx(onnx.load_from_string(model.SerializeToString()))
     assert list(loaded) == ["block.bn"]
     back = loaded["block.bn"]
@@ -66,11 +66,49 @@ def test_a_layer_goes_out_and_comes_back(opset):
     expected = layer(x)
     tolerance = 2 * 2.0**-23 * abs(expected).max()
     np.testing.assert_allclose(back(x), expected, rtol=0, atol=tolerance)
-    if opset is not None:  # a runtime does not know every new opset
-        runtime = pytest.importorskip("onnxruntime")
-        session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        (y,) = session.run(None, {"x": x})
-        np.testing.assert_allclose(y, expected, rtol=0, atol=4 * tolerance)
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x})
+    np.testing.assert_allclose(y, expected, rtol=0, atol=4 * tolerance)
+
+
+def test_the_newest_opset_that_the_runtime_runs(monkeypatch):
+    """One that it refuses is not taken; without a runtime, the newest that onnx knows is."""
+    from batchnorm import onnx as module
+
+    newest = onnx.defs.onnx_opset_version()
+    try:
+        module._newest.cache_clear()
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        assert to_onnx(trained()).opset_import[0].version == newest
+        module._newest.cache_clear()
+
+        class Old:
+            """A runtime that knows nothing after opset 19."""
+
+            def InferenceSession(self, model, providers):  # noqa: N802
+                assert onnx.load_from_string(model).opset_import[0].version <= 19
+
+        monkeypatch.setitem(sys.modules, "onnxruntime", Old())
+        assert to_onnx(trained()).opset_import[0].version == 19
+    finally:
+        module._newest.cache_clear()
+
+
+def test_parameters_behind_identity_and_cast():
+    """As optimizers and exporters leave them: shared between nodes, or kept in another dtype."""
+    helper = onnx.helper
+    values = {"s": [2.0, 3.0], "b": [1.0, 0.0], "m": [0.5, 0.25], "v": [4.0, 9.0]}
+    tensors = [onnx.numpy_helper.from_array(np.asarray(v, np.float16), n) for n, v in values.items()]
+    nodes = [helper.make_node("Cast", [n], [f"{n}32"], to=onnx.TensorProto.FLOAT) for n in values]
+    nodes += [helper.make_node("Identity", ["v32"], ["v_same"])]
+    inputs = ["x", "s32", "b32", "m32", "v_same"]
+    nodes += [helper.make_node("BatchNormalization", inputs, ["y"], name="bn")]
+    ends = [helper.make_tensor_value_info(end, 1, [2, 2, 3]) for end in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    layer = from_onnx(helper.make_model(graph))["bn"]
+    for name, v in zip(("gamma", "beta", "running_mean", "running_var"), values.values(), strict=True):
+        np.testing.assert_array_equal(layer.state_dict()[name], v)
 
 
 def test_a_model_with_constants_subgraphs_and_training():

@@ -227,7 +227,15 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
     Raises
     ------
     TypeError, ValueError
-        Another kind of file or of layer. Nothing is written then.
+        Another kind of file or of layer, or names that `load` would not take apart. Nothing is written
+        then.
+    FileNotFoundError
+        There is no such folder.
+
+    Notes
+    -----
+    A file that is there is replaced at once, and keeps its permissions. Several processes may write the
+    same file: the last one's stays.
     """
     several = _several(layers)
     found = {
@@ -235,6 +243,8 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
         for prefix, layer in several.items()
         for name, v in _named(_held(layer)[0], FORMATS["torch"]).items()
     }
+    checks.path("path", path)
+    _found(several, list(found), path)  # what `load` would refuse
     files.write(path, found)
 
 
@@ -259,10 +269,27 @@ def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
         that does not fit; a variance below zero. Every layer is then as it was.
     """
     several = _several(layers)
-    held = files.names(path)
+    wanted = _found(several, files.names(path), path)
+    shapes = {
+        name: () if ours == COUNT else tuple(several[prefix].state_dict()[ours].shape)
+        for prefix, found in wanted.items()
+        for ours, name in found.items()
+    }
+    arrays = files.read(path, shapes)
+    states = {
+        prefix: {ours: _numpy(name, arrays[name]) for ours, name in found.items()}
+        for prefix, found in wanted.items()
+    }
+    _load(several, states, dict(zip(OURS, FORMATS["torch"].names, strict=True)) | {COUNT: COUNT})
+
+
+def _found(
+    layers: Mapping[str, BatchNorm], held: list[str], path: str | os.PathLike[str]
+) -> dict[str, dict[str, str]]:
+    """The names in a file of what each layer holds: those under its prefix, all and no others."""
     names = dict(zip(OURS, FORMATS["torch"].names, strict=True)) | {COUNT: COUNT}
     wanted: dict[str, dict[str, str]] = {}
-    for prefix, layer in several.items():
+    for prefix, layer in layers.items():
         above = _name(prefix, "")
         mine = {name.removeprefix(above) for name in held if name.startswith(above)}
         own = {ours: names[ours] for ours in layer.state_dict()}
@@ -271,12 +298,7 @@ def load(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
             got = f"names {sorted(mine)} under {prefix!r} in {os.fspath(path)}"
             checks.fail(ValueError, "layers", got, f"{sorted(needed)}")
         wanted[prefix] = {ours: above + theirs for ours, theirs in own.items() if theirs in mine}
-    arrays = files.read(path, [name for found in wanted.values() for name in found.values()])
-    states = {
-        prefix: {ours: _numpy(name, arrays[name]) for ours, name in found.items()}
-        for prefix, found in wanted.items()
-    }
-    _load(several, states, names)
+    return wanted
 
 
 def _several(layers: Any) -> Mapping[str, BatchNorm]:
@@ -287,6 +309,9 @@ def _several(layers: Any) -> Mapping[str, BatchNorm]:
     for prefix, layer in several.items():
         if not isinstance(prefix, str):
             checks.fail(TypeError, "layers", f"the key {checks.shown(prefix)}", "prefixes that are str")
+        if not prefix.isprintable() or len(prefix) > 1000:
+            got = f"the prefix {prefix[:60]!a}"
+            checks.fail(ValueError, "layers", got, "printable prefixes of at most 1,000 characters")
         if not isinstance(layer, BatchNorm):
             checks.fail(TypeError, "layers", checks.kind(layer), "a BatchNorm")
     return several

@@ -5,6 +5,8 @@ Needs the package `onnx`, which is imported at the first call.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,8 +48,8 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     Parameters
     ----------
     model : onnx.ModelProto
-        A model whose BatchNormalization nodes have their parameters as initializers or constants, in
-        its graph, in subgraphs or in its own functions.
+        A model whose BatchNormalization nodes have their parameters as initializers or constants,
+        perhaps behind Identity and Cast nodes, in its graph, in subgraphs or in its own functions.
 
     Returns
     -------
@@ -94,6 +96,8 @@ def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterato
             for attribute in node.attribute:
                 if attribute.name in ("value", "value_float", "value_floats"):
                     known[node.output[0]] = onnx.helper.get_attribute_value(attribute)
+        if node.op_type in ("Identity", "Cast") and node.domain in DOMAIN and node.input[0] in known:
+            known[node.output[0]] = _cast(onnx, node, _array(onnx, known[node.input[0]]))
         if _is_ours(node):
             missing = [tensor for tensor in node.input[1:5] if tensor not in known]
             if missing or len(node.input) < 5:
@@ -135,7 +139,13 @@ def _array(onnx: Any, value: Any) -> Array:
     """The array of an initializer or of a Constant's attribute."""
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
-    return np.asarray(value, np.float32)
+    return value if isinstance(value, np.ndarray) else np.asarray(value, np.float32)
+
+
+def _cast(onnx: Any, node: Any, value: Array) -> Array:
+    """What an Identity or a Cast makes of an array."""
+    to = next((a.i for a in node.attribute if a.name == "to"), None)
+    return value if to is None else value.astype(onnx.helper.tensor_dtype_to_np_dtype(to))
 
 
 def _settings(onnx: Any, node: Any, argument: str) -> dict[str, Any]:
@@ -159,7 +169,8 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     name : str, default "bn"
         Of the node; its parameters are ``name.scale`` and so on, its input ``x``, its output ``y``.
     opset : int, optional
-        At least 15; the newest that the installed `onnx` knows where it is left out.
+        At least 15. Left out, the newest that the installed `onnx` knows and the installed
+        `onnxruntime`, where there is one, runs.
 
     Returns
     -------
@@ -174,8 +185,7 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
         average, no running statistics; an opset that is too old.
     """
     onnx = _onnx()
-    newest = int(onnx.defs.onnx_opset_version())
-    opset = newest if opset is None else checks.whole("opset", opset, FIRST_OPSET)
+    opset = _newest() if opset is None else checks.whole("opset", opset, FIRST_OPSET)
     state = to_state(layer, "onnx")
     if layer.axis != 1:
         checks.fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")
@@ -192,6 +202,22 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="batchnorm")
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+@functools.cache
+def _newest() -> int:
+    """The newest opset that the installed packages know; a runtime lags behind."""
+    newest = int(_onnx().defs.onnx_opset_version())
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except Exception:  # none, or one that does not load here
+        return newest
+    for opset in range(newest, FIRST_OPSET, -1):
+        model = to_onnx(BatchNorm(1).eval(), opset=opset).SerializeToString()
+        with contextlib.suppress(Exception):  # the runtime's own
+            runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
+            return opset
+    return FIRST_OPSET
 
 
 def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array) -> tuple[Array, ...]:
