@@ -1,7 +1,7 @@
 """An array library that batchnorm has never seen: NumPy in a box, behind the standard alone.
 
-Arrays have no NumPy methods and no `__array__`; every function comes from the module. With
-UNSEEN_BREAKS=sum in the environment, sums lose their last term.
+Arrays have no NumPy methods and no `__array__`; every function comes from the module. UNSEEN_BREAKS in
+the environment names one of FAULTS, what an author might get wrong.
 """
 
 import operator
@@ -57,14 +57,46 @@ def _box(value):
     return type(value)(_box(v) for v in value) if isinstance(value, (tuple, list)) else value
 
 
+FAULTS = {
+    "sum": "a sum loses its last term",
+    "broadcast": "what is broadcast begins again after 64 places",
+    "reshape": "values are reshaped in the order of memory",
+    "integers": "integers are 1 as floating numbers",
+    "astype": "astype(copy=True) returns its input where the dtype is the same",
+    "comparisons": "comparisons with NaN are true",
+    "maximum": "the maximum of NaN and a number is the number",
+}
+
+
+def _breaks(fault):
+    assert fault in FAULTS
+    return os.environ.get("UNSEEN_BREAKS") == fault
+
+
 def _operator(name, reflected=False):
     function = getattr(operator, name)
 
     def method(self, other):
         pair = (_unbox(other), self._boxed) if reflected else (self._boxed, _unbox(other))
-        return _box(function(*pair))
+        if _breaks("broadcast"):
+            pair = _begun_again(*pair)
+        result = function(*pair)
+        if _breaks("comparisons") and name in ("lt", "le", "gt", "ge"):
+            result = result | np.isnan(pair[0]) | np.isnan(pair[1])
+        return _box(result)
 
     return method
+
+
+def _begun_again(*pair):
+    """Arrays of which the one that is broadcast has its first 64 places again and again."""
+    shape = np.broadcast_shapes(*map(np.shape, pair))
+    for i, a in enumerate(pair):
+        if np.shape(a) != shape and np.size(a) > 64:
+            long = int(np.argmax(np.shape(a)))
+            taken = np.take(a, np.arange(np.shape(a)[long]) % 64, axis=long)
+            pair = (*pair[:i], taken, *pair[i + 1 :])
+    return pair
 
 
 for _name in ("add", "sub", "mul", "truediv"):
@@ -89,9 +121,27 @@ def __array_namespace_info__():
 
 
 def sum(x, /, **options):
-    if os.environ.get("UNSEEN_BREAKS") == "sum" and x.shape[options["axis"]] > 2:
+    if _breaks("sum") and x.shape[options["axis"]] > 2:
         x = x[(slice(None),) * options["axis"] + (slice(0, -1),)]
     return _box(np.sum(_unbox(x), **options))
+
+
+def reshape(x, shape, /):
+    a = x._boxed
+    return _box(np.reshape(a.ravel(order="K") if _breaks("reshape") else a, shape))
+
+
+def astype(x, dtype, /, *, copy=True, device=None):
+    a = x._boxed
+    if _breaks("integers") and a.dtype.kind in "iu":
+        return _box(np.sign(a).astype(dtype))
+    if a.dtype == dtype and (_breaks("astype") or not copy):
+        return x
+    return _box(a.astype(dtype))
+
+
+def maximum(x, y, /):
+    return _box((np.fmax if _breaks("maximum") else np.maximum)(_unbox(x), _unbox(y)))
 
 
 def __getattr__(name):

@@ -12,7 +12,7 @@ from batchnorm.testing.libraries import numpy_dtype
 Array = Any
 
 # (shape, axis): channels second, last, first and in two axes; odd sizes; one channel; sums that are
-# longer than a leaf of the summation tree.
+# longer than a leaf of the summation tree; more channels than a vector register or a warp has places.
 SHAPES = [
     ((6, 5), 1),
     ((7, 3, 4), 1),
@@ -22,6 +22,7 @@ SHAPES = [
     ((2, 4, 3, 3), (1, 3)),
     ((9, 1), 1),
     ((37,), ()),
+    ((5, 131), 1),
 ]
 IDS = [f"{'x'.join(map(str, shape))}-axis{axis}".replace(" ", "") for shape, axis in SHAPES]
 
@@ -61,6 +62,8 @@ def weights(shape: tuple[int, ...], kind: str, seed: int = 3) -> Array:
     mask.reshape(-1)[::2] = True
     if kind == "mask":
         return mask
+    if kind == "integers":
+        return np.where(mask, rng.integers(1, 5, shape), 0).astype(np.int32)
     return np.where(mask, rng.uniform(0.25, 2.0, shape), 0.0).astype(np.float32)
 
 

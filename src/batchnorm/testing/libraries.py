@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -344,10 +345,40 @@ OWN_WAY = {
 class Unknown(Target):
     """A library that this package has never seen, on one of the devices that it lists."""
 
+    def missing(self) -> str | None:
+        """Why this target cannot run here, or None: also where it would be another library that runs."""
+        why = super().missing()
+        if why is not None or bn.kernels._added:  # kernels of one's own, for arrays of a known library
+            return why
+        kind = type(self._module.asarray(np.zeros((1,))))
+        for name, row in LIBRARIES.items():
+            module = sys.modules.get(row.module)
+            if module is not None and kind is type(module.asarray(np.zeros((1,)))):
+                return (
+                    f"its arrays are {name}'s, whose functions would be tested in the place of its own"
+                )
+        return None
+
+    @property
+    def _module(self) -> Any:
+        return importlib.import_module(self.module)
+
     @property
     def device(self) -> Any:
         named = {str(d): d for d in devices_of(self.module)}
         return named.get(self.device_name)
+
+    def asarray(self, a: Array) -> Array:
+        """Bring an array in as the library's users do, by its own `asarray`."""
+        if not hasattr(self._module, "asarray") or a.dtype.name == "bfloat16":
+            return super().asarray(a)
+        dtype = getattr(self._module, a.dtype.name, None)
+        options = {"device": self.device} if self.device is not None else {}
+        options |= {"dtype": dtype} if dtype is not None else {}
+        try:
+            return self._module.asarray(a, **options)
+        except (TypeError, ValueError, NotImplementedError):
+            return self._module.asarray(a.tolist(), **options)
 
 
 def targets(name: str) -> list[Target]:

@@ -102,6 +102,25 @@ def test_a_repeated_forward_pass_counts_once(target):
     assert after["num_batches_tracked"] == 1
 
 
+@pytest.mark.operation("out")
+def test_a_loaded_state_is_a_copy(target):
+    """What is written to the arrays afterwards does not reach the layer."""
+    x = data.batch((12, 5), mean=1.0)
+
+    def run(x, *arrays):
+        own = [0 * a for a in arrays]
+        for buffer, a in zip(own, arrays, strict=True):
+            buffer[...] = a
+        layer = loaded(*own).eval()
+        for buffer in own:
+            buffer[...] = 7.0
+        return layer(x)
+
+    gamma, beta, mean, var = state(5)
+    y = target.call(run, x, gamma, beta, mean, var)
+    verdict.forward(y, Problem(x, gamma, beta, mean=mean, var=var), "float32")
+
+
 def test_switches_are_separate(target):
     x, dy = data.batch((12, 5), mean=1.0), data.batch((12, 5), seed=5)
     gamma, beta, mean, var = state(5)

@@ -47,6 +47,26 @@ def test_merge_with_nothing_changes_nothing(target):
     np.testing.assert_allclose(merged.var, alone.var, rtol=1e-6)
 
 
+def test_nan_stays_in_its_channel(target):
+    """Through a merge and into running statistics: NaN is not less than 0, nor a maximum with it 0."""
+    x = data.batch((20, 4), mean=3.0)
+    x[4, 1], x[15, 2] = np.nan, np.inf
+    mean, var = data.statistics((4,))
+
+    def run(x, y, mean, var):
+        stats = bn.Moments.merge(bn.moments(x), bn.moments(y))
+        return stats, bn.update_running(mean, var, stats)
+
+    with np.errstate(all="ignore"):
+        stats, moved = target.call(run, x[:11], x[11:], mean, var)
+    for v in (stats.mean, stats.var, *moved):
+        assert np.isnan(v[1])
+        assert not np.isfinite(v[2])
+    assert np.all(stats.count == 20)
+    whole = Problem(x[:, ::3])
+    verdict.moments(bn.Moments(*(v[::3] for v in stats)), whole)
+
+
 @pytest.mark.operation("where")
 def test_merge_weighted(target):
     x, where = data.batch((40, 3), mean=1e4), data.weights((40, 3), "weights")

@@ -59,6 +59,21 @@ def test_padding_may_hold_nan(target):
     assert np.all(dx[padding] == 0)
 
 
+def test_integers_are_weights_too(target):
+    x, dy = data.batch((9, 4, 3), mean=3.0), data.batch((9, 4, 3), seed=5)
+    where = data.weights((9, 4, 3), "integers")
+
+    def both(x, dy, where):
+        y, stats = bn.batch_norm(x, where=where)
+        return y, stats, bn.batch_norm_backward(dy, x, stats, where=where)
+
+    y, stats, grads = target.call(both, x, dy, where)
+    expected = Problem(x, where=where)
+    verdict.forward(y, expected, "float32")
+    verdict.moments(stats, expected)
+    verdict.backward(grads, expected.backward(dy), "float32", "float32")
+
+
 def test_all_true_is_no_mask(target):
     x = data.batch((9, 4))
     y, stats = target.call(lambda x, w: bn.batch_norm(x, where=w), x, np.ones((9, 4), dtype=bool))
