@@ -1,5 +1,6 @@
 """python -m batchnorm: the demo trains and tells, info lists, and a wrong option is one line."""
 
+import signal
 import subprocess
 import sys
 
@@ -89,6 +90,11 @@ def _slope(start, name, direction, images, labels, settings, h=1e-5):
         (["demo", "--steps", "0"], "got '0', expected a whole number of at least 1"),
         (["demo", "--output", "/nowhere/x.png"], "--output: no folder"),
         (["demo", "--output", "x.txt"], "expected a .png, .pdf or .svg file"),
+        (["demo", "--output", "folder.png"], "--output: folder.png cannot be written (Is a directory)"),
+        (["bench", "--output", "folder.png"], "--output: folder.png cannot be written (Is a directory)"),
+        (["demo", "--output", "nowhere.png"], "--output: nowhere.png cannot be written (No such file"),
+        (["demo", "--seed", "-1"], "--seed: got '-1', expected a whole number of at least 0"),
+        (["demo", "--seed", "a"], "--seed: got 'a', expected a whole number of at least 0"),
         (["bench", "--output", "x.txt"], "expected a .png, .pdf or .svg file"),
         (["bench", "--all", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
@@ -96,7 +102,10 @@ def _slope(start, name, direction, images, labels, settings, h=1e-5):
         ([], "the following arguments are required"),
     ],
 )
-def test_a_wrong_option_is_one_line(arguments, text, capsys):
+def test_a_wrong_option_is_one_line(arguments, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "nowhere.png").symlink_to("/nowhere/x.png")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -104,6 +113,24 @@ def test_a_wrong_option_is_one_line(arguments, text, capsys):
     assert printed.out == ""
     assert text in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+@pytest.mark.parametrize("seconds", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("command", [("demo", "--steps", "100000"), ("bench",)])
+def test_an_interrupt_is_one_line(command, seconds, tmp_path):
+    """While it imports, while it compiles, while it works."""
+    started = [sys.executable, "-m", "batchnorm", *command]
+    log = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(started, cwd=tmp_path, **log) as program:
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(seconds)
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert said.strip().splitlines()[-1] == "python -m batchnorm: interrupted"
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_library_that_is_not_installed(capsys, monkeypatch):

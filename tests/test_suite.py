@@ -119,13 +119,28 @@ def test_a_stale_gap_fails(tmp_path):
     assert "XPASS(strict)" in done.stdout
 
 
-def test_a_name_that_cannot_be_imported(tmp_path):
-    done = run_suite("--array-library", "nonesuch", cwd=tmp_path)
+MODULES = {
+    "nonesuch": "not installed",
+    "": "not the name of a module",
+    "../x": "not the name of a module",
+    "raises": "RuntimeError: not today",
+    "leaves": "SystemExit: 3",
+    "no_python": "SyntaxError: ",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_that_cannot_be_imported_is_one_line(name, tmp_path):
+    (tmp_path / "raises.py").write_text("raise RuntimeError('not today\\nnor tomorrow')")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)")
+    (tmp_path / "no_python.py").write_text("def (")
+    done = run_suite("--array-library", name, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
-    assert (
-        "--array-library: got 'nonesuch', expected a usable library (nonesuch[default]: not installed)"
-        in done.stdout + done.stderr
+    (said,) = (done.stdout + done.stderr).strip().splitlines()
+    expected = (
+        f"--array-library: got {name!r}, expected a usable library ({name}[default]: {MODULES[name]}"
     )
+    assert expected in said
 
 
 def test_what_was_not_there_is_listed(tmp_path):

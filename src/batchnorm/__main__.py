@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from batchnorm import __version__, kernels_for
 from batchnorm.capabilities import LIBRARIES
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train the paper's first experiment on handwritten digits")
     demo.add_argument("--array-library", choices=DEMO_LIBRARIES, default="numpy", help="default: numpy")
     demo.add_argument("--steps", type=_positive, default=4000, help="training steps (default: 4000)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    demo.add_argument("--seed", type=_natural, default=0, help="of weights and batches (default: 0)")
     demo.add_argument(
         "--output",
         type=Path,
@@ -72,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.output.suffix.lower() not in suffixes:
         expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
         command.error(f"argument --output: got {chosen.output}, expected a {expected} file")
+    why_not = _unwritable(chosen.output)
+    if why_not is not None:
+        command.error(f"argument --output: {chosen.output} cannot be written ({why_not})")
 
     if on_gpu:
         from batchnorm.bench import gpu
@@ -112,14 +117,44 @@ def info() -> int:
 
 
 def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {low}")
     return value
 
 
+def _unwritable(path: Path) -> str | None:
+    """Why a file cannot be written, found out before the work that it is to hold; or None."""
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    if not there:
+        path.unlink()
+    return None
+
+
+def interrupted(number: int, frame: Any) -> NoReturn:
+    """End at once, in one line: libraries' threads and compilers have dozens to say otherwise."""
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which progress bars hide
+    sys.stdout.flush()
+    os.write(2, f"{shown}\npython -m batchnorm: interrupted\n".encode())
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     sys.exit(main())

@@ -398,6 +398,8 @@ def floating(argument: str, dtype: Any) -> str:
             dtype = importlib.import_module("numpy").dtype(dtype)
     named = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
     name = (named if isinstance(named, str) else shown(dtype).strip("'")).rpartition(".")[2]
+    if not isinstance(dtype, str):
+        name = name.lower()  # ndonnx's are classes: Float32
     if name not in FLOATS:
         fail(TypeError, argument, shown(dtype), f"one of {', '.join(FLOATS)}")
     return name

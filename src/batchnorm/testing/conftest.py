@@ -10,7 +10,7 @@ import pytest
 from batchnorm.capabilities import LIBRARIES, gap
 from batchnorm.layout import FLOATS
 from batchnorm.testing import data
-from batchnorm.testing.libraries import BFLOAT16, Target, targets
+from batchnorm.testing.libraries import BFLOAT16, Target, tried
 
 NOT_RUN = pytest.StashKey[dict[str, str]]()
 TARGETS = pytest.StashKey[list[Target]]()
@@ -27,13 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     present: list[Target] = []
     not_run: dict[str, str] = {}
     for name in named or LIBRARIES:
-        missing = {target: target.missing() for target in targets(name)}
-        usable = [target for target, why in missing.items() if why is None]
-        if named and not usable:
-            why = "; ".join(f"{target}: {why}" for target, why in missing.items())
-            raise pytest.UsageError(f"--array-library: got {name!r}, expected a usable library ({why})")
+        usable, missing = tried(name)
         present += usable
-        not_run.update({repr(target): why for target, why in missing.items() if why is not None})
+        not_run |= missing
     if BFLOAT16 is None:
         not_run["bfloat16 cases"] = "ml_dtypes is not installed"
     config.stash[TARGETS], config.stash[NOT_RUN] = present, not_run

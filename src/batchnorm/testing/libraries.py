@@ -49,13 +49,15 @@ class Target:
 
     def missing(self) -> str | None:
         """Why this target cannot run here, or None."""
+        if not all(part.isidentifier() for part in self.module.split(".")):
+            return "not the name of a module"
         root = self.module.partition(".")[0]
         if importlib.util.find_spec(root) is None:
             return "not installed"
         try:
             with self.active():
                 self.xp.zeros((1,), device=self.device)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # of its import too
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return None
 
@@ -390,12 +392,19 @@ def targets(name: str) -> list[Target]:
     return [Unknown(name, name, device) for device in devices]
 
 
+def tried(name: str) -> tuple[list[Target], dict[str, str]]:
+    """The targets of a library that can run here, and why others cannot."""
+    missing = {target: target.missing() for target in targets(name)}
+    usable = [target for target, why in missing.items() if why is None]
+    return usable, {repr(target): why for target, why in missing.items() if why is not None}
+
+
 def devices_of(module: str) -> list[Any]:
     """The devices that an unknown library lists, if it does."""
     try:
         info = importlib.import_module(module).__array_namespace_info__()
         return [d for d in info.devices() if d is not None]
-    except (ImportError, AttributeError):
+    except (Exception, SystemExit):  # `Target.missing` says why
         return []
 
 
