@@ -17,7 +17,7 @@ import zarr
 
 import batchnorm as bn
 
-ROWS, CHANNELS, PLACES, CHUNK = 2400, 64, 1000, 32  # 614 MB in chunks of 8
+ROWS, CHANNELS, PLACES, CHUNK = 2400, 64, 500, 32  # 307 MB in chunks of 4
 
 
 def chunk(i):
