@@ -1,6 +1,8 @@
 """Peaks of memory of passes over a Dask array, beside what was there before, in MB.
 
-python tests/bounded.py folder {forward,backward,jvp,double backward} source ...
+python tests/bounded.py folder {forward,backward,jvp,double backward} workers source ...
+
+A source that ends in "+where" has weights of its own shape.
 
 Prints one line for each source: its name and the peak.
 """
@@ -50,16 +52,16 @@ SOURCES = {
 }
 
 
-def passes(which, x):
+def passes(which, x, where):
     """The output of a pass over x, whose statistics are still to come."""
+    y, stats = bn.batch_norm(x, where=where)
     if which == "forward":
-        return bn.batch_norm(x)[0]
-    y, stats = bn.batch_norm(x)
+        return y
     if which == "backward":
-        return bn.batch_norm_backward(y, x, stats)[0]
+        return bn.batch_norm_backward(y, x, stats, where=where)[0]
     if which == "jvp":
-        return bn.batch_norm_jvp(x * x, None, None, x, stats)[0]
-    return bn.batch_norm_double_backward(x * x, None, None, y, x, stats)[1]
+        return bn.batch_norm_jvp(x * x, None, None, x, stats, where=where)[0]
+    return bn.batch_norm_double_backward(x * x, None, None, y, x, stats, where=where)[1]
 
 
 def resident():
@@ -74,7 +76,7 @@ class Sink:
         pass
 
 
-def peak(result):
+def peak(result, workers):
     """The most memory while a result goes by."""
     before, found, done = resident(), [0.0], threading.Event()
 
@@ -85,17 +87,19 @@ def peak(result):
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    with dask.config.set(scheduler="threads", num_workers=2):
+    with dask.config.set(scheduler="threads", num_workers=workers):
         result.store(Sink(), lock=False)
     done.set()
     watcher.join()
     return found[0]
 
 
-def main(folder, which, *sources):
+def main(folder, which, workers, *sources):
     bn.set_kernels("numpy")
     for source in sources:
-        print(source, f"{peak(passes(which, SOURCES[source](folder))):.0f}", flush=True)
+        x = SOURCES[source.removesuffix("+where")](folder)
+        where = abs(x) if source.endswith("+where") else None
+        print(source, f"{peak(passes(which, x, where), int(workers)):.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -170,18 +170,26 @@ def test_a_masked_array_is_refused():
         bn.batch_norm(hidden)[0].compute(scheduler="synchronous")
 
 
-ALL = "from_zarr slice rechunk reshape from_delayed"
+ALL = "from_zarr+where from_zarr slice rechunk reshape from_delayed"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux tells it")
 @pytest.mark.parametrize(
-    ("which", "sources"),
-    [("forward", ALL), ("backward", ALL), ("jvp", "slice"), ("double backward", "slice")],
+    ("which", "workers", "sources"),
+    [
+        ("forward", 1, ALL),
+        ("forward", 2, "slice from_zarr+where"),
+        ("backward", 1, "slice from_zarr+where"),
+        ("backward", 2, ALL),
+        ("jvp", 1, "slice slice+where"),
+        ("double backward", 2, "slice slice+where"),
+    ],
 )
-def test_memory_is_bounded_whatever_the_array_comes_from(which, sources, tmp_path):
+def test_memory_is_bounded_whatever_the_array_comes_from(which, workers, sources, tmp_path):
     """Of an array of 307 MB, all and more was kept where it was not purely blockwise."""
     pytest.importorskip("zarr")
-    command = [sys.executable, Path(__file__).parent / "bounded.py", tmp_path, which, *sources.split()]
+    program = Path(__file__).parent / "bounded.py"
+    command = [sys.executable, program, tmp_path, which, str(workers), *sources.split()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     peaks = dict(line.split() for line in run.stdout.splitlines())

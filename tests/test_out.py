@@ -49,6 +49,37 @@ def test_a_vector_in_the_memory_of_out(into):
         bn.batch_norm(x, x[0], out=x)
     with pytest.raises(ValueError, match=r"out: got memory that it shares with stats\.mean"):
         bn.batch_norm_backward(x, x, bn.moments(x)._replace(mean=x[2]), out=x)
+    # Whatever calls of these shapes have passed before.
+    y, vectors = into(data.batch((7, 6))), into(data.batch((2, 6)))
+    bn.batch_norm(y, *vectors, out=y)
+    with pytest.raises(ValueError, match="out: got memory that it shares with gamma"):
+        bn.batch_norm(x, x[0], x[1], out=x)
+    weights = into(abs(data.batch((7, 6))))
+    with pytest.raises(ValueError, match="out: got memory that it shares with where"):
+        bn.batch_norm(x, where=weights, out=weights)
+
+
+def test_an_out_that_overlaps_itself(into):
+    x, row = into(data.batch((7, 6))), into(data.batch((1, 6)))
+    out = (
+        row.expand(7, 6)
+        if hasattr(row, "expand")
+        else np.lib.stride_tricks.as_strided(row, (7, 6), (0, 4))
+    )
+    with pytest.raises(
+        ValueError, match="out: got values that share memory, expected a place of its own"
+    ):
+        bn.batch_norm(x, out=out)
+    np.testing.assert_array_equal(row, data.batch((1, 6)))
+
+
+def test_a_layer_that_writes_over_its_input(into):
+    """There is nothing to go back from, whichever view of it is given."""
+    for out in (lambda x: x, lambda x: x[:]):
+        x, layer = into(data.batch((7, 6))), bn.BatchNorm(6)
+        layer(x, out=out(x))
+        with pytest.raises(RuntimeError, match="backward: got no forward pass to go back from"):
+            layer.backward(x)
 
 
 def test_the_same_view_and_values_between_others(into):

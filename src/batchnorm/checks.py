@@ -259,9 +259,10 @@ def output(at: Layout, x: Array, out: Array | None) -> None:
 
 
 def apart(out: Array | None, **given: Array | None) -> None:
-    """Check that writing to `out` changes no argument that is still to be read.
+    """Check that writing to `out` changes no argument that is still to be read, nor `out` itself.
 
     It may be x or dy itself, which are read where they are written; not another view of their memory.
+    Where arrays lie differs from call to call, so this is not to be remembered.
     """
     if out is None:
         return
@@ -269,12 +270,14 @@ def apart(out: Array | None, **given: Array | None) -> None:
     target = _placed(out)
     if target is None:
         return
+    if not target.flags.forc and _overlaps_itself(target):
+        fail(ValueError, "out", "values that share memory", "a place of its own for each")
     for argument, a in given.items():
-        other = None if a is None or a is out else _placed(a)
+        itself = argument in ("x", "dy")
+        other = None if a is None or (itself and a is out) else _placed(a)
         if a is None or other is None or not np.may_share_memory(target, other):
             continue
-        same = (target.ctypes.data, target.strides) == (other.ctypes.data, other.strides)
-        if argument in ("x", "dy") and same and a.dtype == out.dtype:
+        if itself and same_memory(out, a):
             continue
         try:
             shared = np.shares_memory(target, other, max_work=10**6)
@@ -283,6 +286,27 @@ def apart(out: Array | None, **given: Array | None) -> None:
         if shared:
             got = f"memory that it shares with {argument}"
             fail(ValueError, "out", got, "x or dy itself, or memory of its own")
+
+
+def same_memory(out: Array | None, x: Array) -> bool:
+    """Whether to write to `out` is to write to x, value for value."""
+    if out is None or out is x:
+        return out is x
+    target, other = _placed(out), _placed(x)
+    if target is None or other is None or out.dtype != x.dtype:
+        return False
+    same: bool = target.__array_interface__["data"][0] == other.__array_interface__["data"][0]
+    return same and target.strides == other.strides
+
+
+def _overlaps_itself(a: Array) -> bool:
+    """Whether an array may have values in the same place, as one that is broadcast has."""
+    reached = a.itemsize
+    for step, n in sorted((abs(step), n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if step < reached:
+            return bool(a.size)
+        reached += step * (n - 1)
+    return False
 
 
 def _placed(a: Array) -> Array | None:

@@ -73,14 +73,13 @@ def batch_norm_jvp(
     at = _checked(x, stats, gamma, where, axis, dx=dx)
     checks.vectors(at, dgamma=dgamma, dbeta=dbeta)
     eps = checks.scalar("eps", eps, 0)
-    call, dtype = _Call.of(at, x, stats, gamma, where, eps, dx, dgamma, dbeta), x.dtype
+    call = _Call.of(at, x, stats, gamma, where, eps, dx, dgamma, dbeta)
     if dx is None:
         dx = at.xp.zeros_like(x)
-    x, dx = _again(call, (call.x, dx), _vectors_of(stats))
-    dy, total, total_x = _along(call._replace(x=x), dx, dgamma, dbeta)
+    dy, total, total_x = _along(call, dx, dgamma, dbeta)
     dmean, dvar = total / call.n, 2 * total_x / (call.n * call.rstd)  # (C), (C)
     vectors = (at.xp.astype(at.squeeze(v), stats.var.dtype) for v in (dmean, dvar))
-    return at.xp.astype(dy, dtype, copy=False), *vectors
+    return at.xp.astype(dy, x.dtype, copy=False), *vectors
 
 
 def batch_norm_double_backward(
@@ -138,15 +137,12 @@ def batch_norm_double_backward(
     xp, rstd, n, a = at.xp, call.rstd, call.n, call.a
     dy = compute(at, dy)  # (..., C, ...)
     u = xp.zeros_like(dy) if ddx is None else compute(at, ddx)  # (..., C, ...)
-    dy, u, big = _again(call, (dy, u, call.x), _vectors_of(stats))
-    call = call._replace(x=big)
     direct = at.vector(0.0 if ddgamma is None else ddgamma)  # (C)
 
     d_dy, u1, u2 = _along(call, u, ddgamma, ddbeta)
-    own_dy, own_x = _again(call, (dy, call.x), (u1, u2))
-    s1, s2 = _sums(call._replace(x=own_x), own_dy, call.w)  # (C), (C)
     zero = xp.zeros_like(call.mid.m)  # (C)
-    own_dy, own_u = _again(call, (dy, u), (s1, s2))
+    own_x, own_dy, own_u, own_w = _again(call, (call.x, dy, u, call.w), ())
+    s1, s2 = _sums(call._replace(x=own_x), own_dy, own_w)  # (C), (C)
     _, product = call.kernels.grad_sums(own_dy, own_u, zero, None, at)  # (C): sum of u dy
     q = product - (s1 * u1 + s2 * u2) / n  # (C)
 
@@ -157,10 +153,11 @@ def batch_norm_double_backward(
     # d_x = rstd (k dy + w (h u - sum_e / n - x_hat (sum_e_x + a q) / n))
     slope_x = -rstd * rstd * (sum_e_x + a * q) / n  # (C)
     constant = -rstd * sum_e / n - slope_x * call.mid.rest  # (C)
-    dy, u, x = _again(call, (dy, u, call.x), (rstd * k, rstd * h, slope_x, constant))
-    d_x = call.kernels.scale_shift(dy, zero, compute(at, rstd * k), zero, at, None)
-    d_x = _add(call, d_x, u, zero, rstd * h, zero)
-    d_x = _add(call, d_x, x, call.mid.m, slope_x, constant)
+    k, h, slope_x, constant = (compute(at, v) for v in (rstd * k, rstd * h, slope_x, constant))
+    x_again, dy, u, w = _again(call, (call.x, dy, u, call.w), (k, h, slope_x, constant))
+    d_x = call.kernels.scale_shift(dy, zero, k, zero, at, None)
+    d_x = _add(call, d_x, u, zero, h, zero, w)
+    d_x = _add(call, d_x, x_again, call.mid.m, slope_x, constant, w)
 
     dtype = at.compute if gamma is None else gamma.dtype
     d_gamma = xp.astype(at.squeeze(rstd * q), dtype)
@@ -219,16 +216,6 @@ def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:
     return total, call.rstd * total_x  # (C), (C)
 
 
-def _vectors_of(stats: Moments) -> list[Array]:
-    return [v for v in stats if hasattr(v, "dtype")]
-
-
-def _again(call: _Call, arrays: tuple[Array, ...], after: Sequence[Array]) -> Sequence[Array]:
-    """Big arrays for a pass that comes after some vectors: Dask reads them anew, and keeps none."""
-    found: Sequence[Array] = arrays if call.kernels.again is None else call.kernels.again(arrays, after)
-    return found
-
-
 def _along(
     call: _Call, u: Array, dgamma: Array | None, dbeta: Array | None
 ) -> tuple[Array, Array, Array]:
@@ -242,18 +229,25 @@ def _along(
         x = xp.where(w > 0, x, call.mid.m)  # (..., C, ...)
         finite = xp.where((w > 0) | xp.isfinite(call.x), call.x, call.mid.m)  # (..., C, ...)
     u1, u2 = _sums(call._replace(x=x), weighted, None)  # (C), (C)
-    u, finite = _again(call, (u, finite), (u1, u2))
     b = call.rstd * (at.vector(0.0 if dgamma is None else dgamma) - call.a * u2 / call.n)  # (C)
     c = at.vector(0.0 if dbeta is None else dbeta) - call.a * u1 / call.n - b * call.mid.rest  # (C)
+    a, b, c = (compute(at, v) for v in (call.a, b, c))
+    finite, u = _again(call, (finite, u), (a, b, c))
     zero = xp.zeros_like(call.mid.m)  # (C)
-    scaled = call.kernels.scale_shift(u, zero, compute(at, call.a), zero, at, None)  # (..., C, ...)
-    unweighted = call._replace(w=None)
-    return _add(unweighted, scaled, finite, call.mid.m, b, c), u1, u2
+    scaled = call.kernels.scale_shift(u, zero, a, zero, at, None)  # (..., C, ...)
+    return _add(call, scaled, finite, call.mid.m, b, c, None), u1, u2
 
 
-def _add(call: _Call, v: Array, x: Array, m: Array, b: Array, c: Array) -> Array:
+def _again(call: _Call, big: tuple[Array | None, ...], vectors: tuple[Array, ...]) -> Sequence[Array]:
+    """The big arrays of a pass with these vectors; what reads in chunks reads them anew for it."""
+    if call.kernels.again is None:
+        return big
+    zero, one = call.at.xp.zeros_like(call.mid.m), call.at.xp.ones_like(call.mid.m)  # (C), (C)
+    found: Sequence[Array] = call.kernels.again(big, (*vectors, call.mid.m, zero, one))
+    return found
+
+
+def _add(call: _Call, v: Array, x: Array, m: Array, b: Array, c: Array, w: Array | None) -> Array:
     """V + w·(b·(x - m) + c), in the kernel that makes dx."""
-    at = call.at
-    one = at.xp.ones_like(call.mid.m)  # (C)
-    b, c = compute(at, b), compute(at, c)
-    return call.kernels.grad_input(v, x, m, one, b, c, call.w, at, None)
+    one = call.at.xp.ones_like(call.mid.m)  # (C)
+    return call.kernels.grad_input(v, x, m, one, b, c, w, call.at, None)

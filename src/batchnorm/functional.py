@@ -94,9 +94,9 @@ def batch_norm(
             if group is None:
                 checks.enough_values(at, x, where)
             checks.output(at, x, out)
-            checks.apart(out, x=x, gamma=gamma, beta=beta, where=where)
             checks.scalar("eps", eps, 0)
             checks.remember(key, at)
+        checks.apart(out, x=x, gamma=gamma, beta=beta, where=where)
         eps = checks.scalar("eps", eps, 0)
 
         kernels = pick(x, gamma, beta, where, out)
@@ -175,10 +175,11 @@ def batch_norm_backward(
             checks.vectors(at, gamma=gamma)
             checks.weights(at, x, where)
             checks.output(at, x, out)
-            named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
-            checks.apart(out, dy=dy, x=x, gamma=gamma, where=where, **named)
             checks.scalar("eps", eps, 0)
             checks.remember(key, at)
+        if out is not None:
+            named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
+            checks.apart(out, dy=dy, x=x, gamma=gamma, where=where, **named)
         eps = checks.scalar("eps", eps, 0)
 
         counted = stats.count if hasattr(stats.count, "dtype") else None
@@ -247,8 +248,8 @@ def normalize(
         at = checks.subject(x, axis)
         checks.vectors(at, mean=mean, var=var, gamma=gamma, beta=beta)
         checks.output(at, x, out)
-        checks.apart(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
         checks.remember(key, at)
+    checks.apart(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
     eps = checks.scalar("eps", eps, 0)
     kernels = pick(x, mean, var, gamma, beta, out)
     if kernels.inference is not None:

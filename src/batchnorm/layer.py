@@ -288,7 +288,7 @@ class BatchNorm(groups.Shared):
                 self._noted.append(note)
         # Where y took the place of x, there is nothing left to go back from.
         saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, note)
-        self._saved = None if out is x else saved
+        self._saved = None if checks.same_memory(out, x) else saved
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:

@@ -164,7 +164,9 @@ def _statistics(
 ) -> list[tuple[Array, Array, int]]:
     """The new running mean and variance of each layer, and the number of batches behind them."""
     if count == 0:
-        checks.fail(ValueError, "batches", "none", "at least one")
+        error = ValueError("batches: got none, expected at least one")
+        error.on_all_members = True  # type: ignore[attr-defined]  # the number is all members'
+        raise error
     found: list[Any] = []
     for layer, total in zip(layers, totals, strict=True):
         assert total is not None  # or there would be no batches
@@ -182,6 +184,7 @@ def computed(found: list[Any]) -> list[Any]:
     if any(compat.is_dask_array(v) for item in found if item is not None for v in item):
         dask: Any = importlib.import_module("dask")
         (found,) = dask.persist(found)
+        dask.compute(found)  # a cluster's client does not wait for what it persists
     return found
 
 

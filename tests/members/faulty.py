@@ -78,6 +78,15 @@ def wrong_eps(layer, x):
     return x
 
 
+def interrupted(layer, x):
+    def wake(*_):
+        raise TimeoutError("waited for long enough")
+
+    signal.signal(signal.SIGALRM, wake)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    return x
+
+
 def out_of_order(layer, x):
     return layer.backward(x)
 
@@ -95,6 +104,7 @@ FAULTS = {
     "no memory, backward": no_memory_backward,
     "lazy": lazy,
     "eps": wrong_eps,
+    "interrupted": interrupted,
     "out of order": out_of_order,
 }
 
@@ -107,6 +117,8 @@ def steps(group, fault):
     for step in range(4):
         x = data.batch((8, wide), mean=3.0, seed=[group.rank, step])
         wrong = step == 2 and group.rank == 1
+        if fault == "interrupted" and step == 2 and not wrong:
+            time.sleep(1.5)
         start = time.monotonic()
         try:
             if wrong:
@@ -115,7 +127,14 @@ def steps(group, fault):
             if wrong and fault == "killed":  # between forward and backward
                 os.kill(os.getpid(), signal.SIGKILL)
             layer.backward(y[:5] if wrong and fault == "backward" else y)
-        except (bn.distributed.GroupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        except (
+            bn.distributed.GroupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            MemoryError,
+            TimeoutError,
+        ) as error:
             seconds = time.monotonic() - start
             bn.functional.pick = kernels.pick
             bn.set_kernels(None)

@@ -6,6 +6,7 @@ python -m members.recalibrating {mpi,gloo} {numpy,jax} case folder
 import os
 import pickle
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from batchnorm.testing import data
 from members.worker import group_of, leave
 
 SIZES = (8, 5, 13, 4, 6)
+TIMEOUT = 20
 
 
 def batches():
@@ -32,27 +34,40 @@ def run(group, kind, case):
     else:
         into = np.asarray
 
+    if case.startswith("joined"):
+        layers[1].group = group
+    seen = []
+
     def forward(x):
         if case == "raises" and group.rank == 1:
             raise RuntimeError("a batch that nobody can read")
+        seen.append(x)
+        if case == "joined, raises" and group.rank == 1 and len(seen) == 2:
+            raise OSError("cannot read caf\udce9.npy")  # a name that is not UTF-8
         h = layers[0](x)
         return h if case == "never called" else layers[1](h @ weights)
 
     own = batches()[group.rank :: group.size]
     if case == "no batches" and group.rank == group.size - 1:
         own = []
-    chosen = layers
+    if case == "nothing":
+        own = []
+    if case == "joined, raises":
+        own = batches()[:3]
+    chosen = layers[:1] if case.startswith("joined") else layers
     if case == "another order" and group.rank == 1:
         chosen = layers[::-1]
     if case == "one layer less" and group.rank == 1:
         chosen = layers[:1]
     if case == "no layer" and group.rank == 1:
         chosen = 3
+    start = time.monotonic()
     try:
         bn.recalibrate(chosen, forward, map(into, own), group=group, progress=False)
         error = ""
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
+    assert time.monotonic() - start < TIMEOUT / 2
     state = [np.asarray(v) for layer in layers for v in (layer.running_mean, layer.running_var)]
     count = [layer.num_batches_tracked for layer in layers]
     # And once more as it should be.
@@ -61,7 +76,7 @@ def run(group, kind, case):
 
 
 def main(engine, kind, case, folder):
-    group = group_of(engine, folder, 20)
+    group = group_of(engine, folder, TIMEOUT)
     found = run(group, kind, case)
     Path(folder, f"{group.rank}.pickle").write_bytes(pickle.dumps(found))
     if engine == "gloo":

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn, Self
 
 import array_api_compat as compat
@@ -88,10 +88,10 @@ class Members:
         """
         self._whole()
         if self._late:
-            got = f"a call after one that failed on this rank {self.rank} alone ({self._late})"
-            error = GroupError(f"group: {got}, expected all members to go on")
-            self.decline(error)
-            raise error
+            late, self._late = self._late, ""
+            self._tell(late)
+            got = f"got a call after one that failed on this rank {self.rank} ({late})"
+            self._refuse(f"{got}, expected all members to go on")
         if not self.quiet:
             digest = hashlib.sha256(f"{what} {sums} {dtype}".encode()).hexdigest()[:16]
             self._announced = self._say(f"{digest} {what}")
@@ -102,10 +102,10 @@ class Members:
 
         They learn of it where they would add up. Nothing is raised here: the error is being raised.
         """
-        if not (self._broken or self.quiet):
+        if not (self._broken or self.quiet or self._known(error)):
             told, self._late = self._late or _told(error), ""
-            with contextlib.suppress(GroupError):
-                self._say(FAILED + told).wait()
+            self._tell(told)
+            self._mark(error)
 
     def abort(self, error: BaseException) -> None:
         """Tell the others that this member fails in a call that it has announced.
@@ -115,13 +115,16 @@ class Members:
         if self._broken or self.quiet:
             return
         if not self._sums:
-            alike = isinstance(error, GroupError) or getattr(error, "on_all_members", False)
+            alike = self._known(error) or getattr(error, "on_all_members", False)
             self._late = "" if alike else _told(error)
+            if alike:
+                self._mark(error)
             return
-        with contextlib.suppress(GroupError):
+        with contextlib.suppress(GroupError), self._whole_or_broken():
             self._agree()  # raises where the others go no further either
             self._add_up(None)
             self._why(FAILED + _told(error))
+        self._mark(error)
 
     def all_reduce(self, array: Array) -> Array:
         """Sum an array over the members, each of which calls this with one of the same shape.
@@ -145,21 +148,19 @@ class Members:
         try:
             vector = self._vector(array)
             own = tuple(array.shape), _name(vector)
-            if not self.quiet and not self._sums:  # a call of the user's own
+            if self.quiet:
+                return self._back(self._sum(vector), array)
+            if not self._sums:  # a call of the user's own
                 self.announce(f"all_reduce of an array of shape {own[0]}", own[:1], own[1])
-            if not self.quiet and own != self._sums[0]:
+            if own != self._sums[0]:
                 got, expected = (f"{dtype} of shape {shape}" for shape, dtype in (own, self._sums[0]))
                 checks.fail(TypeError, "group.all_reduce", got, f"{expected}, as was announced")
-        except GroupError:
-            raise
-        except Exception as error:
+            self._agree()
+            total = self._add_up(vector)
+        except BaseException as error:
             (self.abort if self._sums else self.decline)(error)
-            error.on_all_members = True  # type: ignore[attr-defined]  # told
             raise
-        if self.quiet:
-            return self._back(self._sum(vector), array)
-        self._agree()
-        return self._back(self._add_up(vector), array)
+        return self._back(total, array)
 
     # What an engine brings.
 
@@ -190,25 +191,32 @@ class Members:
         self._number += 1
         text = f"{text[:1]}{self._number} {text[1:]}" if text[:1] == FAILED else f"{self._number} {text}"
         row = np.zeros(ROW, np.uint8)
-        encoded = text.encode()[:ROW]
+        encoded = text.encode(errors="replace")[:ROW]
         row[: len(encoded)] = list(encoded)
         return _Announced(encoded.decode(errors="replace"), self._gather(row))
 
+    def _tell(self, text: str) -> None:
+        """Take part in an exchange to say that this member does not come, and why."""
+        with contextlib.suppress(GroupError), self._whole_or_broken():
+            self._say(FAILED + text).wait()
+
     def _agree(self) -> None:
         """Wait for the rows of the call that was announced, if one was; all have to be the same."""
-        announced, self._announced = self._announced, None
-        if announced is None:
+        if self._announced is None:
             return
-        sums, self._sums = self._sums, []  # there are none if the members do not agree
-        self._compare(announced.row, announced.wait())
-        self._sums = sums
+        rows = self._announced.wait()  # who is interrupted in this has still announced the call
+        own, self._announced = self._announced.row, None
+        try:
+            self._compare(own, rows)
+        except GroupError:
+            self._sums = []  # nobody adds up
+            raise
 
     def _compare(self, own: str, rows: Rows) -> None:
         texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
         for rank, text in enumerate(texts):
             if text.startswith(FAILED):
-                got = f"an error on rank {rank} ({text.partition(' ')[2]})"
-                checks.fail(GroupError, "group", got, "all members to take part")
+                self._failed(rank, text)
         for rank, text in enumerate(texts):
             if text == own:
                 continue
@@ -217,23 +225,24 @@ class Members:
                 self._break(f"exchange {number} from rank {rank} for {mine}")
             if theirs == ours:
                 theirs, ours = f"another {theirs}", "the same"
-            checks.fail(
-                GroupError, "group", f"{theirs} from rank {rank}", f"{ours}, as on this rank {self.rank}"
-            )
+            self._refuse(f"got {theirs} from rank {rank}, expected {ours}, as on this rank {self.rank}")
 
     def _add_up(self, vector: Array | None) -> Array:
         """Sum a vector over the members; None where this one failed.
 
         Behind the vector go the number of the exchange and a mark for each member that failed.
         """
-        (shape, dtype), *self._sums = self._sums
-        self._number += 1
-        number, size = self._number % NUMBERS, int(np.prod(shape))
+        shape, dtype = self._sums[0]
+        number, size = (self._number + 1) % NUMBERS, int(np.prod(shape))
         failed = vector is None
         vector = self._zeros(size, dtype) if vector is None else vector
         xp = compat.array_namespace(vector)
         tail = xp.asarray([number, failed], dtype=vector.dtype, device=compat.device(vector))
-        total = self._sum(xp.concat((vector, tail)))
+        message = xp.concat((vector, tail))
+        self._number += 1
+        self._sums = self._sums[1:]
+        with self._whole_or_broken():
+            total = self._sum(message)
         numbers, failures = to_host(total[size:]).tolist()
         if numbers != number * self.size:
             self._break("a message of another call")
@@ -249,19 +258,50 @@ class Members:
         for rank, row in enumerate(announced.wait()):
             said = bytes(row).rstrip(b"\0").decode(errors="replace")
             if said.startswith(FAILED):
-                got = f"an error on rank {rank} ({said.partition(' ')[2]})"
-                checks.fail(GroupError, "group", got, "all members to take part")
+                self._failed(rank, said)
 
     def _whole(self) -> None:
         if self._broken:
-            raise GroupError(f"group: got a call after {self._broken}; expected a new group")
+            self._refuse(f"got a call after {self._broken}; expected a new group")
+
+    def _known(self, error: BaseException) -> bool:
+        """Whether all members know of an error: this group's own, or one that they were told."""
+        return getattr(error, "group", None) is self
+
+    def _mark(self, error: BaseException) -> None:
+        """Note that all members know of an error, for the calls around this one."""
+        with contextlib.suppress(AttributeError):  # of a class that has no place for it
+            error.group = self  # type: ignore[attr-defined]
+
+    def _failed(self, rank: int, text: str) -> NoReturn:
+        self._refuse(
+            f"got an error on rank {rank} ({text.partition(' ')[2]}), expected all members to take part"
+        )
+
+    def _refuse(self, why: str) -> NoReturn:
+        """Raise an error that all members raise too, or that finds the group broken."""
+        error = GroupError(f"group: {why}")
+        error.group = self
+        raise error
 
     def _break(self, why: object) -> NoReturn:
         """Give up: messages of this call may still be under way, so none can follow."""
         got = str(why).strip().partition("\n")[0]
         self._broken = f"an error in an earlier one ({got})"
         self._announced, self._sums = None, []
-        raise GroupError(f"group: got {got}, expected all {self.size} members to answer")
+        self._refuse(f"got {got}, expected all {self.size} members to answer")
+
+    @contextlib.contextmanager
+    def _whole_or_broken(self) -> Iterator[None]:
+        """Give up where an exchange is interrupted: the others' part of it is still under way."""
+        try:
+            yield
+        except GroupError:
+            raise
+        except BaseException as error:
+            with contextlib.suppress(GroupError):
+                self._break(_told(error))
+            raise
 
     def _await(self, done: Callable[[], bool]) -> None:
         """Wait until something is done, or for as long as a member may take."""
@@ -278,7 +318,11 @@ class Members:
 
 
 def _told(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        text = str(error)
+    except Exception:
+        text = "which cannot be shown"
+    return " ".join(f"{type(error).__name__}: {text}".split())
 
 
 def _name(vector: Array) -> str:

@@ -41,7 +41,7 @@ class KernelSet(NamedTuple):
     joined: Callable[..., Any] | None = None
     """`forward` of one member's part of a batch, where a library has to know of the group."""
     again: Callable[..., Any] | None = None
-    """Arrays to be read anew, after others, where a library would keep what it has read."""
+    """The big arrays of a pass by several kernels, where a library would keep what it has read."""
 
     def __repr__(self) -> str:
         return f"<kernels {self.name}: {self.why}>"

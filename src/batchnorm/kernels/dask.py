@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import dask
@@ -33,7 +33,7 @@ STATISTICS, AFTER = "batchnorm-statistics", "batchnorm-after"
 
 def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
     """Count, mean as a high and a low part, and population variance of each channel."""
-    parts = _partial(_chunk_moments, 4, at, x, w)
+    parts = _partial(_chunk_moments, 4, at, x, _cut(x, w))
     if at.reduced:
         axes = tuple(1 + a for a in at.reduced)
         merge = functools.partial(_merged, kept=at.kept)
@@ -44,11 +44,13 @@ def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array,
 
 def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: None) -> Array:
     """Give y = a·(x - m) + b."""
-    return _blocks(_chunk_scale_shift, at, x, *map(_statistics, (m, a, b)))
+    (x,), vectors = _ready((x,), (m, a, b))
+    return _blocks(_chunk_scale_shift, at, x, *vectors)
 
 
 def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tuple[Array, Array]:
     """Σdy and Σdy·(x - m) of each channel."""
+    (x, dy, w), (m,) = _ready((x, dy, w), (m,))
     parts = _partial(_chunk_grad_sums, 2, at, x, dy, m, w)
     if at.reduced:
         parts = da.sum(parts, axis=tuple(1 + a for a in at.reduced), keepdims=True)
@@ -68,43 +70,12 @@ def grad_input(
     out: None,
 ) -> Array:
     """Give dx = a·(dy + w·(b·(x - m) + c))."""
-    return _blocks(_chunk_grad_input, at, x, dy, *map(_statistics, (m, a, b, c)), w)
-
-
-def forward(
-    x: Array, w: Array | None, gamma: Array, beta: Array, eps: float, at: Layout, out: None
-) -> tuple[Array, Moments]:
-    """Give y and the batch's moments."""
-    from batchnorm import vectors  # which imports this package's kernels
-
-    stats = vectors.moments_by(kernel_set(), at, x, w)
-    (x,) = again((x,), stats)
-    return vectors.scale_shift_by(kernel_set(), at, x, stats, gamma, beta, eps, None), stats
-
-
-def backward(
-    dy: Array,
-    x: Array,
-    w: Array | None,
-    stats: Moments,
-    gamma: Array | None,
-    eps: float,
-    at: Layout,
-    out: None,
-) -> tuple[Array, ...]:
-    """Give dx, dgamma and dbeta."""
-    from batchnorm import vectors
-
-    # Where the statistics are x's own and still to come, its chunks are not kept for the sums either.
-    given = [v for v in stats if hasattr(v, "dtype")]
-    own_dy, own_x = again((dy, x), given)
-    sums = vectors.sums_with(kernel_set(), at, own_dy, own_x, vectors.centre(at, stats), w)
-    dy, x = again((dy, x), sums)
-    return vectors.backward_from(kernel_set(), at, dy, x, w, stats, gamma, eps, sums, None)
+    (x, dy, w), vectors = _ready((x, dy, w), (m, a, b, c))
+    return _blocks(_chunk_grad_input, at, x, dy, *vectors, w)
 
 
 def _statistics(parts: Array) -> Array:
-    """The same array, under a name by which `again` knows it."""
+    """The same array, under a name by which `_anew` knows it."""
     name = f"{STATISTICS}-{dask.base.tokenize(parts.name)}"
     return parts.map_blocks(_same, name=name, meta=parts._meta)
 
@@ -113,8 +84,33 @@ def _same(parts: Array) -> Array:
     return parts
 
 
-def again(arrays: tuple[Array, ...], after: Sequence[Array]) -> list[Array]:
-    """The same arrays, read or computed anew, and not before some others are there.
+def _ready(big: Sequence[Array | None], vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    """The arguments of a kernel, in the chunks of the first.
+
+    Where the vectors come from the big arrays, as a batch's statistics do, these are read anew.
+    """
+    x = big[0]
+    vectors = [_statistics(_cut(x, v)) for v in vectors]
+    big = [_cut(x, a) for a in big]
+    anew = iter(_anew([a for a in big if a is not None], vectors))
+    return [None if a is None else next(anew) for a in big], vectors
+
+
+def again(big: Sequence[Array | None], vectors: Sequence[Array]) -> list[Array]:
+    """Big arrays for several kernels that make one pass over them; with all of their vectors."""
+    return _ready(big, vectors)[0]
+
+
+def _cut(x: Array, a: Array | None) -> Array | None:
+    """An array in the chunks of another, which keeps its own in `blockwise` so."""
+    if a is None:
+        return None
+    chunks = [c if n == sum(c) else (n,) for n, c in zip(a.shape, x.chunks, strict=True)]
+    return a.rechunk(tuple(chunks))
+
+
+def _anew(arrays: list[Array], after: list[Array]) -> list[Array]:
+    """The same arrays, read or computed anew once some others are there that come from them.
 
     Otherwise their chunks would be kept from the first pass to the second. Statistics of earlier calls
     are not computed anew: they are small, and graphs would double with every layer. (Dask's own `bind`
@@ -123,14 +119,16 @@ def again(arrays: tuple[Array, ...], after: Sequence[Array]) -> list[Array]:
     graph: Any = HighLevelGraph.merge(*(a.__dask_graph__() for a in (*arrays, *after)))
     nodes = convert_legacy_graph(graph.to_dict())
     outputs = [list(_flat(a.__dask_keys__())) for a in arrays]
+    last = {key for a in after for key in _flat(a.__dask_keys__())}
+    anew = _leading_to(nodes, [key for keys in outputs for key in keys], (STATISTICS, AFTER))
+    if anew.isdisjoint(_leading_to(nodes, last, ())):
+        return arrays
     # The same names for the same call, so that Dask knows equal work by its name.
     seed = dask.base.tokenize([a.name for a in arrays], [a.name for a in after])
-    anew = _computed_anew(nodes, [key for keys in outputs for key in keys])
     names = {key: clone_key(key, seed) for key in anew}
     # First come the others, and all vectors: or Dask would begin with chunks that then wait for these.
     given = {need for key in anew for need in nodes[key].dependencies if need not in anew}
-    waited = {key for a in after for key in _flat(a.__dask_keys__())}
-    waited |= {key for key in given if not isinstance(nodes[key], DataNode)}
+    waited = last | {key for key in given if not isinstance(nodes[key], DataNode)}
     first, name = f"{AFTER}-{seed}", f"batchnorm-again-{seed}"
     layer: dict[Any, Any] = {first: Task(first, _nothing, *map(TaskRef, sorted(waited, key=str)))}
     for key in anew:
@@ -149,14 +147,14 @@ def again(arrays: tuple[Array, ...], after: Sequence[Array]) -> list[Array]:
     return found
 
 
-def _computed_anew(nodes: dict[Any, Any], outputs: list[Any]) -> set[Any]:
-    """Keys of what leads to some outputs, but for data and for statistics of earlier calls."""
+def _leading_to(nodes: dict[Any, Any], outputs: Iterable[Any], but: tuple[str, ...]) -> set[Any]:
+    """Keys of what leads to some outputs, without data, and without what some names begin."""
     found: set[Any] = set()
-    rest = outputs
+    rest = list(outputs)
     while rest:
         key = rest.pop()
         known = key in found or key not in nodes
-        if not (known or isinstance(nodes[key], DataNode) or key_split(key) in (STATISTICS, AFTER)):
+        if not (known or isinstance(nodes[key], DataNode) or key_split(key) in but):
             found.add(key)
             rest += nodes[key].dependencies
     return found
@@ -179,8 +177,7 @@ def _nothing(*_: Any) -> None:
 def kernel_set() -> KernelSet:
     """The kernels on chunks."""
     why = "each chunk on the kernels of its own library"
-    fused: dict[str, Any] = {"forward": forward, "backward": backward, "again": again}
-    return KernelSet("dask", why, moments, scale_shift, grad_sums, grad_input, **fused)
+    return KernelSet("dask", why, moments, scale_shift, grad_sums, grad_input, again=again)
 
 
 # What runs on each chunk. Vectors come in broadcast shape, cut as the channels are.
@@ -189,11 +186,10 @@ def kernel_set() -> KernelSet:
 def _partial(function: Callable[..., Array], rows: int, at: Layout, x: Array, *others: Any) -> Array:
     """Rows of vectors from each chunk: (rows, blocks along each axis but the channels')."""
     axes = tuple(range(1, 1 + x.ndim))
-    given = _cut_as(x, axes, others)
     return da.blockwise(
         function,
         (0, *axes),
-        *given,
+        *_along(axes, x, *others),
         new_axes={0: rows},
         adjust_chunks={1 + a: 1 for a in at.reduced},
         kept=at.kept,
@@ -205,20 +201,14 @@ def _partial(function: Callable[..., Array], rows: int, at: Layout, x: Array, *o
 def _blocks(function: Callable[..., Array], at: Layout, x: Array, *others: Any) -> Array:
     """An array of the shape of x."""
     axes = tuple(range(x.ndim))
-    given = _cut_as(x, axes, others)
-    return da.blockwise(function, axes, *given, kept=at.kept, dtype=x.dtype, meta=x._meta)
+    return da.blockwise(
+        function, axes, *_along(axes, x, *others), kept=at.kept, dtype=x.dtype, meta=x._meta
+    )
 
 
-def _cut_as(x: Array, axes: tuple[int, ...], others: tuple[Any, ...]) -> list[Any]:
-    """Arguments of `blockwise`: x, and others in the same chunks, so that x keeps its own."""
-    given = [x, axes]
-    for a in others:
-        if a is not None:
-            chunks = [c if n == sum(c) else (n,) for n, c in zip(a.shape, x.chunks, strict=True)]
-            given += [a.rechunk(tuple(chunks)), axes]
-        else:
-            given += [None, None]
-    return given
+def _along(axes: tuple[int, ...], *arrays: Array | None) -> list[Any]:
+    """Arguments of `blockwise`: arrays, and the axes that each goes along."""
+    return [part for a in arrays for part in (a, None if a is None else axes)]
 
 
 def _layout(x: Array, kept: tuple[int, ...]) -> Layout:

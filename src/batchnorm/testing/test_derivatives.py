@@ -150,6 +150,19 @@ def test_vectors_however_they_lie_in_memory(target, vector_layout):
     judge_double_backward(target, *case)
 
 
+@pytest.mark.dtypes("float16", "bfloat16", "float32", "float64")
+def test_dtypes(target, dtype):
+    x, dy, u, gamma, *_ = inputs((6, 5), 1, dtype, 0.5)
+
+    def both(x, dy, u, gamma):
+        _, stats = bn.batch_norm(x, gamma)
+        second = bn.batch_norm_double_backward(u, None, None, dy, x, stats, gamma)
+        return bn.batch_norm_jvp(u, None, None, x, stats, gamma)[0], *second
+
+    dy, *second = target.call(both, x, dy, u, gamma)
+    assert [v.dtype.name for v in (dy, *second)] == [dtype] * 4
+
+
 def test_what_is_left_out_is_zero(target):
     x, dy, _, gamma, _, a, _ = inputs((5, 3), 1, "float32", 3.0)
 
