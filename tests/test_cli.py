@@ -106,6 +106,7 @@ def test_a_wrong_option_is_one_line(arguments, text, capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "nowhere.png").symlink_to("/nowhere/x.png")
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -113,6 +114,15 @@ def test_a_wrong_option_is_one_line(arguments, text, capsys, tmp_path, monkeypat
     assert printed.out == ""
     assert text in printed.err
     assert printed.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_is_where_a_link_leads(tmp_path, capsys):
+    target, link = tmp_path / "target.svg", tmp_path / "link.svg"
+    link.symlink_to(target)
+    assert main(["demo", "--steps", "1", "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert target.stat().st_size > 1000
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")

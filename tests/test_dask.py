@@ -61,6 +61,24 @@ def test_a_cluster_of_two_processes():
         judge(x, dy, None, "float32", CHUNKS[2], client)
 
 
+def test_recalibration_on_a_cluster_raises_what_a_chunk_raises():
+    """A client does not wait for what it persists."""
+    distributed = pytest.importorskip("distributed")
+
+    def unreadable(chunk):
+        raise OSError("a disk that is gone")
+
+    a = data.batch((40, 6), mean=2.0)
+    x, layer = da.from_array(a, chunks=(8, 6)), bn.BatchNorm(6)
+    broken = x.map_blocks(unreadable, meta=a[:0])
+    with distributed.Client(processes=False, dashboard_address=None):
+        with pytest.raises(OSError, match="a disk that is gone"):
+            bn.recalibrate(layer, layer, [x, broken], progress=False)
+        assert layer.num_batches_tracked == 0
+        bn.recalibrate(layer, layer, [x], progress=False)
+        np.testing.assert_allclose(np.asarray(layer.running_mean), a.mean(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("function", [bn.batch_norm, bn.moments, bn.BatchNorm(6)])
 def test_unknown_chunk_sizes(function):
     x = da.from_array(data.batch((40, 6)), chunks=(7, 6))

@@ -252,6 +252,13 @@ def test_a_file_that_is_there_keeps_its_place_and_permissions(tmp_path, suffix):
     layer = bn.BatchNorm(6)
     bn.load(real, layer)
     np.testing.assert_array_equal(layer.gamma, trained(seed=5).gamma)
+    long = tmp_path / f"{'a' * (250 - len(suffix))}{suffix}"
+    bn.save(long, trained())
+    assert long.exists()
+    folder = tmp_path / f"folder{suffix}"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"path: got \S*, a folder, expected a file"):
+        bn.save(folder, trained())
     assert own.read_text() == "the user's own"
     assert sorted(p.name for p in real.parent.iterdir()) == [f"model{suffix}", f"model{suffix}.partial"]
 

@@ -239,6 +239,10 @@ def test_a_layer_made_outside_says_what_to_do(transform, seen):
     layer.update()
     inferred = transform(lambda x: layer.eval()(x).sum())(x[None] if transform is jax.vmap else x)
     assert np.all(np.isfinite(inferred))
+    with jax.checking_leaks():
+        transform(lambda x: layer(x).sum())(x[None] if transform is jax.vmap else x)
+    with pytest.raises(RuntimeError, match="backward: got no forward pass to go back from"):
+        layer.backward(x)
 
 
 def test_a_layer_made_outside_takes_its_state_inside():

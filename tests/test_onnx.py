@@ -157,8 +157,29 @@ def test_errors():
         to_onnx(layer, ndim=1)
     with pytest.raises(ValueError, match="opset: got 9"):
         to_onnx(layer, opset=9)
+    with pytest.raises(ValueError, match="opset: got 999, expected an integer from 15 to"):
+        to_onnx(layer, opset=999)
+    with pytest.raises(TypeError, match="name: got 3, expected a name"):
+        to_onnx(layer, name=3)
+    with pytest.raises(ValueError, match="name: got '', expected a name"):
+        to_onnx(layer, name="")
     with pytest.raises(TypeError, match="node: got Relu, expected a BatchNormalization node"):
         run(onnx.helper.make_node("Relu", ["x"], ["y"]), *[np.ones(3)] * 5)
+    with pytest.raises(ValueError, match=r"mean: got shape \(4,\), expected \(3,\)"):
+        run(a_node(training_mode=1), np.ones((2, 3)), *[np.ones(3)] * 2, np.ones(4), np.ones(3))
+    model = a_model([a_node()])
+    model.graph.initializer[0].ClearField("raw_data")
+    with pytest.raises(ValueError, match=r"model: got 's' of node 'bn', which cannot be read \("):
+        from_onnx(model)
+
+
+def test_a_cast_of_what_is_no_number_is_nobody_s_business():
+    cast = onnx.helper.make_node("Cast", ["words"], ["numbers"], to=onnx.TensorProto.FLOAT)
+    model = a_model([cast, a_node()])
+    model.graph.initializer.append(
+        onnx.helper.make_tensor("words", onnx.TensorProto.STRING, [1], [b"a"])
+    )
+    np.testing.assert_array_equal(from_onnx(model)["bn"].gamma, VALUES["s"])
 
 
 VALUES = {name: np.full(3, k, np.float32) for name, k in zip("sbmv", (2, 1, 0.5, 4), strict=True)}

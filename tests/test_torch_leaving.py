@@ -167,6 +167,52 @@ def test_a_module_with_a_group_is_not_scripted():
         TypeError, match=r"torch.jit.script: got a module that joins batches over a group"
     ):
         torch.jit.script(module)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), module)
+    with pytest.raises(
+        TypeError, match="fuse_modules_qat: got a module that joins batches over a group"
+    ):
+        torch.ao.quantization.fuse_modules_qat(model.train(), [["0", "1"]])
+
+
+def test_a_group_reaches_what_is_this_package_s_already():
+    model = nn.Sequential(convert(nn.BatchNorm1d(3)), BatchNorm1d(3), nn.BatchNorm1d(3))
+    group = Alone()
+    convert(model, group)
+    assert all(module.group is group for module in model)
+    assert all("group" not in vars(module) for module in batchnorm.torch.revert(model))
+
+
+def test_copies_of_a_compiled_module_are_their_own():
+    module, x = convert(nn.BatchNorm2d(3)).eval(), images()
+    module.compile(backend="eager")
+    y, copied = module(x), copy.deepcopy(module)
+    with torch.no_grad():
+        copied.weight.fill_(5.0)
+    close(copied(x), 5 * y)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    close(torch.load(file, weights_only=False)(x), y)
+
+
+@pytest.mark.parametrize("axis", [1, (1, 2)])
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_a_program_keeps_the_digits_of_statistics_in_float64(how, axis):
+    x = torch.randn(64, 3, 2) + 1e6
+    mean, var = (np.asarray(v) for v in bn.moments(x.double(), axis=axis)[1:3])
+    given = [torch.from_numpy(v) for v in (mean + 0.01, var)]
+
+    class Normalize(nn.Module):
+        def forward(self, x):
+            return bn.normalize(x, *given, axis=axis)
+
+    if how == "trace":
+        program = torch.jit.trace(Normalize(), (x[:5],))
+    else:
+        program = torch.export.export(Normalize(), (x,)).module()
+    place = (None, slice(None), None) if axis == 1 else (None,)
+    expected = (x.double() - given[0][place]) / (given[1][place] + 1e-5).sqrt()
+    close(program(x), expected.float(), rtol=1e-6, atol=1e-6)
 
 
 FUSED = [["0", "1", "2"], ["3", "4"]]

@@ -136,6 +136,7 @@ def _whole(text: str, low: int) -> int:
 
 def _unwritable(path: Path) -> str | None:
     """Why a file cannot be written, found out before the work that it is to hold; or None."""
+    path = path.resolve()  # of a link, what it leads to
     there = path.exists()
     try:
         with path.open("ab"):

@@ -52,8 +52,11 @@ def write(path: str | os.PathLike[str], arrays: dict[str, Array]) -> None:
     target = Path(os.path.realpath(path))  # of a link, what it leads to
     if not target.parent.is_dir():
         checks.fail(FileNotFoundError, "path", os.fspath(path), "a file in a folder that exists")
+    if target.is_dir():
+        checks.fail(IsADirectoryError, "path", f"{os.fspath(path)}, a folder", "a file")
     # A name that is nobody else's, beside the target: a file is replaced at once only within a disk.
-    number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    prefix = f".{target.stem[:32]}."  # short: the longest name that a disk takes has to do
+    number, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=target.suffix)
     os.close(number)
     partial = Path(name)
     try:

@@ -143,15 +143,18 @@ class Shared:
     group: Any
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: v for name, v in vars(self).items() if name != "group"}
+        state: Any = super().__getstate__()  # PyTorch's modules leave out what they have compiled
+        return {name: v for name, v in (state or {}).items() if name != "group"}
 
     def __copy__(self) -> Self:
-        made = type(self).__new__(type(self))
-        vars(made).update(vars(self))
-        return made
+        return self._with_state(type(self).__new__(type(self)), self.__getstate__())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        vars(made).update(vars(self) | copy.deepcopy(self.__getstate__(), memo))
+        made = memo[id(self)] = type(self).__new__(type(self))
+        return self._with_state(made, copy.deepcopy(self.__getstate__(), memo))
+
+    def _with_state(self, made: Self, state: dict[str, Any]) -> Self:
+        getattr(made, "__setstate__", vars(made).update)(state)
+        if "group" in vars(self):
+            vars(made)["group"] = self.group
         return made

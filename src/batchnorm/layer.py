@@ -286,9 +286,11 @@ class BatchNorm(groups.Shared):
                 self._pending = note
             else:
                 self._noted.append(note)
-        # Where y took the place of x, there is nothing left to go back from.
+        # Where y took the place of x there is nothing left to go back from, and what JAX traces is no
+        # longer there when the trace has ended.
+        gone = checks.same_memory(out, x) or (is_jax_tracer(y) and self._trace != jax_trace())
         saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, note)
-        self._saved = None if checks.same_memory(out, x) else saved
+        self._saved = None if gone else saved
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:

@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,13 +97,19 @@ def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterato
                 if attribute.name in ("value", "value_float", "value_floats"):
                     known[node.output[0]] = onnx.helper.get_attribute_value(attribute)
         if node.op_type in ("Identity", "Cast") and node.domain in DOMAIN and node.input[0] in known:
-            known[node.output[0]] = _cast(onnx, node, _array(onnx, known[node.input[0]]))
+            known[node.output[0]] = _Cast(node, known[node.input[0]])
         if _is_ours(node):
             missing = [tensor for tensor in node.input[1:5] if tensor not in known]
             if missing or len(node.input) < 5:
                 got = f"{_called(node)} with {missing or len(node.input)} not in the model"
                 checks.fail(ValueError, "model", got, "parameters as initializers or constants")
-            arrays = {n: _array(onnx, known[t]) for n, t in zip(NAMES, node.input[1:5], strict=True)}
+            arrays = {}
+            for name, tensor in zip(NAMES, node.input[1:5], strict=True):
+                try:
+                    arrays[name] = _array(onnx, known[tensor])
+                except Exception as error:  # onnx's and NumPy's own, of data that is cut or elsewhere
+                    got = f"{tensor!r} of {_called(node)}, which cannot be read ({error})"
+                    checks.fail(ValueError, "model", got, "an array of numbers with its data")
             settings = _settings(onnx, node, "model")
             training = next(says for since, says in TRAINING.items() if opset >= since)(node, settings)
             settings = {n: v for n, v in settings.items() if n in ("epsilon", "momentum")}
@@ -135,17 +141,22 @@ def _normalizes(graph: Any) -> bool:
     return any(_is_ours(node) or any(map(_normalizes, _subgraphs(node))) for node in graph.node)
 
 
+class _Cast(NamedTuple):
+    """What an Identity or a Cast node makes of a value."""
+
+    node: Any
+    value: Any
+
+
 def _array(onnx: Any, value: Any) -> Array:
-    """The array of an initializer or of a Constant's attribute."""
+    """The array of an initializer, of a Constant's attribute, or of a Cast of one."""
+    if isinstance(value, _Cast):
+        array = _array(onnx, value.value)
+        to = next((a.i for a in value.node.attribute if a.name == "to"), None)
+        return array if to is None else array.astype(onnx.helper.tensor_dtype_to_np_dtype(to))
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     return value if isinstance(value, np.ndarray) else np.asarray(value, np.float32)
-
-
-def _cast(onnx: Any, node: Any, value: Array) -> Array:
-    """What an Identity or a Cast makes of an array."""
-    to = next((a.i for a in node.attribute if a.name == "to"), None)
-    return value if to is None else value.astype(onnx.helper.tensor_dtype_to_np_dtype(to))
 
 
 def _settings(onnx: Any, node: Any, argument: str) -> dict[str, Any]:
@@ -182,10 +193,18 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     ------
     TypeError, ValueError
         A layer that ONNX's operator cannot be: channels elsewhere, in several axes, a cumulative
-        average, no running statistics; an opset that is too old.
+        average, no running statistics; an opset that is too old, or newer than the installed `onnx`.
     """
     onnx = _onnx()
     opset = _newest() if opset is None else checks.whole("opset", opset, FIRST_OPSET)
+    known = int(onnx.defs.onnx_opset_version())
+    if opset > known:
+        expected = f"an integer from {FIRST_OPSET} to {known}, the newest of onnx {onnx.__version__}"
+        checks.fail(ValueError, "opset", opset, expected)
+    if not (isinstance(name, str) and name):
+        checks.fail(
+            TypeError if not isinstance(name, str) else ValueError, "name", checks.shown(name), "a name"
+        )
     state = to_state(layer, "onnx")
     if layer.axis != 1:
         checks.fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")
@@ -245,13 +264,14 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
         ``spatial=0``; and as `batch_norm`.
     """
     onnx = _onnx()
-    if getattr(node, "op_type", None) != OPERATOR:
-        got = getattr(node, "op_type", None) or checks.kind(node)
+    if not isinstance(node, onnx.NodeProto) or node.op_type != OPERATOR:
+        got = node.op_type if isinstance(node, onnx.NodeProto) else checks.kind(node)
         checks.fail(TypeError, "node", got, f"a {OPERATOR} node")
     settings = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0} | _settings(onnx, node, "node")
     if not settings["training_mode"] and (_outputs(node) > 1 or not settings.get("is_test", 1)):
         got = f"{_called(node)} in training as before opset 14"
         checks.fail(ValueError, "node", got, "training_mode=1 for more than inference")
+    checks.vectors(checks.subject(x, 1), scale=scale, bias=bias, mean=mean, var=var)
     if not settings["training_mode"]:
         return (normalize(x, mean, var, scale, bias, eps=settings["epsilon"]),)
     y, stats = batch_norm(x, scale, bias, eps=settings["epsilon"])

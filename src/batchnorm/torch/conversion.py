@@ -49,7 +49,8 @@ def convert(model: Module, group: Any = None) -> Module:
     model : torch.nn.Module
         A model, or a batch norm.
     group : optional
-        The members over which batches are joined in training, as in `batchnorm.batch_norm`. Gradients
+        The members over which batches are joined in training, as in `batchnorm.batch_norm`, by modules
+        that are this package's already too. Gradients
         of parameters stay each member's own part, as DistributedDataParallel expects them. Copies of
         the model share the group; files do not hold it.
 
@@ -69,7 +70,11 @@ def convert(model: Module, group: Any = None) -> Module:
         Batch norms were left alone, or there are none in the model.
     """
     checks.group(group)
-    _replace(model, OURS, group)
+    _replace(model, OURS)
+    if group is not None:
+        for _, module in _named(model):
+            if type(module) in THEIRS:
+                module.group = group
     found = report(model)
     left = [f"{f.name or 'the model'}, a {f.kind} ({f.why})" for f in found if not f.converted]
     if left:
@@ -172,13 +177,11 @@ def _base(kind: type) -> str:
     )
 
 
-def _replace(model: Module, by: dict[type, type], group: Any = None) -> None:
+def _replace(model: Module, by: dict[type, type]) -> None:
     for _, module in _named(model):
         if type(module) in by:  # the state is the same, so the class is all that differs
             module.__class__ = by[type(module)]
             module.__dict__.pop("group", None)
-            if group is not None:
-                module.group = group
 
 
 # PyTorch's eager-mode fusion (fuse_modules, fuse_model) looks classes up in a table: what it makes of
@@ -188,6 +191,10 @@ def _replace(model: Module, by: dict[type, type], group: Any = None) -> None:
 def _fuser(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def fuse(is_qat: bool, *modules: Module) -> Any:
+        if is_qat and any(getattr(m, "group", None) is not None for m in modules if type(m) in THEIRS):
+            got = "a module that joins batches over a group"
+            expected = "one without: batchnorm.torch.revert it before"
+            checks.fail(TypeError, "fuse_modules_qat", got, expected)
         return method(is_qat, *(revert(copy.copy(m)) if type(m) in THEIRS else m for m in modules))
 
     return fuse

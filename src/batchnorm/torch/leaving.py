@@ -73,21 +73,21 @@ def _normalize(
     axis: Any = 1,
     eps: float = 1e-5,
 ) -> Array:
-    """PyTorch's batch norm where it has one for the axis: exporters know it by its name."""
+    """PyTorch's batch norm where it has one for the axis and the mean: exporters know it by its name."""
     kept = checks.axes(axis, x.ndim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    given = (mean, var, gamma, beta)
-    vectors: list[Any] = [v if v is None or v.dtype == dtype else v.to(dtype) for v in given]
-    if len(kept) == 1 and x.ndim > 1:
+    if len(kept) == 1 and x.ndim > 1 and torch.promote_types(mean.dtype, dtype) == dtype:
+        vectors: list[Any] = [v if v is None else v.to(dtype) for v in (mean, var, gamma, beta)]
         second = x if kept == (1,) else x.movedim(kept[0], 1)
         y = _functional.batch_norm(second, *vectors, training=False, eps=eps)
         return y if second is x else y.movedim(1, kept[0])
     place = tuple(slice(None) if i in kept else None for i in range(x.ndim))
-    placed: list[Any] = [v if v is None else v[place] for v in vectors]
-    m, v, g, b = placed
-    rstd = torch.rsqrt(v + eps)
-    y = (x.to(dtype) - m) * (rstd if g is None else g * rstd)
-    return (y if b is None else y + b).to(x.dtype)
+    mean = mean[place].to(torch.promote_types(mean.dtype, dtype))  # (C)
+    m, rstd = mean.to(dtype), torch.rsqrt(var[place] + eps)  # (C), (C)
+    a = rstd if gamma is None else gamma[place] * rstd  # (C)
+    b = (m - mean) * a  # (C): what m has rounded away
+    b = b if beta is None else b + beta[place]  # (C)
+    return ((x.to(dtype) - m) * a.to(dtype) + b.to(dtype)).to(x.dtype)
 
 
 _EXPORTED: dict[str, Callable[..., Any]] = {
