@@ -2,7 +2,8 @@
 
 A group is anything with ``all_reduce(array) -> array``, a sum over its members. One that also tells
 ``rank`` and ``size`` needs a single reduction where there would be two. One with ``announce``,
-``decline`` and ``abort`` (`distributed.members`) is told what a member comes with, and if it fails.
+``decline``, ``abort`` and ``told`` (`distributed.members`) hears what a member comes with, and whether
+it fails.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ class Call:
         self.group, self.name, self.announced = group, name, False
 
     def __enter__(self) -> Self:
+        self.since = getattr(self.group, "exchanges", 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        told = getattr(self.group, "told", None)
+        # What the members have told each other in a call within this one, they know.
+        if error is not None and not (told is not None and told(error, self.since)):
             tell = getattr(self.group, "abort" if self.announced else "decline", None)
             if tell is not None:
                 tell(error)

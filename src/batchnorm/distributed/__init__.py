@@ -17,9 +17,6 @@ class GroupError(RuntimeError):
     Nothing was changed by the call that raises it.
     """
 
-    group: Any = None
-    """Which group's members have this error in common."""
-
 
 def mpi(comm: Any = None, *, timeout: float | None = 300.0) -> Any:
     """Make a group of the processes of an MPI communicator.

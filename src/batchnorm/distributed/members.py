@@ -55,7 +55,7 @@ class Members:
     """Whether members add up without a word before it."""
 
     def __init__(self) -> None:
-        self._number = 0  # of exchanges that were begun
+        self.exchanges = 0  # that were begun
         self._announced: _Announced | None = None
         self._sums: list[tuple[Shape, str]] = []  # shapes and dtypes that are still to be added up
         self._late = ""  # an error after the last sum of a call, of which the others do not know yet
@@ -102,7 +102,7 @@ class Members:
 
         They learn of it where they would add up. Nothing is raised here: the error is being raised.
         """
-        if not (self._broken or self.quiet or self._known(error)):
+        if not (self._broken or self.quiet):
             told, self._late = self._late or _told(error), ""
             self._tell(told)
             self._mark(error)
@@ -115,16 +115,21 @@ class Members:
         if self._broken or self.quiet:
             return
         if not self._sums:
-            alike = self._known(error) or getattr(error, "on_all_members", False)
-            self._late = "" if alike else _told(error)
-            if alike:
+            if getattr(error, "on_all_members", False):
                 self._mark(error)
+            else:
+                self._late = _told(error)
             return
         with contextlib.suppress(GroupError), self._whole_or_broken():
             self._agree()  # raises where the others go no further either
             self._add_up(None)
             self._why(FAILED + _told(error))
         self._mark(error)
+
+    def told(self, error: BaseException, since: int) -> bool:
+        """Whether all members know of an error, by an exchange after so many."""
+        group, exchanges = getattr(error, "_batchnorm_told", (None, 0))
+        return group is self and exchanges > since
 
     def all_reduce(self, array: Array) -> Array:
         """Sum an array over the members, each of which calls this with one of the same shape.
@@ -145,12 +150,15 @@ class Members:
             A member is missing or late, came with something else, or failed.
         """
         self._whole()
+        announced = bool(self._sums)
+        since = self.exchanges - (self._announced is not None)
         try:
             vector = self._vector(array)
             own = tuple(array.shape), _name(vector)
             if self.quiet:
                 return self._back(self._sum(vector), array)
-            if not self._sums:  # a call of the user's own
+            if not announced:  # a call of the user's own
+                announced = True
                 self.announce(f"all_reduce of an array of shape {own[0]}", own[:1], own[1])
             if own != self._sums[0]:
                 got, expected = (f"{dtype} of shape {shape}" for shape, dtype in (own, self._sums[0]))
@@ -158,7 +166,8 @@ class Members:
             self._agree()
             total = self._add_up(vector)
         except BaseException as error:
-            (self.abort if self._sums else self.decline)(error)
+            if not self.told(error, since):
+                (self.abort if announced else self.decline)(error)
             raise
         return self._back(total, array)
 
@@ -188,8 +197,12 @@ class Members:
 
     def _say(self, text: str) -> _Announced:
         """Begin to exchange rows, with the number of this exchange."""
-        self._number += 1
-        text = f"{text[:1]}{self._number} {text[1:]}" if text[:1] == FAILED else f"{self._number} {text}"
+        self.exchanges += 1
+        text = (
+            f"{text[:1]}{self.exchanges} {text[1:]}"
+            if text[:1] == FAILED
+            else f"{self.exchanges} {text}"
+        )
         row = np.zeros(ROW, np.uint8)
         encoded = text.encode(errors="replace")[:ROW]
         row[: len(encoded)] = list(encoded)
@@ -233,17 +246,17 @@ class Members:
         Behind the vector go the number of the exchange and a mark for each member that failed.
         """
         shape, dtype = self._sums[0]
-        number, size = (self._number + 1) % NUMBERS, int(np.prod(shape))
+        number, size = (self.exchanges + 1) % NUMBERS, int(np.prod(shape))
         failed = vector is None
         vector = self._zeros(size, dtype) if vector is None else vector
         xp = compat.array_namespace(vector)
         tail = xp.asarray([number, failed], dtype=vector.dtype, device=compat.device(vector))
         message = xp.concat((vector, tail))
-        self._number += 1
+        self.exchanges += 1
         self._sums = self._sums[1:]
         with self._whole_or_broken():
             total = self._sum(message)
-        numbers, failures = to_host(total[size:]).tolist()
+        numbers, failures = on_host(total[size:]).tolist()
         if numbers != number * self.size:
             self._break("a message of another call")
         if failures:
@@ -264,14 +277,10 @@ class Members:
         if self._broken:
             self._refuse(f"got a call after {self._broken}; expected a new group")
 
-    def _known(self, error: BaseException) -> bool:
-        """Whether all members know of an error: this group's own, or one that they were told."""
-        return getattr(error, "group", None) is self
-
     def _mark(self, error: BaseException) -> None:
         """Note that all members know of an error, for the calls around this one."""
         with contextlib.suppress(AttributeError):  # of a class that has no place for it
-            error.group = self  # type: ignore[attr-defined]
+            error._batchnorm_told = self, self.exchanges  # type: ignore[attr-defined]
 
     def _failed(self, rank: int, text: str) -> NoReturn:
         self._refuse(
@@ -281,7 +290,7 @@ class Members:
     def _refuse(self, why: str) -> NoReturn:
         """Raise an error that all members raise too, or that finds the group broken."""
         error = GroupError(f"group: {why}")
-        error.group = self
+        self._mark(error)
         raise error
 
     def _break(self, why: object) -> NoReturn:
@@ -333,12 +342,17 @@ def _name(vector: Array) -> str:
     return name
 
 
+def on_host(array: Array) -> Array:
+    """An array of an engine's own as one of NumPy."""
+    if compat.is_torch_array(array):
+        return array.detach().cpu().numpy()
+    return array.get() if compat.is_cupy_array(array) else array
+
+
 def to_host(array: Array) -> Array:
     """An eager array of any library as one of NumPy."""
-    if compat.is_torch_array(array):
-        return plain(array).detach().cpu().numpy()
-    if compat.is_cupy_array(array):
-        return array.get()
+    if compat.is_torch_array(array) or compat.is_cupy_array(array):
+        return on_host(plain(array))
     if compat.is_lazy_array(array) and not compat.is_jax_array(array):
         got = f"a lazy array of {checks.library(checks.namespace('array', array))}"
         checks.fail(TypeError, "group", got, "an array whose values can be sent")
@@ -351,9 +365,11 @@ def to_host(array: Array) -> Array:
 
 def plain(tensor: Array) -> Array:
     """A tensor whose sum over the members PyTorch need not know of: it could not go back through it."""
+    if not compat.is_torch_array(tensor):
+        return tensor
     from batchnorm.kernels import torch as adapter
 
-    why = adapter.recorded((tensor,)) or adapter.transformed()
+    why = adapter.transformed() or adapter.recorded((tensor,))
     if why is not None:
         expected = "plain ones, under torch.no_grad() say; or batch_norm's first derivative, by autograd"
         checks.fail(TypeError, "group", f"tensors to add up, and {why}", expected)

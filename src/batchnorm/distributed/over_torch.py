@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from batchnorm import checks
-from batchnorm.distributed.members import Members, Rows, from_host, plain, seconds, to_host
+from batchnorm.distributed.members import Members, Rows, from_host, on_host, plain, seconds, to_host
 
 Array = Any
 
@@ -38,36 +38,43 @@ class Torch(Members):
         self._device = "cuda" if backend == "nccl" else "cpu"
         self.quiet = backend == "nccl" if check is None else not check
 
+    # On the CPU all is in NumPy's memory: tensors that are made while torch.func transforms have none.
+
     def _gather(self, row: Rows) -> Callable[[], Rows]:
-        mine = torch.from_numpy(row).to(self._device)
-        rows = [torch.empty_like(mine) for _ in range(self.size)]
-        work = self._begin(lambda: dist.all_gather(rows, mine, group=self._group, async_op=True))
+        rows = np.empty((self.size, len(row)), np.uint8)
+        mine, *theirs = (torch.from_numpy(r).to(self._device) for r in (row, *rows))
+        work = self._begin(lambda: dist.all_gather(theirs, mine, group=self._group, async_op=True))
 
         def wait() -> Rows:
             self._finish(work)
-            return np.stack([to_host(row) for row in rows])
+            return rows if self._device == "cpu" else np.stack([on_host(r) for r in theirs])
 
         return wait
 
     def _vector(self, array: Array) -> Array:
+        if self._device == "cpu":
+            return np.ravel(to_host(array))
         own: Any = array if compat.is_torch_array(array) else self._tensor(array)
         return plain(own).detach().to(self._device).reshape(-1)
 
     def _zeros(self, size: int, dtype: str) -> Array:
+        if self._device == "cpu":
+            return np.zeros(size, dtype)
         return torch.zeros(size, dtype=getattr(torch, dtype), device=self._device)
 
     def _sum(self, vector: Array) -> Array:
-        total = vector.clone()  # it is written to
-        self._finish(self._begin(lambda: dist.all_reduce(total, group=self._group, async_op=True)))
+        total = vector.copy() if self._device == "cpu" else vector.clone()  # it is written to
+        tensor = torch.from_numpy(total) if self._device == "cpu" else total
+        self._finish(self._begin(lambda: dist.all_reduce(tensor, group=self._group, async_op=True)))
         return total
 
     def _back(self, vector: Array, like: Array) -> Array:
-        total = vector.reshape(tuple(like.shape))
+        total = torch.as_tensor(vector).reshape(tuple(like.shape))
         if compat.is_torch_array(like):
             return total.to(like.device)
-        if compat.is_cupy_array(like):
+        if compat.is_cupy_array(like) and self._device != "cpu":
             return compat.array_namespace(like).from_dlpack(total.to(f"cuda:{like.device.id}"))
-        return from_host(to_host(total), like)
+        return from_host(on_host(total), like)
 
     def _tensor(self, array: Array) -> Array:
         """An array of another library as a tensor."""
