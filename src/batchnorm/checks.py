@@ -34,6 +34,15 @@ def fail(error: type[Exception], argument: str, got: object, expected: str) -> N
     raise error(" ".join(f"{argument}: got {got}, expected {expected}".split()))
 
 
+def fail_alike(error: type[Exception], argument: str, got: object, expected: str) -> NoReturn:
+    """Raise an error that all members of a group find by themselves: nobody has to be told."""
+    try:
+        fail(error, argument, got, expected)
+    except error as raised:
+        raised.on_all_members = True  # type: ignore[attr-defined]
+        raise
+
+
 def kind(value: Any) -> str:
     """The class of an argument, with its article."""
     name = type(value).__name__
@@ -277,7 +286,7 @@ def apart(out: Array | None, **given: Array | None) -> None:
         other = None if a is None or (itself and a is out) else _placed(a)
         if a is None or other is None or not np.may_share_memory(target, other):
             continue
-        if itself and same_memory(out, a):
+        if itself and out.dtype == a.dtype and _same_place(target, other):
             continue
         try:
             shared = np.shares_memory(target, other, max_work=10**6)
@@ -293,10 +302,12 @@ def same_memory(out: Array | None, x: Array) -> bool:
     if out is None or out is x:
         return out is x
     target, other = _placed(out), _placed(x)
-    if target is None or other is None or out.dtype != x.dtype:
-        return False
-    same: bool = target.__array_interface__["data"][0] == other.__array_interface__["data"][0]
-    return same and target.strides == other.strides
+    known = target is not None and other is not None
+    return known and out.dtype == x.dtype and _same_place(target, other)
+
+
+def _same_place(a: Array, b: Array) -> bool:
+    return bool((a.ctypes.data, a.strides) == (b.ctypes.data, b.strides))
 
 
 def _overlaps_itself(a: Array) -> bool:
@@ -442,9 +453,7 @@ def joined(at: Layout, stats: Any, where: Array | None) -> None:
     enough = stats.count >= 2 if where is None else stats.count > 0
     if seen_false(at.xp.all(enough)):
         got = "a channel with fewer than 2 values" if where is None else "a channel without any weight"
-        error = ValueError(f"x: got {got} in the whole group, expected enough values to normalize by")
-        error.on_all_members = True  # type: ignore[attr-defined]
-        raise error
+        fail_alike(ValueError, "x", f"{got} in the whole group", "enough values to normalize by")
 
 
 def seen_false(truth: Array) -> bool:

@@ -201,10 +201,8 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     if opset > known:
         expected = f"an integer from {FIRST_OPSET} to {known}, the newest of onnx {onnx.__version__}"
         checks.fail(ValueError, "opset", opset, expected)
-    if not (isinstance(name, str) and name):
-        checks.fail(
-            TypeError if not isinstance(name, str) else ValueError, "name", checks.shown(name), "a name"
-        )
+    if name == "" or not isinstance(name, str):
+        checks.fail(ValueError if name == "" else TypeError, "name", checks.shown(name), "a name")
     state = to_state(layer, "onnx")
     if layer.axis != 1:
         checks.fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")

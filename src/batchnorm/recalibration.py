@@ -12,6 +12,7 @@ from batchnorm import checks, groups
 from batchnorm.layer import BatchNorm, channels
 from batchnorm.moments import Moments, update_running
 from batchnorm.progress import shown
+from batchnorm.state import taken
 
 Array = Any
 
@@ -154,7 +155,7 @@ def _joined(
     for layer, shape, total in zip(layers, shapes, computed(totals), strict=True):
         nothing = Moments(*np.zeros((4, *shape)))
         joined = groups.join(group, nothing if total is None else Moments(*map(on_host, total)))
-        found.append(Moments(*(in_library_of(layer.running_mean, v) for v in joined)))
+        found.append(Moments(*(taken("batches", v, layer.running_mean) for v in joined)))
     (batches,) = groups.all_reduce(group, np.asarray([float(count)]))
     return int(batches[0]), found
 
@@ -164,9 +165,7 @@ def _statistics(
 ) -> list[tuple[Array, Array, int]]:
     """The new running mean and variance of each layer, and the number of batches behind them."""
     if count == 0:
-        error = ValueError("batches: got none, expected at least one")
-        error.on_all_members = True  # type: ignore[attr-defined]  # the number is all members'
-        raise error
+        checks.fail_alike(ValueError, "batches", "none", "at least one")  # of all members
     found: list[Any] = []
     for layer, total in zip(layers, totals, strict=True):
         assert total is not None  # or there would be no batches
@@ -195,9 +194,3 @@ def on_host(v: Array) -> Array:
     if compat.is_torch_array(v) or compat.is_cupy_array(v):
         v = compat.to_device(v, "cpu")
     return np.asarray(v, np.float64)
-
-
-def in_library_of(own: Array, v: Array) -> Array:
-    """A NumPy vector in the library, dtype and place of another."""
-    xp = compat.array_namespace(own)
-    return xp.asarray(v.tolist(), dtype=own.dtype, device=compat.device(own))

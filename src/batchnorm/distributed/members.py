@@ -123,7 +123,7 @@ class Members:
         with contextlib.suppress(GroupError), self._whole_or_broken():
             self._agree()  # raises where the others go no further either
             self._add_up(None)
-            self._why(FAILED + _told(error))
+            self._heard(self._say(_told(error), FAILED).wait())
         self._mark(error)
 
     def told(self, error: BaseException, since: int) -> bool:
@@ -195,23 +195,27 @@ class Members:
 
     # Exchanges.
 
-    def _say(self, text: str) -> _Announced:
+    def _say(self, text: str, mark: str = "") -> _Announced:
         """Begin to exchange rows, with the number of this exchange."""
         self.exchanges += 1
-        text = (
-            f"{text[:1]}{self.exchanges} {text[1:]}"
-            if text[:1] == FAILED
-            else f"{self.exchanges} {text}"
-        )
         row = np.zeros(ROW, np.uint8)
-        encoded = text.encode(errors="replace")[:ROW]
+        encoded = f"{mark}{self.exchanges} {text}".encode(errors="replace")[:ROW]
         row[: len(encoded)] = list(encoded)
         return _Announced(encoded.decode(errors="replace"), self._gather(row))
+
+    def _heard(self, rows: Rows) -> list[str]:
+        """What the members said, where none of them failed."""
+        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+        for rank, text in enumerate(texts):
+            if text.startswith(FAILED):
+                got = f"an error on rank {rank} ({text.partition(' ')[2]})"
+                self._refuse(f"got {got}, expected all members to take part")
+        return texts
 
     def _tell(self, text: str) -> None:
         """Take part in an exchange to say that this member does not come, and why."""
         with contextlib.suppress(GroupError), self._whole_or_broken():
-            self._say(FAILED + text).wait()
+            self._say(text, FAILED).wait()
 
     def _agree(self) -> None:
         """Wait for the rows of the call that was announced, if one was; all have to be the same."""
@@ -226,11 +230,7 @@ class Members:
             raise
 
     def _compare(self, own: str, rows: Rows) -> None:
-        texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
-        for rank, text in enumerate(texts):
-            if text.startswith(FAILED):
-                self._failed(rank, text)
-        for rank, text in enumerate(texts):
+        for rank, text in enumerate(self._heard(rows)):
             if text == own:
                 continue
             (number, _, theirs), (mine, _, ours) = (t.split(" ", 2) for t in (text, own))
@@ -261,17 +261,9 @@ class Members:
             self._break("a message of another call")
         if failures:
             self._sums = []
-            if not failed:
-                self._why("")
+            if not failed:  # who did says why
+                self._heard(self._say("-").wait())
         return total[:size]
-
-    def _why(self, text: str) -> None:
-        """After a sum in which some failed: learn from them why."""
-        announced = self._say(text or "-")
-        for rank, row in enumerate(announced.wait()):
-            said = bytes(row).rstrip(b"\0").decode(errors="replace")
-            if said.startswith(FAILED):
-                self._failed(rank, said)
 
     def _whole(self) -> None:
         if self._broken:
@@ -281,11 +273,6 @@ class Members:
         """Note that all members know of an error, for the calls around this one."""
         with contextlib.suppress(AttributeError):  # of a class that has no place for it
             error._batchnorm_told = self, self.exchanges  # type: ignore[attr-defined]
-
-    def _failed(self, rank: int, text: str) -> NoReturn:
-        self._refuse(
-            f"got an error on rank {rank} ({text.partition(' ')[2]}), expected all members to take part"
-        )
 
     def _refuse(self, why: str) -> NoReturn:
         """Raise an error that all members raise too, or that finds the group broken."""

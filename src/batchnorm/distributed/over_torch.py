@@ -64,14 +64,14 @@ class Torch(Members):
 
     def _sum(self, vector: Array) -> Array:
         total = vector.copy() if self._device == "cpu" else vector.clone()  # it is written to
-        tensor = torch.from_numpy(total) if self._device == "cpu" else total
+        tensor = torch.as_tensor(total)  # in the same memory
         self._finish(self._begin(lambda: dist.all_reduce(tensor, group=self._group, async_op=True)))
         return total
 
     def _back(self, vector: Array, like: Array) -> Array:
-        total = torch.as_tensor(vector).reshape(tuple(like.shape))
+        total = vector.reshape(tuple(like.shape))
         if compat.is_torch_array(like):
-            return total.to(like.device)
+            return torch.as_tensor(total).to(like.device)
         if compat.is_cupy_array(like) and self._device != "cpu":
             return compat.array_namespace(like).from_dlpack(total.to(f"cuda:{like.device.id}"))
         return from_host(on_host(total), like)

@@ -77,11 +77,7 @@ def grad_input(
 def _statistics(parts: Array) -> Array:
     """The same array, under a name by which `_anew` knows it."""
     name = f"{STATISTICS}-{dask.base.tokenize(parts.name)}"
-    return parts.map_blocks(_same, name=name, meta=parts._meta)
-
-
-def _same(parts: Array) -> Array:
-    return parts
+    return parts.map_blocks(_value, name=name, meta=parts._meta)
 
 
 def _ready(big: Sequence[Array | None], vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
@@ -116,7 +112,10 @@ def _anew(arrays: list[Array], after: list[Array]) -> list[Array]:
     are not computed anew: they are small, and graphs would double with every layer. (Dask's own `bind`
     leaves the tasks of layers other than its blockwise ones as they are.)
     """
-    graph: Any = HighLevelGraph.merge(*(a.__dask_graph__() for a in (*arrays, *after)))
+    sources, ends = (HighLevelGraph.merge(*(a.dask for a in found)) for found in (arrays, after))
+    if sources.layers.keys().isdisjoint(ends.layers):  # without a look at the tasks
+        return arrays
+    graph: Any = HighLevelGraph.merge(sources, ends)
     nodes = convert_legacy_graph(graph.to_dict())
     outputs = [list(_flat(a.__dask_keys__())) for a in arrays]
     last = {key for a in after for key in _flat(a.__dask_keys__())}
@@ -165,7 +164,7 @@ def _flat(keys: Any) -> list[Any]:
     return [key for part in keys for key in _flat(part)] if isinstance(keys, list) else [keys]
 
 
-def _value(value: Any, _: None) -> Any:
+def _value(value: Any, *_: None) -> Any:
     return value
 
 

@@ -12,7 +12,7 @@ from torch import fx, jit, nn
 from torch.ao.quantization import fuser_method_mappings
 
 from batchnorm import checks
-from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, alone
 
 Module = Any
 
@@ -50,9 +50,8 @@ def convert(model: Module, group: Any = None) -> Module:
         A model, or a batch norm.
     group : optional
         The members over which batches are joined in training, as in `batchnorm.batch_norm`, by modules
-        that are this package's already too. Gradients
-        of parameters stay each member's own part, as DistributedDataParallel expects them. Copies of
-        the model share the group; files do not hold it.
+        that are this package's already too. Gradients of parameters stay each member's own part, as
+        DistributedDataParallel expects them. Copies of the model share the group; files do not hold it.
 
     Returns
     -------
@@ -191,10 +190,9 @@ def _replace(model: Module, by: dict[type, type]) -> None:
 def _fuser(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def fuse(is_qat: bool, *modules: Module) -> Any:
-        if is_qat and any(getattr(m, "group", None) is not None for m in modules if type(m) in THEIRS):
-            got = "a module that joins batches over a group"
-            expected = "one without: batchnorm.torch.revert it before"
-            checks.fail(TypeError, "fuse_modules_qat", got, expected)
+        for module in modules:
+            if is_qat and type(module) in THEIRS:
+                alone("fuse_modules_qat", module)
         return method(is_qat, *(revert(copy.copy(m)) if type(m) in THEIRS else m for m in modules))
 
     return fuse

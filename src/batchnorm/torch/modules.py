@@ -75,11 +75,16 @@ def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyp
 
 
 def _scriptable(self: Module) -> Module:
-    """What `torch.jit.script` asks for; it does not know groups."""
-    if self.group is not None:
-        got = "a module that joins batches over a group"
-        checks.fail(TypeError, "torch.jit.script", got, "one without: batchnorm.torch.revert it before")
+    """What `torch.jit.script` asks for."""
+    alone("torch.jit.script", self)
     return self
+
+
+def alone(what: str, module: Module) -> None:
+    """Check that a module has no group, for what does not know of groups."""
+    if module.group is not None:
+        got = "a module that joins batches over a group"
+        checks.fail(TypeError, what, got, "one without: batchnorm.torch.revert it before")
 
 
 class BatchNorm1d(groups.Shared, nn.BatchNorm1d):
