@@ -3,9 +3,9 @@
 import pytest
 
 from batchnorm.__main__ import main
+from batchnorm.backends.cuda import devices as kernels
 from batchnorm.bench import gpu
 from batchnorm.bench.gpu import Result
-from batchnorm.kernels import cupy as kernels
 
 
 @pytest.mark.parametrize("layout", ["second", "last"])

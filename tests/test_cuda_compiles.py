@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from batchnorm.kernels import cuda, launches
+from batchnorm.backends.cuda import backend as cuda
+from batchnorm.backends.cuda import launches
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
 

@@ -8,8 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from batchnorm.kernels import cuda, launches
-from batchnorm.kernels.launches import GIVEN, ORDERED, SUM, WRITE, Form, Limits
+from batchnorm.backends.cuda import backend as cuda
+from batchnorm.backends.cuda import launches
+from batchnorm.backends.cuda.launches import GIVEN, ORDERED, SUM, WRITE, Form, Limits
 
 H200 = Limits(132, 60 * 2**20)
 TINY = Limits(2, 2**14, 256)

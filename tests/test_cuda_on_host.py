@@ -14,10 +14,11 @@ import pytest
 from test_suite import run_suite
 
 import batchnorm as bn
-from batchnorm import kernels
-from batchnorm.kernels import cuda, launches
-from batchnorm.kernels.cuda import Arranged
-from batchnorm.kernels.launches import GIVEN, WRITE, Form
+from batchnorm.backends import dispatch
+from batchnorm.backends.cuda import backend as cuda
+from batchnorm.backends.cuda import launches
+from batchnorm.backends.cuda.backend import Arranged
+from batchnorm.backends.cuda.launches import GIVEN, WRITE, Form
 from batchnorm.testing import data, verdict
 from batchnorm.testing.oracle import Problem
 
@@ -154,7 +155,7 @@ def test_steps_of_more_than_32_bits():
         memory[row] = data.batch((32,), seed=row.start % 7)
     before = [memory[row].copy() for row in rows]
     device = cuda_on_host.device(cuda_on_host.LIMITS["small-tiles"])
-    at = bn.checks.subject(np.empty((2, 4, 8), np.float32), 1)
+    at = bn.validation.validate_input(np.empty((2, 4, 8), np.float32), 1)
     factors = tuple(np.full(4, v, np.float32) for v in (0.5, 2.0, 1.0))
     laid = Arranged((memory,), None, given, None, (0, 1, 2))
     cuda._run(device, at, "normalize", WRITE | GIVEN, laid, out=memory, factors=factors)
@@ -208,7 +209,7 @@ def test_no_access_outside_of_arrays():
 
 
 class OnFakeGPU(np.ndarray):
-    """A NumPy array with what `kernels/cupy.py` looks at of CuPy's."""
+    """A NumPy array with what `backends/cuda/devices.py` looks at of CuPy's."""
 
     @property
     def data(self):
@@ -271,10 +272,11 @@ def fake_cupy(monkeypatch):
         Device=Device,
         get_current_stream=lambda: types.SimpleNamespace(ptr=7, is_capturing=lambda: False),
     )
-    from batchnorm.kernels import cupy as module
+    from batchnorm.backends.cuda import devices as module
 
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    caches = (module.unusable, module.on_arrays, module.on_tensors, module._kernel, kernels._rule)
+    caches = (module.unusable, module._on_arrays, module._on_tensors, module._kernel)
+    caches += (dispatch._candidates,)
     for cache in caches:
         cache.cache_clear()
     yield calls
@@ -293,15 +295,15 @@ class OnFakeGPUOnly:
 
 
 def test_cupy_launches_what_was_laid_out(fake_cupy):
-    from batchnorm.kernels import cupy as module
+    from batchnorm.backends.cuda import devices as module
 
     x = data.batch((40, 6, 1200))
     gamma, beta = data.parameters((6,))
-    at = bn.checks.subject(x, 1)._replace(xp=OnFakeGPUOnly(), device=None)
-    found = module.on_arrays(0)
+    at = bn.validation.validate_input(x, 1)._replace(xp=OnFakeGPUOnly(), device=None)
+    found = module._on_arrays(0)
     assert found.name == "cupy"
     y, stats = found.forward(
-        *(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, at, None
+        *(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, at
     )
     expected = Problem(x, gamma, beta)
     verdict.forward(np.asarray(y), expected, "float32")
@@ -319,46 +321,54 @@ def test_pytorch_s_stream_is_used(fake_cupy, monkeypatch):
     current = types.SimpleNamespace(cuda_stream=99)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: current)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    from batchnorm.kernels import cupy as module
+    from batchnorm.backends.cuda import devices as module
 
     x = torch.from_numpy(data.batch((40, 6, 12)))
-    at = bn.checks.subject(x, 1)
-    y, stats = module.on_tensors(0).forward(x, None, None, None, 1e-5, at, None)
+    at = bn.validation.validate_input(x, 1)
+    y, stats = module._on_tensors(0).forward(x, None, None, None, 1e-5, at)
     verdict.forward(y.numpy(), Problem(x.numpy()), "float32")
     assert fake_cupy == ["device 0", "forward<float, 4, false, None> on stream 99"]
-    found = module.on_tensors(0).backward(y, x, None, stats, None, 1e-5, at, None)
+    found = module._on_tensors(0).backward(y, x, None, stats, None, 1e-5, at)
     verdict.backward(
         tuple(v.numpy() for v in found), Problem(x.numpy()).backward(y.numpy()), "float32", "float32"
     )
 
 
-def _cuda_tensor(monkeypatch):
-    """Something that the rule for tensors takes for one on a GPU."""
-    from batchnorm.kernels import torch as adapter
+@pytest.fixture
+def cuda_tensor(monkeypatch):
+    """A tensor that the table takes for one on a GPU."""
+    import torch
 
-    monkeypatch.setattr(adapter, "refuses", lambda arrays, device: None)
-    device = types.SimpleNamespace(type="cuda", index=0)
-    return types.SimpleNamespace(device=device, requires_grad=False)
+    from batchnorm.backends import tensors
+    from batchnorm.backends.cuda import devices as module
+
+    monkeypatch.setattr(tensors, "refuses", lambda arrays: "")
+    monkeypatch.setattr(module, "refuses_tensors", lambda arrays: module.unusable())
+    dispatch._candidates.cache_clear()
+    yield torch.zeros((4, 3))
+    dispatch._candidates.cache_clear()
 
 
-def test_cuda_tensors_run_on_them_where_cupy_is_there(fake_cupy, monkeypatch):
-    found = kernels._for_torch(_cuda_tensor(monkeypatch))
+def test_cuda_tensors_run_on_them_where_cupy_is_there(fake_cupy, cuda_tensor):
+    found = bn.kernels_for(cuda_tensor)
     assert found.name == "cupy"
     assert "PyTorch's stream" in found.why
 
 
-def test_cuda_tensors_without_cupy_say_so(monkeypatch):
-    from batchnorm.kernels import cupy as module
+def test_cuda_tensors_without_cupy_say_so(monkeypatch, cuda_tensor):
+    from batchnorm.backends.cuda import devices as module
 
     monkeypatch.setattr(module, "unusable", lambda: "CuPy is not installed: pip install it")
-    x = _cuda_tensor(monkeypatch)
-    found = kernels._for_torch(x)
+    found = bn.kernels_for(cuda_tensor)
     assert found.name == "generic"
     assert "CuPy is not installed" in found.why
     with asked("cupy"), pytest.raises(TypeError, match="'cupy' asked for, but CuPy is not installed"):
-        kernels._for_torch(x)
-    with asked("numba"), pytest.raises(TypeError, match="'numba' asked for, but the tensors are on"):
-        kernels._for_torch(x)
+        bn.kernels_for(cuda_tensor)
+    with (
+        asked("numba"),
+        pytest.raises(TypeError, match="'numba' asked for, but x is an array of torch on"),
+    ):
+        bn.kernels_for(cuda_tensor)
 
 
 @contextlib.contextmanager

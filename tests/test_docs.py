@@ -237,5 +237,5 @@ def test_the_landing_page_s_chart_is_of_the_table(monkeypatch):
 
 
 def test_the_page_says_how_long_the_kernels_are():
-    lines = len((ROOT / "src/batchnorm/kernels/generic.py").read_text().splitlines())
+    lines = len((ROOT / "src/batchnorm/backends/generic.py").read_text().splitlines())
     assert f"[{lines} lines]" in (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm.kernels import generic, written
+from batchnorm.backends.generic import GENERIC
 from batchnorm.testing import data, oracle, verdict
 from batchnorm.testing.libraries import kernels
 from batchnorm.testing.oracle import Problem
@@ -242,8 +242,8 @@ def test_no_channels(name, shape, axis):
 
 def test_every_plan_covers_every_value_once():
     """Tiles of all grids, for shapes around the sizes at which plans change."""
-    from batchnorm.kernels.compiled import terms
-    from batchnorm.kernels.plans import plan
+    from batchnorm.backends.compiled import terms
+    from batchnorm.backends.compiled.plans import plan
 
     for shape in itertools.product((1, 3, 300, 4096), (1, 15, 16, 17, 1100), (1, 7, 600)):
         x = np.empty(shape, np.float32)
@@ -273,22 +273,22 @@ def test_oracle_is_not_ours():
     np.testing.assert_allclose(mean.ravel(), np.asarray(exact.flat(exact.mean), dtype=float), rtol=1e-12)
 
 
-def own(name, dtype):
-    """A rule for arrays of a dtype, and the calls of its kernels."""
-    calls = []
+class Own(bn.Backend):
+    """A backend for arrays of a dtype, which counts its calls."""
 
-    def moments(*arguments):
-        calls.append(name)
-        return generic.moments(*arguments)
+    scale_shift = GENERIC.scale_shift
+    grad_sums = GENERIC.grad_sums
+    grad_input = GENERIC.grad_input
 
-    def scale_shift(x, m, a, b, at, out):
-        return written(generic.scale_shift(x, m, a, b, at), out)
+    def __init__(self, name, dtype):
+        self.name, self.dtype, self.calls = name, dtype, []
 
-    def grad_input(dy, x, m, a, b, c, w, at, out):
-        return written(generic.grad_input(dy, x, m, a, b, c, w, at), out)
+    def refuses(self, arrays):
+        return None if arrays[0].dtype == self.dtype else f"its arrays are not {self.dtype}"
 
-    mine = bn.KernelSet(name, "", moments, scale_shift, generic.grad_sums, grad_input)
-    return (lambda x, *others: mine if x.dtype == dtype else None), calls
+    def moments(self, *arguments):
+        self.calls.append(self.name)
+        return GENERIC.moments(*arguments)
 
 
 @pytest.fixture
@@ -301,40 +301,68 @@ def added():
 
 
 def test_kernels_of_one_s_own(added):
-    """A rule is asked first, the newest before others, unless it declines or a set is asked for."""
+    """An added backend comes first, the newest before others, unless it refuses or another is asked for."""
     x = data.batch((8, 3))
     plain = bn.kernels_for(x).name
-    first, calls = own("first", np.float32)
+    first = Own("first", np.float32)
     added(np.ndarray, first)
     assert bn.kernels_for(x).name == "first"
-    added(np.ndarray, own("second", np.float64)[0])
+    added(np.ndarray, Own("second", np.float64))
     assert bn.kernels_for(x).name == "first"
     assert bn.kernels_for(x.astype(float)).name == "second"
-    assert bn.kernels_for(x.astype(np.float16)).name == plain
+    found = bn.kernels_for(x.astype(np.float16))
+    assert found.name == plain
+    assert "its arrays are not" in found.why
     layer = bn.BatchNorm(3)
     y = layer(x)
     dx = layer.backward(x)
-    assert calls == ["first"]
+    assert first.calls == ["first"]
     np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-6)
     with kernels("generic"):
         assert bn.kernels_for(x).name == "generic"
         np.testing.assert_allclose(dx, bn.batch_norm_backward(x, x, bn.moments(x))[0], atol=1e-7)
-    remove = bn.add_kernels(np.ndarray, own("third", np.float32)[0])
+    remove = bn.add_kernels(np.ndarray, Own("third", np.float32))
     assert bn.kernels_for(x).name == "third"
     remove()
     assert bn.kernels_for(x).name == "first"
 
 
-def test_wrong_kernels_of_one_s_own(added):
+def test_wrong_kernels_of_one_s_own():
     for wrong, text in (
-        ((3, len), "kind: got an object of class int, expected a class of arrays"),
-        ((np.ndarray, None), "rule: got None, expected a function of arrays"),
+        ((3, Own("mine", None)), "kind: got 3, expected a class of arrays"),
+        ((np.ndarray, len), "backend: got .*, expected a Backend"),
     ):
         with pytest.raises(TypeError, match=text):
             bn.add_kernels(*wrong)
-    added(np.ndarray, lambda *arrays: 3)
-    with pytest.raises(TypeError, match=r"rule: got an int from <.*>, expected a KernelSet, or None"):
-        bn.batch_norm(data.batch((4, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_four_kernels_make_every_pass(added, dtype):
+    """Functions that ignore `out`: results of every pass, also in `out`, against those of another backend."""
+    functions = (GENERIC.moments, GENERIC.scale_shift, GENERIC.grad_sums, GENERIC.grad_input)
+    x, dy = data.batch((9, 3, 4), dtype), data.batch((9, 3, 4), "float32", seed=5)
+    gamma, beta = data.parameters((3,))
+
+    def passes():
+        out = [np.full_like(x, np.nan) for _ in range(4)]
+        y, stats = bn.batch_norm(x, gamma, beta, out=out[0])
+        mean, var = stats[1:3]
+        results = [
+            (y,),
+            bn.batch_norm_backward(dy, x, stats, gamma, out=out[1]),
+            (bn.normalize(x, mean, var, gamma, beta, out=out[2]),),
+            bn.normalize_backward(dy, x, mean, var, gamma, stats_grad=True, out=out[3]),
+        ]
+        assert all(found[0] is a for found, a in zip(results, out, strict=True))
+        return [v for found in results for v in found]
+
+    expected = passes()
+    added(np.ndarray, bn.KernelSet("four", "four functions", *functions))
+    assert bn.kernels_for(x).name == "four"
+    eps = np.finfo(dtype).eps
+    for a, b in zip(passes(), expected, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_allclose(a, b, rtol=0, atol=32 * eps * np.abs(b).max())
 
 
 def test_kernels_of_one_s_own_on_tensors(added):
@@ -342,13 +370,14 @@ def test_kernels_of_one_s_own_on_tensors(added):
     torch = pytest.importorskip("torch")
     import batchnorm.torch
 
-    rule, calls = own("mine", torch.float32)
+    class Unseen(Own):
+        def refuses(self, arrays):
+            seen = torch.is_grad_enabled() and arrays[0].requires_grad
+            assert not seen, "PyTorch cannot differentiate what these kernels do"
+            return super().refuses(arrays)
 
-    def unseen(x, *others):
-        seen = torch.is_grad_enabled() and x.requires_grad
-        assert not seen, "PyTorch cannot differentiate what these kernels do"
-        return rule(x, *others)
-
+    mine = Unseen("mine", torch.float32)
+    unseen, calls = mine, mine.calls
     added(torch.Tensor, unseen)
     x = torch.randn(8, 3, requires_grad=True)
     weights = torch.randn(8, 3)

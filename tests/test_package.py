@@ -62,7 +62,7 @@ def test_imports_point_one_way():
 
 
 def test_generic_kernels_ask_no_array_and_write_to_none():
-    tree = ast.parse((ROOT / "src/batchnorm/kernels/generic.py").read_text())
+    tree = ast.parse((ROOT / "src/batchnorm/backends/generic.py").read_text())
     for node in ast.walk(tree):
         assert not isinstance(node, ast.AugAssign), ast.unparse(node)
         if isinstance(node, ast.Assign):
@@ -87,8 +87,8 @@ def test_wheel(wheel):
         "py.typed",
         "testing/conftest.py",
         "testing/nist/nist.npz",
-        "kernels/generic.py",
-        "kernels/cuda/tasks.cu",
+        "backends/generic.py",
+        "backends/cuda/tasks.cu",
     ):
         assert f"batchnorm/{file}" in names
     assert not [n for n in names if n.startswith(("tests", "docs"))]

@@ -130,8 +130,8 @@ def test_a_helper_leaves_its_callers_processor(narrow):
     """For another that it may use, and may use the same ones afterwards; one alone it does not leave."""
     import numba
 
-    from batchnorm.kernels.compiled import crew
-    from batchnorm.kernels.compiled.atomic import poke
+    from batchnorm.backends.compiled import crew
+    from batchnorm.backends.compiled.atomic import poke
 
     @numba.njit
     def beside_its_caller(box):

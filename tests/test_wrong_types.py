@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm.kernels import VARIABLE
+from batchnorm.backends.dispatch import VARIABLE
 
 X = np.random.default_rng(0).normal(size=(6, 4))
 V = np.ones(4)
@@ -111,8 +111,8 @@ def loaded(**state):
     layer.load_state_dict({**layer.state_dict(), **state})
 
 
-def added(kind, rule):
-    bn.add_kernels(kind, rule)()
+def added(kind, backend):
+    bn.add_kernels(kind, backend)()
 
 
 def recalibrated(**options):
@@ -275,8 +275,7 @@ CALLS = {
     ),
     "add_kernels": (
         added,
-        {"kind": Argument(np.ndarray, "a class")}
-        | {"rule": Argument(lambda *a: None, "a class", "a function")},
+        {"kind": Argument(np.ndarray, "a class")} | {"backend": Argument(bn.Backend())},
     ),
     "kernels_for": (
         lambda x, others: bn.kernels_for(x, others),

@@ -1,6 +1,8 @@
 """Batch normalization for any array library."""
 
 from batchnorm import distributed
+from batchnorm.backends.base import Backend, KernelSet
+from batchnorm.backends.dispatch import add_kernels, get_kernels, kernels_for, set_kernels
 from batchnorm.checkpoints import from_state, load, save, to_state
 from batchnorm.derivatives import batch_norm_double_backward, batch_norm_jvp
 from batchnorm.folding import fold, fold_conv, fold_linear
@@ -11,7 +13,6 @@ from batchnorm.functional import (
     normalize,
     normalize_backward,
 )
-from batchnorm.kernels import KernelSet, add_kernels, get_kernels, kernels_for, set_kernels
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
 from batchnorm.outputs import get_output_pool, set_output_pool
@@ -21,6 +22,7 @@ from batchnorm.threads import get_num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "BatchNorm",
     "KernelSet",
     "Moments",

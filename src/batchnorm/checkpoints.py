@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 
 import array_api_compat as compat
 
-from batchnorm import checks, files
+from batchnorm import files
+from batchnorm.arguments import (
+    validate_axis,
+    validate_bool,
+    validate_choice,
+    validate_number,
+    validate_path,
+)
+from batchnorm.arrays import namespace
+from batchnorm.errors import describe, describe_type, fail
 from batchnorm.layer import PARAMETERS, RUNNING, BatchNorm
 from batchnorm.layout import float_name
 from batchnorm.presets import PRESETS
@@ -135,7 +144,7 @@ def to_state(layer: BatchNorm, framework: str) -> State:
     own, dtype = _held(layer)
     if layer.momentum is None and framework != "torch":
         got = f"momentum None, a cumulative average, which {framework} does not have"
-        checks.fail(ValueError, "layer", got, "a number")
+        fail(ValueError, "layer", got, "a number")
     own |= {name: _rounded(name, own[name], dtype) for name in RUNNING}
     if not layer.affine and framework == "onnx":  # whose operator always has both
         shape = own["running_mean"].shape
@@ -182,10 +191,8 @@ def from_state(
     needed = form.names if framework == "onnx" else form.names[2:]
     if not isinstance(arrays, Mapping) or not set(needed) <= set(arrays) <= known:
         named = isinstance(arrays, Mapping)
-        got = f"names {sorted(map(str, arrays))}" if named else checks.shown(arrays)
-        checks.fail(
-            ValueError, "arrays", got, f"{sorted(needed)}, and perhaps {sorted(known - {*needed})}"
-        )
+        got = f"names {sorted(map(str, arrays))}" if named else describe(arrays)
+        fail(ValueError, "arrays", got, f"{sorted(needed)}, and perhaps {sorted(known - {*needed})}")
     settings = {} if settings is None else settings
     words = _words(form, framework, settings)
     given = {
@@ -195,10 +202,10 @@ def from_state(
     }
     for name, theirs in zip(OURS, form.names, strict=True):
         if name in given and float_name(np, given[name].dtype) is None:
-            checks.fail(TypeError, theirs, f"dtype {given[name].dtype}", "a floating one")
+            fail(TypeError, theirs, f"dtype {given[name].dtype}", "a floating one")
     shape = given["running_mean"].shape
     if not shape or math.prod(shape) == 0:
-        checks.fail(ValueError, form.names[2], f"shape {shape}", "a number for each channel")
+        fail(ValueError, form.names[2], f"shape {shape}", "a number for each channel")
     affine = any(name in given for name in PARAMETERS)
     _agree(form, settings, arrays, shape, words["axis"])
     if affine:  # one of two: the other is as if it were not there
@@ -243,7 +250,7 @@ def save(path: str | os.PathLike[str], layers: Mapping[str, BatchNorm] | BatchNo
         for prefix, layer in several.items()
         for name, v in _named(_held(layer)[0], FORMATS["torch"]).items()
     }
-    checks.path("path", path)
+    validate_path("path", path)
     _found(several, list(found), path)  # what `load` would refuse
     files.write(path, found)
 
@@ -296,7 +303,7 @@ def _found(
         needed = {*own.values()} - {COUNT}
         if not needed <= mine <= needed | {COUNT}:
             got = f"names {sorted(mine)} under {prefix!r} in {os.fspath(path)}"
-            checks.fail(ValueError, "layers", got, f"{sorted(needed)}")
+            fail(ValueError, "layers", got, f"{sorted(needed)}")
         wanted[prefix] = {ours: above + theirs for ours, theirs in own.items() if theirs in mine}
     return wanted
 
@@ -305,15 +312,15 @@ def _several(layers: Any) -> Mapping[str, BatchNorm]:
     """Check layers under prefixes, or one layer."""
     several = layers if isinstance(layers, Mapping) else {"": layers}
     if not several:
-        checks.fail(ValueError, "layers", "none", "at least one BatchNorm")
+        fail(ValueError, "layers", "none", "at least one BatchNorm")
     for prefix, layer in several.items():
         if not isinstance(prefix, str):
-            checks.fail(TypeError, "layers", f"the key {checks.shown(prefix)}", "prefixes that are str")
+            fail(TypeError, "layers", f"the key {describe(prefix)}", "prefixes that are str")
         if not prefix.isprintable() or len(prefix) > 1000:
             got = f"the prefix {prefix[:60]!a}"
-            checks.fail(ValueError, "layers", got, "printable prefixes of at most 1,000 characters")
+            fail(ValueError, "layers", got, "printable prefixes of at most 1,000 characters")
         if not isinstance(layer, BatchNorm):
-            checks.fail(TypeError, "layers", checks.kind(layer), "a BatchNorm")
+            fail(TypeError, "layers", describe_type(layer), "a BatchNorm")
     return several
 
 
@@ -330,13 +337,13 @@ def _load(
                 continue
             theirs = _name(prefix, names[name])
             if float_name(np, v.dtype) is None:
-                checks.fail(TypeError, theirs, f"dtype {v.dtype}", "a floating one")
+                fail(TypeError, theirs, f"dtype {v.dtype}", "a floating one")
             if v.shape != own[name].shape:
-                checks.fail(ValueError, theirs, f"shape {v.shape}", f"{tuple(own[name].shape)}")
+                fail(ValueError, theirs, f"shape {v.shape}", f"{tuple(own[name].shape)}")
             if not np.all(np.isfinite(v)):
-                checks.fail(ValueError, theirs, "a number that is infinite or NaN", "finite numbers")
+                fail(ValueError, theirs, "a number that is infinite or NaN", "finite numbers")
             if name == "running_var" and not np.all(v >= 0):
-                checks.fail(ValueError, theirs, "a variance below zero", "variances >= 0")
+                fail(ValueError, theirs, "a variance below zero", "variances >= 0")
         if COUNT in own:
             state[COUNT] = _batches(_name(prefix, names[COUNT]), state[COUNT]) if COUNT in state else 0
         checked(state, own)
@@ -349,16 +356,16 @@ def _batches(argument: str, v: Array) -> int:
     number = v.item() if v.shape == () and v.dtype.kind in "iuf" else -1
     if not (0 <= number < math.inf and number == int(number)):
         got = f"{v.item()!r}" if v.shape == () else f"shape {v.shape}"
-        checks.fail(ValueError, argument, got, "a whole number >= 0")
+        fail(ValueError, argument, got, "a whole number >= 0")
     return int(number)
 
 
 def _held(layer: BatchNorm) -> tuple[dict[str, Array], Any]:
     """NumPy copies of what a layer holds, the statistics in all their digits; its parameters' dtype."""
     if not isinstance(layer, BatchNorm):
-        checks.fail(TypeError, "layer", checks.kind(layer), "a BatchNorm")
+        fail(TypeError, "layer", describe_type(layer), "a BatchNorm")
     if not layer.track_running_stats:
-        checks.fail(ValueError, "layer", "one without running statistics", "one with them")
+        fail(ValueError, "layer", "one without running statistics", "one with them")
     own = {name: v if name == COUNT else _numpy(name, v) for name, v in layer.state_dict().items()}
     parameters = {name: own[name] for name in PARAMETERS if name in own}
     dtype = _dtype(layer, parameters)
@@ -395,7 +402,7 @@ def _rounded(name: str, v: Array, dtype: Any) -> Array:
     with np.errstate(over="ignore"):
         rounded = v.astype(dtype)
     if not np.array_equal(np.isfinite(rounded), np.isfinite(v)):
-        checks.fail(ValueError, name, f"numbers beyond {dtype}", f"numbers that {dtype} holds")
+        fail(ValueError, name, f"numbers beyond {dtype}", f"numbers that {dtype} holds")
     return rounded
 
 
@@ -412,13 +419,13 @@ def _name(prefix: str, name: str) -> str:
 
 
 def _format(framework: str) -> Format:
-    return FORMATS[checks.one_of("framework", framework, FORMATS)]
+    return FORMATS[validate_choice("framework", framework, FORMATS)]
 
 
 def _words(form: Format, framework: str, settings: Any) -> dict[str, Any]:
     """A framework's settings as arguments of `BatchNorm`."""
     if not isinstance(settings, Mapping):
-        checks.fail(TypeError, "settings", checks.shown(settings), "a mapping of names to values")
+        fail(TypeError, "settings", describe(settings), "a mapping of names to values")
     known = {form.eps, "momentum", *form.switches}
     known |= {"num_features"} if form.size else set()
     known |= {"axis"} if form.axis else set()
@@ -427,17 +434,17 @@ def _words(form: Format, framework: str, settings: Any) -> dict[str, Any]:
     unknown = set(settings) - known
     if unknown:
         got = f"{sorted(map(str, unknown))}"
-        checks.fail(ValueError, "settings", got, f"some of {sorted(known)}")
+        fail(ValueError, "settings", got, f"some of {sorted(known)}")
     words: dict[str, Any] = dict(PRESETS[form.preset].settings())
     if form.eps in settings:
-        words["eps"] = checks.scalar(form.eps, settings[form.eps], 0)
+        words["eps"] = validate_number(form.eps, settings[form.eps], 0)
     if "momentum" in settings:
         theirs = settings["momentum"]
         if theirs is None and framework != "torch":
             expected = f"a number: {framework} has no cumulative average"
-            checks.fail(ValueError, "momentum", "None", expected)
+            fail(ValueError, "momentum", "None", expected)
         if theirs is not None:
-            theirs = _exact(form.momentum(float(checks.scalar("momentum", theirs, 0, 1))))
+            theirs = _exact(form.momentum(float(validate_number("momentum", theirs, 0, 1))))
         words["momentum"] = theirs
     if "axis" in settings:
         axis = settings["axis"]  # a list in what Keras writes
@@ -458,20 +465,20 @@ def _agree(
         there = dict.fromkeys(form.switches, any(name in arrays for name in form.names[:2]))
     there["track_running_stats"] = True
     for switch, found in there.items():
-        if switch in settings and checks.flag(switch, settings[switch]) != found:
+        if switch in settings and validate_bool(switch, settings[switch]) != found:
             what = "whose arrays are there" if found else "whose arrays are not there"
-            checks.fail(ValueError, switch, f"{settings[switch]}, {what}", str(found))
+            fail(ValueError, switch, f"{settings[switch]}, {what}", str(found))
     if "num_features" in settings:
         count = settings["num_features"]
         given = count if isinstance(count, tuple) else (count,)
         if not all(type(n) is int for n in given) or given != shape:
-            got = f"{checks.shown(count)}, for arrays of shape {shape}"
-            checks.fail(ValueError, "num_features", got, str(shape[0] if len(shape) == 1 else shape))
-    if len(axes := checks.channel_axes(axis)) != len(shape):
+            got = f"{describe(count)}, for arrays of shape {shape}"
+            fail(ValueError, "num_features", got, str(shape[0] if len(shape) == 1 else shape))
+    if len(axes := validate_axis(axis)) != len(shape):
         got = f"{axis!r}, for arrays of shape {shape}"
-        checks.fail(ValueError, "axis", got, f"{len(shape)} axes, not {len(axes)}")
+        fail(ValueError, "axis", got, f"{len(shape)} axes, not {len(axes)}")
     if settings.get("training_mode", 0) not in (0, 1):
-        checks.fail(ValueError, "training_mode", checks.shown(settings["training_mode"]), "0 or 1")
+        fail(ValueError, "training_mode", describe(settings["training_mode"]), "0 or 1")
 
 
 def _exact(momentum: float) -> float:
@@ -487,8 +494,8 @@ def _numpy(argument: str, v: Any) -> Array:
         try:
             v = np.asarray(v)
         except ValueError:  # a list of lists of different lengths, say
-            checks.fail(TypeError, argument, checks.shown(v), "an array")
-    xp = checks.namespace(argument, v)
+            fail(TypeError, argument, describe(v), "an array")
+    xp = namespace(argument, v)
     if float_name(xp, v.dtype) == "bfloat16":  # which NumPy does not have, and float32 holds exactly
         v = xp.astype(v, xp.float32)
     if compat.is_torch_array(v) or compat.is_cupy_array(v):

@@ -17,12 +17,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from batchnorm import checks
+from batchnorm.arguments import validate_number
+from batchnorm.backends.base import Backend
+from batchnorm.backends.dispatch import backend_for
+from batchnorm.coefficients import in_compute, nonzero, rounded_mean, rstd_and_scale, weights_of
 from batchnorm.functional import Axis
-from batchnorm.kernels import KernelSet, pick
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
-from batchnorm.vectors import Centre, centre, compute, slope, sums_with, weights_of
+from batchnorm.validation import (
+    validate_input,
+    validate_same_shape,
+    validate_stats,
+    validate_vectors,
+    validate_weights,
+)
 
 Array = Any
 
@@ -70,16 +78,31 @@ def batch_norm_jvp(
     TypeError, ValueError
         As `batch_norm_backward`.
     """
-    at = _checked(x, stats, gamma, where, axis, dx=dx)
-    checks.vectors(at, dgamma=dgamma, dbeta=dbeta)
-    eps = checks.scalar("eps", eps, 0)
-    call = _Call.of(at, x, stats, gamma, where, eps, dx, dgamma, dbeta)
+    layout = _checked(x, stats, gamma, where, axis, dx=dx)
+    validate_vectors(layout, dgamma=dgamma, dbeta=dbeta)
+    eps = validate_number("eps", eps, 0)
+    return jvp(layout, dx, dgamma, dbeta, x, stats, gamma, where, eps)
+
+
+def jvp(
+    layout: Layout,
+    dx: Array | None,
+    dgamma: Array | None,
+    dbeta: Array | None,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None,
+    where: Array | None,
+    eps: float,
+) -> tuple[Array, Array, Array]:
+    """Return what `batch_norm_jvp` does, of validated arguments."""
+    call = _Call.of(layout, x, stats, gamma, where, eps, dx, dgamma, dbeta)
     if dx is None:
-        dx = at.xp.zeros_like(x)
+        dx = layout.xp.zeros_like(x)
     dy, total, total_x = _along(call, dx, dgamma, dbeta)
     dmean, dvar = total / call.n, 2 * total_x / (call.n * call.rstd)  # (C), (C)
-    vectors = (at.xp.astype(at.squeeze(v), stats.var.dtype) for v in (dmean, dvar))
-    return at.xp.astype(dy, x.dtype, copy=False), *vectors
+    vectors = (layout.xp.astype(layout.squeeze(v), stats.var.dtype) for v in (dmean, dvar))
+    return layout.xp.astype(dy, x.dtype, copy=False), *vectors
 
 
 def batch_norm_double_backward(
@@ -130,20 +153,36 @@ def batch_norm_double_backward(
     TypeError, ValueError
         As `batch_norm_backward`.
     """
-    at = _checked(x, stats, gamma, where, axis, dy=dy, ddx=ddx)
-    checks.vectors(at, ddgamma=ddgamma, ddbeta=ddbeta)
-    eps = checks.scalar("eps", eps, 0)
-    call = _Call.of(at, x, stats, gamma, where, eps, dy, ddx, ddgamma, ddbeta)
-    xp, rstd, n, a = at.xp, call.rstd, call.n, call.a
-    dy = compute(at, dy)  # (..., C, ...)
-    u = xp.zeros_like(dy) if ddx is None else compute(at, ddx)  # (..., C, ...)
-    direct = at.vector(0.0 if ddgamma is None else ddgamma)  # (C)
+    layout = _checked(x, stats, gamma, where, axis, dy=dy, ddx=ddx)
+    validate_vectors(layout, ddgamma=ddgamma, ddbeta=ddbeta)
+    eps = validate_number("eps", eps, 0)
+    return double_backward(layout, ddx, ddgamma, ddbeta, dy, x, stats, gamma, where, eps)
+
+
+def double_backward(
+    layout: Layout,
+    ddx: Array | None,
+    ddgamma: Array | None,
+    ddbeta: Array | None,
+    dy: Array,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None,
+    where: Array | None,
+    eps: float,
+) -> tuple[Array, Array, Array]:
+    """Return what `batch_norm_double_backward` does, of validated arguments."""
+    call = _Call.of(layout, x, stats, gamma, where, eps, dy, ddx, ddgamma, ddbeta)
+    xp, rstd, n, a = layout.xp, call.rstd, call.n, call.a
+    dy = in_compute(layout, dy)  # (..., C, ...)
+    u = xp.zeros_like(dy) if ddx is None else in_compute(layout, ddx)  # (..., C, ...)
+    direct = layout.vector(0.0 if ddgamma is None else ddgamma)  # (C)
 
     d_dy, u1, u2 = _along(call, u, ddgamma, ddbeta)
-    zero = xp.zeros_like(call.mid.m)  # (C)
+    zero = xp.zeros_like(call.m)  # (C)
     own_x, own_dy, own_u, own_w = _again(call, (call.x, dy, u, call.w), ())
     s1, s2 = _sums(call._replace(x=own_x), own_dy, own_w)  # (C), (C)
-    _, product = call.kernels.grad_sums(own_dy, own_u, zero, None, at)  # (C): sum of u dy
+    _, product = call.backend.grad_sums(own_dy, own_u, zero, None, layout)  # (C): sum of u dy
     q = product - (s1 * u1 + s2 * u2) / n  # (C)
 
     # e = k dy + h w u, and its sums.
@@ -152,26 +191,27 @@ def batch_norm_double_backward(
     sum_e_x = k * s2 + h * u2  # (C)
     # d_x = rstd (k dy + w (h u - sum_e / n - x_hat (sum_e_x + a q) / n))
     slope_x = -rstd * rstd * (sum_e_x + a * q) / n  # (C)
-    constant = -rstd * sum_e / n - slope_x * call.mid.rest  # (C)
-    k, h, slope_x, constant = (compute(at, v) for v in (rstd * k, rstd * h, slope_x, constant))
+    constant = -rstd * sum_e / n - slope_x * call.residual  # (C)
+    k, h, slope_x, constant = (in_compute(layout, v) for v in (rstd * k, rstd * h, slope_x, constant))
     x_again, dy, u, w = _again(call, (call.x, dy, u, call.w), (k, h, slope_x, constant))
-    d_x = call.kernels.scale_shift(dy, zero, k, zero, at, None)
+    d_x = call.backend.scale_shift(dy, zero, k, zero, layout)
     d_x = _add(call, d_x, u, zero, h, zero, w)
-    d_x = _add(call, d_x, x_again, call.mid.m, slope_x, constant, w)
+    d_x = _add(call, d_x, x_again, call.m, slope_x, constant, w)
 
-    dtype = at.compute if gamma is None else gamma.dtype
-    d_gamma = xp.astype(at.squeeze(rstd * q), dtype)
+    dtype = layout.compute if gamma is None else gamma.dtype
+    d_gamma = xp.astype(layout.squeeze(rstd * q), dtype)
     return xp.astype(d_dy, x.dtype, copy=False), xp.astype(d_x, x.dtype, copy=False), d_gamma
 
 
 class _Call(NamedTuple):
     """What all sums and outputs of a call share, with the big arrays in what they are worked on in."""
 
-    kernels: KernelSet
-    at: Layout
+    backend: Backend
+    layout: Layout
     x: Array
     w: Array | None
-    mid: Centre
+    m: Array
+    residual: Array
     n: Array
     rstd: Array
     a: Array
@@ -179,7 +219,7 @@ class _Call(NamedTuple):
     @classmethod
     def of(
         cls,
-        at: Layout,
+        layout: Layout,
         x: Array,
         stats: Moments,
         gamma: Array | None,
@@ -188,66 +228,64 @@ class _Call(NamedTuple):
         *others: Array | None,
     ) -> _Call:
         counted = stats.count if hasattr(stats.count, "dtype") else None
-        kernels = pick(x, gamma, where, counted, *stats[1:], *others)
-        x = compute(at, x)  # (..., C, ...)
-        n = at.vector(stats.count)  # (C)
-        n = at.xp.where(n > 0, n, at.xp.ones_like(n))  # (C)
+        backend = backend_for(x, gamma, where, counted, *stats[1:], *others)
+        x = in_compute(layout, x)  # (..., C, ...)
+        n = nonzero(layout.xp, layout.vector(stats.count))  # (C)
         w = weights_of(where, x.ndim)
-        rstd, a = slope(at, stats.var, gamma, eps)  # (C), (C)
-        return cls(kernels, at, x, w, centre(at, stats), n, rstd, a)
+        rstd, a = rstd_and_scale(layout, stats.var, gamma, eps)  # (C), (C)
+        return cls(backend, layout, x, w, *rounded_mean(layout, stats), n, rstd, a)
 
 
 def _checked(
     x: Array, stats: Any, gamma: Array | None, where: Array | None, axis: Axis, **like: Array | None
 ) -> Layout:
-    at = checks.subject(x, axis)
+    layout = validate_input(x, axis)
     for argument, other in like.items():
         if other is not None or argument == "dy":
-            checks.like(at, x, argument, other)
-    checks.statistics(at, stats)
-    checks.vectors(at, gamma=gamma)
-    checks.weights(at, x, where)
-    return at
+            validate_same_shape(layout, x, argument, other)
+    validate_stats(layout, stats)
+    validate_vectors(layout, gamma=gamma)
+    validate_weights(layout, x, where)
+    return layout
 
 
 def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:
     """Σv and Σv·x_hat of each channel; a value of x without weight and without v may be NaN."""
-    total, total_x = sums_with(call.kernels, call.at, v, call.x, call.mid, w)
-    return total, call.rstd * total_x  # (C), (C)
+    total, total_x = call.backend.grad_sums(v, call.x, call.m, w, call.layout)  # (C), (C)
+    return total, call.rstd * (total_x - call.residual * total)
 
 
 def _along(
     call: _Call, u: Array, dgamma: Array | None, dbeta: Array | None
 ) -> tuple[Array, Array, Array]:
     """The tangent of y along u, dgamma and dbeta, and Σw·u and Σw·u·x_hat."""
-    at, xp = call.at, call.at.xp
-    u = weighted = compute(at, u)  # (..., C, ...)
+    layout, xp = call.layout, call.layout.xp
+    u = weighted = in_compute(layout, u)  # (..., C, ...)
     x = finite = call.x  # (..., C, ...)
-    if call.w is not None:  # what weighs nothing may be NaN: its y is, but no other value's
-        w = xp.astype(call.w, at.compute)  # (..., C, ...)
+    if call.w is not None:  # elements of zero weight may be NaN: their y is, but no other value's
+        w = xp.astype(call.w, layout.compute)  # (..., C, ...)
         weighted = xp.where(w > 0, w * u, xp.zeros_like(u))  # (..., C, ...)
-        x = xp.where(w > 0, x, call.mid.m)  # (..., C, ...)
-        finite = xp.where((w > 0) | xp.isfinite(call.x), call.x, call.mid.m)  # (..., C, ...)
+        x = xp.where(w > 0, x, call.m)  # (..., C, ...)
+        finite = xp.where((w > 0) | xp.isfinite(call.x), call.x, call.m)  # (..., C, ...)
     u1, u2 = _sums(call._replace(x=x), weighted, None)  # (C), (C)
-    b = call.rstd * (at.vector(0.0 if dgamma is None else dgamma) - call.a * u2 / call.n)  # (C)
-    c = at.vector(0.0 if dbeta is None else dbeta) - call.a * u1 / call.n - b * call.mid.rest  # (C)
-    a, b, c = (compute(at, v) for v in (call.a, b, c))
+    b = call.rstd * (layout.vector(0.0 if dgamma is None else dgamma) - call.a * u2 / call.n)  # (C)
+    c = layout.vector(0.0 if dbeta is None else dbeta) - call.a * u1 / call.n - b * call.residual  # (C)
+    a, b, c = (in_compute(layout, v) for v in (call.a, b, c))
     finite, u = _again(call, (finite, u), (a, b, c))
-    zero = xp.zeros_like(call.mid.m)  # (C)
-    scaled = call.kernels.scale_shift(u, zero, a, zero, at, None)  # (..., C, ...)
-    return _add(call, scaled, finite, call.mid.m, b, c, None), u1, u2
+    zero = xp.zeros_like(call.m)  # (C)
+    scaled = call.backend.scale_shift(u, zero, a, zero, layout)  # (..., C, ...)
+    return _add(call, scaled, finite, call.m, b, c, None), u1, u2
 
 
-def _again(call: _Call, big: tuple[Array | None, ...], vectors: tuple[Array, ...]) -> Sequence[Array]:
-    """The big arrays of a pass with these vectors; what reads in chunks reads them anew for it."""
-    if call.kernels.again is None:
-        return big
-    zero, one = call.at.xp.zeros_like(call.mid.m), call.at.xp.ones_like(call.mid.m)  # (C), (C)
-    found: Sequence[Array] = call.kernels.again(big, (*vectors, call.mid.m, zero, one))
-    return found
+def _again(
+    call: _Call, big: tuple[Array | None, ...], vectors: tuple[Array, ...]
+) -> Sequence[Array | None]:
+    """Return the big arrays for kernels that take these vectors; a lazy library reads them again."""
+    zero, one = call.layout.xp.zeros_like(call.m), call.layout.xp.ones_like(call.m)  # (C), (C)
+    return call.backend.reread(big, (*vectors, call.m, zero, one))
 
 
 def _add(call: _Call, v: Array, x: Array, m: Array, b: Array, c: Array, w: Array | None) -> Array:
     """V + w·(b·(x - m) + c), in the kernel that makes dx."""
-    one = call.at.xp.ones_like(call.mid.m)  # (C)
-    return call.kernels.grad_input(v, x, m, one, b, c, w, call.at, None)
+    one = call.layout.xp.ones_like(call.m)  # (C)
+    return call.backend.grad_input(v, x, m, one, b, c, w, call.layout)

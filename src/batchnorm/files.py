@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchnorm import checks
+from batchnorm.arguments import validate_path
+from batchnorm.errors import fail
 
 Array = Any
 Shape = tuple[int, ...]
@@ -51,9 +52,9 @@ def write(path: str | os.PathLike[str], arrays: dict[str, Array]) -> None:
     kind = _kind(path)
     target = Path(os.path.realpath(path))  # of a link, what it leads to
     if not target.parent.is_dir():
-        checks.fail(FileNotFoundError, "path", os.fspath(path), "a file in a folder that exists")
+        fail(FileNotFoundError, "path", os.fspath(path), "a file in a folder that exists")
     if target.is_dir():
-        checks.fail(IsADirectoryError, "path", f"{os.fspath(path)}, a folder", "a file")
+        fail(IsADirectoryError, "path", f"{os.fspath(path)}, a folder", "a file")
     # A name that is nobody else's, beside the target: a file is replaced at once only within a disk.
     prefix = f".{target.stem[:32]}."  # short: the longest name that a disk takes has to do
     number, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=target.suffix)
@@ -115,7 +116,7 @@ def _safetensors() -> Any:
         return importlib.import_module("safetensors.numpy")
     except ImportError:
         got = "a .safetensors file, but safetensors is not installed"
-        checks.fail(ImportError, "path", got, "it: pip install 'batchnorm[safetensors]'")
+        fail(ImportError, "path", got, "it: pip install 'batchnorm[safetensors]'")
 
 
 @contextlib.contextmanager
@@ -137,9 +138,9 @@ _KINDS = {
 
 
 def _kind(path: Any) -> _Kind:
-    suffix = checks.path("path", path).suffix.lower()
+    suffix = validate_path("path", path).suffix.lower()
     if suffix not in _KINDS:
-        checks.fail(ValueError, "path", os.fspath(path), f"a file that ends in {' or '.join(_KINDS)}")
+        fail(ValueError, "path", os.fspath(path), f"a file that ends in {' or '.join(_KINDS)}")
     return _KINDS[suffix]
 
 
@@ -155,7 +156,7 @@ def _visited(path: Any, wanted: Mapping[str, Shape]) -> tuple[list[str], dict[st
                 shapes[name] = file.shape(name)
             for name, shape in wanted.items():
                 if shapes[name] != shape:
-                    checks.fail(_ShapeError, name, f"shape {shapes[name]}", str(shape))
+                    fail(_ShapeError, name, f"shape {shapes[name]}", str(shape))
             arrays: dict[str, Array] = {}
             for name in wanted:
                 what = f"{name!r} in {os.fspath(path)}"
@@ -168,7 +169,7 @@ def _visited(path: Any, wanted: Mapping[str, Shape]) -> tuple[list[str], dict[st
     except Exception as error:  # each library has errors of its own for what is cut or foreign
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         got = f"{what}, which cannot be read ({reason})"
-        checks.fail(ValueError, "path", got, f"a whole {Path(path).suffix.lower()} file")
+        fail(ValueError, "path", got, f"a whole {Path(path).suffix.lower()} file")
 
 
 class _ShapeError(ValueError):

@@ -10,8 +10,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 import batchnorm as bn
-from batchnorm import checks
 from batchnorm.distributed import jax as jax_group
+from batchnorm.errors import fail
 
 Array = Any
 
@@ -35,9 +35,7 @@ class BatchNorm(nnx.BatchNorm):
         """Normalize, and update the running statistics where the batch's own are used."""
         frozen = self.use_running_average if use_running_average is None else use_running_average
         if frozen is None:
-            checks.fail(
-                ValueError, "use_running_average", "None", "True or False, here or in the module"
-            )
+            fail(ValueError, "use_running_average", "None", "True or False, here or in the module")
         axes = _channels(self.axis, x.ndim)
         gamma = self.scale[...] if self.scale is not None else None
         beta = self.bias[...] if self.bias is not None else None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm import checks
+from batchnorm.arguments import validate_number
+from batchnorm.arrays import namespace
+from batchnorm.coefficients import rstd_and_scale
+from batchnorm.errors import fail
 from batchnorm.layout import Layout
-from batchnorm.vectors import slope
+from batchnorm.validation import validate_input, validate_vectors
 
 Array = Any
 
@@ -49,11 +52,13 @@ def fold(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
-    checks.vectors(at, var=var, gamma=gamma, beta=beta)
-    eps = checks.scalar("eps", eps, 0)
-    scale, shift = _fold(at, None, mean, var, gamma, beta, eps)
-    return at.xp.astype(scale, mean.dtype, copy=False), at.xp.astype(shift, mean.dtype, copy=False)
+    array_layout = validate_input(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
+    validate_vectors(array_layout, var=var, gamma=gamma, beta=beta)
+    eps = validate_number("eps", eps, 0)
+    scale, shift = _fold(array_layout, None, mean, var, gamma, beta, eps)
+    return array_layout.xp.astype(scale, mean.dtype, copy=False), array_layout.xp.astype(
+        shift, mean.dtype, copy=False
+    )
 
 
 def fold_linear(
@@ -99,18 +104,20 @@ def fold_linear(
     >>> bias
     array([-1., -2.])
     """
-    checks.namespace("weight", weight)
+    namespace("weight", weight)
     letters = set(layout) if isinstance(layout, str) else set()
     if len(letters) != weight.ndim or len(layout) != weight.ndim or not {"O", "I"} <= letters:
         expected = f"different letters, O and I among them, for the axes of {weight.ndim}-d weights"
-        checks.fail(ValueError, "layout", repr(layout), expected)
-    at = checks.subject(weight, layout.index("O"), "weight")
-    checks.vectors(at, bias=bias, mean=mean, var=var, gamma=gamma, beta=beta)
-    eps = checks.scalar("eps", eps, 0)
-    scale, shift = _fold(at, bias, mean, var, gamma, beta, eps)
-    folded = scale * at.xp.astype(weight, at.wide)
-    shift = at.squeeze(shift)
-    return at.xp.astype(folded, weight.dtype, copy=False), at.xp.astype(shift, weight.dtype, copy=False)
+        fail(ValueError, "layout", repr(layout), expected)
+    array_layout = validate_input(weight, layout.index("O"), "weight")
+    validate_vectors(array_layout, bias=bias, mean=mean, var=var, gamma=gamma, beta=beta)
+    eps = validate_number("eps", eps, 0)
+    scale, shift = _fold(array_layout, bias, mean, var, gamma, beta, eps)
+    folded = scale * array_layout.xp.astype(weight, array_layout.wide)
+    shift = array_layout.squeeze(shift)
+    return array_layout.xp.astype(folded, weight.dtype, copy=False), array_layout.xp.astype(
+        shift, weight.dtype, copy=False
+    )
 
 
 def fold_conv(
@@ -152,7 +159,7 @@ def fold_conv(
 
 
 def _fold(
-    at: Layout,
+    array_layout: Layout,
     bias: Array | None,
     mean: Array,
     var: Array,
@@ -161,7 +168,11 @@ def _fold(
     eps: float,
 ) -> tuple[Array, Array]:
     """Scale, and (bias - mean)·scale + beta, wide and in broadcast shape."""
-    _, scale = slope(at, var, gamma, eps)
-    centred = -at.vector(mean) if bias is None else at.vector(bias) - at.vector(mean)
+    _, scale = rstd_and_scale(array_layout, var, gamma, eps)
+    centred = (
+        -array_layout.vector(mean)
+        if bias is None
+        else array_layout.vector(bias) - array_layout.vector(mean)
+    )
     shift = centred * scale
-    return scale, shift if beta is None else shift + at.vector(beta)
+    return scale, shift if beta is None else shift + array_layout.vector(beta)

@@ -1,23 +1,27 @@
-"""The equations: check, pick kernels, and run them with the arithmetic of `vectors` between them."""
+"""The public functions: validate the arguments, choose a backend, and run its pass."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from batchnorm import checks, groups
-from batchnorm.kernels import pick, written
+from batchnorm import groups
+from batchnorm.arguments import validate_bool, validate_group, validate_number
+from batchnorm.backends.dispatch import backend_for
+from batchnorm.coefficients import weights_of
 from batchnorm.moments import Moments
+from batchnorm.overlap import validate_no_overlap
 from batchnorm.tracing import traceable
-from batchnorm.vectors import (
-    backward_from,
-    centre,
-    compute,
-    grad_params,
-    moments_by,
-    scale_shift_by,
-    slope,
-    sums_with,
-    weights_of,
+from batchnorm.validation import (
+    call_key,
+    known_layout,
+    remember,
+    validate_count,
+    validate_input,
+    validate_out,
+    validate_same_shape,
+    validate_stats,
+    validate_vectors,
+    validate_weights,
 )
 
 Array = Any
@@ -55,7 +59,7 @@ def batch_norm(
         Added to the variance.
     where : array, optional
         A mask, or weights >= 0, that broadcasts to `x`: what each value weighs in the mean and the
-        variance. All of `x` is normalized, also what weighs nothing; that may hold NaN.
+        variance. All of `x` is normalized, elements of zero weight too, which may be NaN.
     group : object with ``all_reduce(array) -> array``, optional
         Sums an array over the members of a group, each of which calls this function with its part of
         the batch. The statistics are then those of the joined batch.
@@ -82,36 +86,28 @@ def batch_norm(
     Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift, Algorithm 1.
     """
-    checks.group(group)
+    validate_group(group)
     with groups.call(group, "batch_norm") as call:
         plain = where is None and group is None
-        key = checks.key("batch_norm", axis, out, x, gamma, beta) if plain else None
-        at = checks.passed(key)
-        if at is None:
-            at = checks.subject(x, axis)
-            checks.vectors(at, gamma=gamma, beta=beta)
-            checks.weights(at, x, where)
+        key = call_key("batch_norm", axis, out, x, gamma, beta) if plain else None
+        layout = known_layout(key)
+        if layout is None:
+            layout = validate_input(x, axis)
+            validate_vectors(layout, gamma=gamma, beta=beta)
+            validate_weights(layout, x, where)
             if group is None:
-                checks.enough_values(at, x, where)
-            checks.output(at, x, out)
-            checks.scalar("eps", eps, 0)
-            checks.remember(key, at)
-        checks.apart(out, x=x, gamma=gamma, beta=beta, where=where)
-        eps = checks.scalar("eps", eps, 0)
+                validate_count(layout, x, where)
+            validate_out(layout, x, out)
+            validate_number("eps", eps, 0)
+            remember(key, layout)
+        validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where)
+        eps = validate_number("eps", eps, 0)
 
-        kernels = pick(x, gamma, beta, where, out)
-        y: Array
+        backend = backend_for(x, gamma, beta, where, out)
+        w = weights_of(where, x.ndim)
         if call is not None:
-            call.announce_forward(at, x)
-            if kernels.joined is None or out is not None:
-                return groups.forward(kernels, at, x, where, gamma, beta, eps, out, group)
-            y, stats = kernels.joined(x, where, gamma, beta, eps, at, group)
-            return y, stats
-    if kernels.forward is not None:
-        y, stats = kernels.forward(x, weights_of(where, x.ndim), gamma, beta, eps, at, out)
-        return y, stats
-    stats = moments_by(kernels, at, x, where)
-    return scale_shift_by(kernels, at, x, stats, gamma, beta, eps, out), stats
+            return backend.forward_in_group(call, x, w, gamma, beta, eps, layout, out=out)
+    return backend.forward(x, w, gamma, beta, eps, layout, out=out)
 
 
 @traceable
@@ -163,41 +159,31 @@ def batch_norm_backward(
     ----------
     Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
     """
-    checks.group(group)
+    validate_group(group)
     with groups.call(group, "batch_norm_backward") as call:
         plain = where is None and group is None and isinstance(stats, Moments)
-        key = checks.key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
-        at = checks.passed(key)
-        if at is None:
-            at = checks.subject(x, axis)
-            checks.like(at, x, "dy", dy)
-            checks.statistics(at, stats)
-            checks.vectors(at, gamma=gamma)
-            checks.weights(at, x, where)
-            checks.output(at, x, out)
-            checks.scalar("eps", eps, 0)
-            checks.remember(key, at)
+        key = call_key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
+        layout = known_layout(key)
+        if layout is None:
+            layout = validate_input(x, axis)
+            validate_same_shape(layout, x, "dy", dy)
+            validate_stats(layout, stats)
+            validate_vectors(layout, gamma=gamma)
+            validate_weights(layout, x, where)
+            validate_out(layout, x, out)
+            validate_number("eps", eps, 0)
+            remember(key, layout)
         if out is not None:
             named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
-            checks.apart(out, dy=dy, x=x, gamma=gamma, where=where, **named)
-        eps = checks.scalar("eps", eps, 0)
+            validate_no_overlap(out, dy=dy, x=x, gamma=gamma, where=where, **named)
+        eps = validate_number("eps", eps, 0)
 
         counted = stats.count if hasattr(stats.count, "dtype") else None
-        kernels = pick(dy, x, gamma, where, out, counted, *stats[1:])
+        backend = backend_for(dy, x, gamma, where, out, counted, *stats[1:])
         w = weights_of(where, x.ndim)
         if call is not None:
-            call.announce_backward(at, x)
-            own = sums_with(kernels, at, dy, x, centre(at, stats), w)
-            joined = groups.all_reduce(group, *own)
-            return backward_from(kernels, at, dy, x, w, stats, gamma, eps, joined, out)
-    if kernels.backward is not None:
-        dx, dgamma, dbeta = kernels.backward(dy, x, w, stats, gamma, eps, at, out)
-        dtype = at.compute if gamma is None else gamma.dtype
-        if dgamma.dtype == dtype:
-            return dx, dgamma, dbeta
-        return dx, at.xp.astype(dgamma, dtype), at.xp.astype(dbeta, dtype)
-    sums = sums_with(kernels, at, dy, x, centre(at, stats), w)
-    return backward_from(kernels, at, dy, x, w, stats, gamma, eps, sums, out)
+            return backend.backward_in_group(call, dy, x, w, stats, gamma, eps, layout, out=out)
+    return backend.backward(dy, x, w, stats, gamma, eps, layout, out=out)
 
 
 @traceable
@@ -242,19 +228,17 @@ def normalize(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    key = checks.key("normalize", axis, out, x, mean, var, gamma, beta)
-    at = checks.passed(key)
-    if at is None:
-        at = checks.subject(x, axis)
-        checks.vectors(at, mean=mean, var=var, gamma=gamma, beta=beta)
-        checks.output(at, x, out)
-        checks.remember(key, at)
-    checks.apart(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
-    eps = checks.scalar("eps", eps, 0)
-    kernels = pick(x, mean, var, gamma, beta, out)
-    if kernels.inference is not None:
-        return kernels.inference(x, mean, var, gamma, beta, eps, at, out)
-    return scale_shift_by(kernels, at, x, Moments(1, mean, var), gamma, beta, eps, out)
+    key = call_key("normalize", axis, out, x, mean, var, gamma, beta)
+    layout = known_layout(key)
+    if layout is None:
+        layout = validate_input(x, axis)
+        validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
+        validate_out(layout, x, out)
+        remember(key, layout)
+    validate_no_overlap(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
+    eps = validate_number("eps", eps, 0)
+    backend = backend_for(x, mean, var, gamma, beta, out)
+    return backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout, out=out)
 
 
 @traceable
@@ -302,28 +286,16 @@ def normalize_backward(
     TypeError, ValueError
         As `batch_norm`.
     """
-    at = checks.subject(x, axis)
-    checks.like(at, x, "dy", dy)
-    checks.vectors(at, mean=mean, var=var, gamma=gamma)
-    eps = checks.scalar("eps", eps, 0)
-    checks.output(at, x, out)
-    checks.apart(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma)
-    stats_grad = checks.flag("stats_grad", stats_grad)
-
-    kernels = pick(dy, x, out, mean, var, gamma)
-    mid = centre(at, Moments(1, mean, var))
-    sum_dy, sum_dy_d = sums_with(kernels, at, dy, x, mid, None)
-    rstd, a = slope(at, var, gamma, eps)  # (C), (C)
-    grads = grad_params(at, gamma, rstd * sum_dy_d, sum_dy)
-    if stats_grad:
-        dmean = at.squeeze(-a * sum_dy)
-        dvar = at.squeeze(-0.5 * a * rstd * (rstd * sum_dy_d))
-        grads = (*grads, at.xp.astype(dmean, mean.dtype), at.xp.astype(dvar, var.dtype))
-    zero, a = at.xp.zeros_like(mid.m), compute(at, a)  # (C), (C)
-    if dy.dtype == x.dtype:
-        return kernels.scale_shift(dy, zero, a, zero, at, out), *grads
-    dx = kernels.scale_shift(compute(at, dy), zero, a, zero, at, None)
-    return written(at.xp.astype(dx, x.dtype), out), *grads
+    layout = validate_input(x, axis)
+    validate_same_shape(layout, x, "dy", dy)
+    validate_vectors(layout, mean=mean, var=var, gamma=gamma)
+    eps = validate_number("eps", eps, 0)
+    validate_out(layout, x, out)
+    validate_no_overlap(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma)
+    stats_grad = validate_bool("stats_grad", stats_grad)
+    backend = backend_for(dy, x, out, mean, var, gamma)
+    results = backend.inference_backward(dy, x, Moments(1, mean, var), gamma, eps, layout, out=out)
+    return results if stats_grad else results[:3]
 
 
 @traceable
@@ -351,6 +323,6 @@ def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
     TypeError, ValueError
         As `batch_norm`.
     """
-    at = checks.subject(x, axis)
-    checks.weights(at, x, where)
-    return moments_by(pick(x, where), at, x, where)
+    layout = validate_input(x, axis)
+    validate_weights(layout, x, where)
+    return backend_for(x, where).statistics(x, weights_of(where, x.ndim), layout)

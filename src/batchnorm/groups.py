@@ -2,7 +2,7 @@
 
 A group is anything with ``all_reduce(array) -> array``, a sum over its members. One that also tells
 ``rank`` and ``size`` needs a single reduction where there would be two. One with ``announce``,
-``decline``, ``abort`` and ``told`` (`distributed.members`) hears what a member comes with, and whether
+``abort_unannounced``, ``abort`` and ``told`` (`distributed.members`) hears what a member comes with, and whether
 it fails.
 """
 
@@ -17,10 +17,9 @@ from typing import Any, Self
 
 from array_api_compat import array_namespace, device
 
-from batchnorm import checks, vectors
-from batchnorm.kernels import KernelSet
+from batchnorm.errors import describe_type, fail
 from batchnorm.layout import Layout, float_name
-from batchnorm.moments import Moments, pool, pool_rows
+from batchnorm.moments import Moments, merge_rows, merge_vectors
 
 Array = Any
 
@@ -48,7 +47,7 @@ class Call:
         told = getattr(self.group, "told", None)
         # What the members have told each other in a call within this one, they know.
         if error is not None and not (told is not None and told(error, self.since)):
-            tell = getattr(self.group, "abort" if self.announced else "decline", None)
+            tell = getattr(self.group, "abort" if self.announced else "abort_unannounced", None)
             if tell is not None:
                 tell(error)
 
@@ -58,13 +57,21 @@ class Call:
         if hasattr(self.group, "announce"):
             self.group.announce(f"{self.name} of {what}", tuple(sums), dtype)
 
-    def announce_forward(self, at: Layout, x: Array) -> None:
+    def announce_forward(self, layout: Layout, x: Array) -> None:
         """Say what this member comes with to a forward pass."""
-        self.announce(_named(at, x), moments_sums(self.group, at.channels), _wide(at))
+        self.announce(_named(layout, x), moments_sums(self.group, layout.channels), _wide(layout))
 
-    def announce_backward(self, at: Layout, x: Array) -> None:
+    def announce_backward(self, layout: Layout, x: Array) -> None:
         """Say what this member comes with to a backward pass."""
-        self.announce(_named(at, x), [(2, *at.broadcast)], _wide(at))
+        self.announce(_named(layout, x), [(2, *layout.broadcast)], _wide(layout))
+
+    def allreduce_moments(self, own: Moments) -> Moments:
+        """Return the moments of all members' values, given this member's own."""
+        return allreduce_moments(self.group, own)
+
+    def all_reduce(self, *vectors: Array) -> list[Array]:
+        """Return the sums of vectors over the members."""
+        return all_reduce(self.group, *vectors)
 
 
 def call(group: Any, name: str) -> Any:
@@ -75,40 +82,23 @@ def call(group: Any, name: str) -> Any:
 _ALONE = contextlib.nullcontext()
 
 
-def _named(at: Layout, x: Array) -> str:
-    return f"{float_name(at.xp, x.dtype)} with {at.channels} channels"
+def _named(layout: Layout, x: Array) -> str:
+    return f"{float_name(layout.xp, x.dtype)} with {layout.channels} channels"
 
 
-def _wide(at: Layout) -> str:
-    return "float64" if at.wide == at.xp.float64 else "float32"
+def _wide(layout: Layout) -> str:
+    return "float64" if layout.wide == layout.xp.float64 else "float32"
 
 
 def moments_sums(group: Any, channels: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of what `join` adds up."""
+    """The shapes of what `allreduce_moments` adds up."""
     size = getattr(group, "size", None)
     if size is None or size * 4 * math.prod(channels) * 8 > ONE_VECTOR:
         return [(2, *channels)] * 2
     return [(size, 4, *channels)]
 
 
-def forward(
-    kernels: KernelSet,
-    at: Layout,
-    x: Array,
-    where: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: Any,
-    out: Array | None,
-    group: Any,
-) -> tuple[Array, Moments]:
-    """Give y of a member's part, and the moments of the joined batch."""
-    stats = join(group, vectors.moments_by(kernels, at, x, where))
-    checks.joined(at, stats, where)
-    return vectors.scale_shift_by(kernels, at, x, stats, gamma, beta, eps, out), stats
-
-
-def join(group: Any, own: Moments) -> Moments:
+def allreduce_moments(group: Any, own: Moments) -> Moments:
     """The moments of all members' values, the same on each of them to the bit.
 
     Where it pays, each member puts its moments into its own place of one vector, and zeros elsewhere:
@@ -117,13 +107,13 @@ def join(group: Any, own: Moments) -> Moments:
     xp = array_namespace(own.mean)
     packed = xp.stack(tuple(own))  # (4, C)
     if len(moments_sums(group, tuple(packed.shape[1:]))) > 1:
-        return pool([own], lambda *sums: all_reduce(group, *sums))
+        return merge_vectors([own], lambda *sums: all_reduce(group, *sums))
     size = group.size
     places = xp.reshape(xp.arange(size, device=device(own.mean)), (size,) + (1,) * packed.ndim)
     mine = places == group.rank
     vector = xp.where(mine, packed[None, ...], xp.zeros_like(packed)[None, ...])  # (size, 4, C)
     summed = _summed(group, vector)
-    return pool_rows(Moments(*(summed[:, i, ...] for i in range(4))))
+    return merge_rows(Moments(*(summed[:, i, ...] for i in range(4))))
 
 
 def all_reduce(group: Any, *vectors: Array) -> list[Array]:
@@ -136,8 +126,8 @@ def all_reduce(group: Any, *vectors: Array) -> list[Array]:
 def _summed(group: Any, packed: Array) -> Array:
     summed = group.all_reduce(packed)
     if getattr(summed, "shape", None) != packed.shape:
-        got = f"{checks.kind(summed)} of shape {getattr(summed, 'shape', None)}"
-        checks.fail(TypeError, "group.all_reduce", got, f"the sum, an array of shape {packed.shape}")
+        got = f"{describe_type(summed)} of shape {getattr(summed, 'shape', None)}"
+        fail(TypeError, "group.all_reduce", got, f"the sum, an array of shape {packed.shape}")
     return summed
 
 

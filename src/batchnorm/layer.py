@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, Self
 
 import array_api_compat as compat
 
-from batchnorm import checks, groups
+from batchnorm import groups
+from batchnorm.arguments import (
+    validate_axis,
+    validate_bool,
+    validate_choice,
+    validate_dtype,
+    validate_group,
+    validate_number,
+)
+from batchnorm.arrays import library_name, same_shape
+from batchnorm.errors import describe, fail
 from batchnorm.functional import (
     batch_norm,
     batch_norm_backward,
@@ -21,9 +31,11 @@ from batchnorm.functional import (
 )
 from batchnorm.layout import Layout, has_float64
 from batchnorm.moments import Moments, update_running
+from batchnorm.overlap import same_memory
 from batchnorm.presets import PRESETS
 from batchnorm.state import checked, taken
 from batchnorm.tracing import is_jax_tracer, jax_trace
+from batchnorm.validation import validate_input, validate_out, validate_vectors, validate_weights
 
 Array = Any
 
@@ -136,21 +148,21 @@ class BatchNorm(groups.Shared):
         dtype: Any = None,
     ) -> None:
         shape = channels(num_features)
-        kept = checks.channel_axes(axis)
+        kept = validate_axis(axis)
         if len(kept) != len(shape):
             got, expected = f"{len(kept)} axes", f"{len(shape)}, one per number in num_features"
-            checks.fail(ValueError, "axis", got, expected)
-        eps = checks.scalar("eps", eps, 0)
-        correction = checks.scalar("correction", correction, 0)
+            fail(ValueError, "axis", got, expected)
+        eps = validate_number("eps", eps, 0)
+        correction = validate_number("correction", correction, 0)
         if momentum is not None:
-            momentum = checks.scalar("momentum", momentum, 0, 1)
-        affine = checks.flag("affine", affine)
-        track_running_stats = checks.flag("track_running_stats", track_running_stats)
+            momentum = validate_number("momentum", momentum, 0, 1)
+        affine = validate_bool("affine", affine)
+        track_running_stats = validate_bool("track_running_stats", track_running_stats)
         if dtype is not None:
-            checks.floating("dtype", dtype)
+            validate_dtype("dtype", dtype)
         if device is not None and xp is None:
-            checks.fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
-        checks.group(group)
+            fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
+        validate_group(group)
 
         self.num_features, self.axis, self.eps = num_features, axis, eps
         self.momentum, self.correction = momentum, correction
@@ -209,12 +221,12 @@ class BatchNorm(groups.Shared):
         ValueError
             A framework that is not in the table.
         """
-        checks.one_of("framework", framework, PRESETS)
+        validate_choice("framework", framework, PRESETS)
         return cls(num_features, **{**PRESETS[framework].settings(), **settings})
 
     def train(self, mode: bool = True) -> Self:
         """Normalize by the batch's statistics and update the running ones; or, with False, neither."""
-        mode = checks.flag("mode", mode)
+        mode = validate_bool("mode", mode)
         self.batch_statistics = mode or not self.track_running_stats
         self.update_statistics = mode and self.track_running_stats
         return self
@@ -249,14 +261,14 @@ class BatchNorm(groups.Shared):
             JAX traces a training pass of a layer that was made outside of the traced function.
         """
         group = self.group if group is None else group
-        checks.group(group)
+        validate_group(group)
         if not (self.batch_statistics or self.update_statistics):
             group = None  # there is nothing to join
         with groups.call(group, "BatchNorm"):
-            at, state = self._checked(x)
+            layout, state = self._checked(x)
             if not self.batch_statistics:
-                checks.weights(at, x, where)
-                checks.output(at, x, out)
+                validate_weights(layout, x, where)
+                validate_out(layout, x, out)
 
         gamma, beta = state["gamma"], state["beta"]
         mean, var = state["running_mean"], state["running_var"]
@@ -267,7 +279,7 @@ class BatchNorm(groups.Shared):
             note = stats if self.update_statistics else None
         else:
             if self.update_statistics:
-                note = self._joined_moments(at, x, where, group)
+                note = self._joined_moments(layout, x, where, group)
             else:
                 self._warn_if_never_committed()
             stats = Moments(1, mean, var)
@@ -278,7 +290,7 @@ class BatchNorm(groups.Shared):
             if note is not None and is_jax_tracer(note.mean) and self._trace != jax_trace():
                 got = "a training pass that JAX traces, of a layer that was made outside"
                 expected = "its state in and out: load_state_dict before the pass, state_dict() after it"
-                checks.fail(RuntimeError, "BatchNorm", got, expected)
+                fail(RuntimeError, "BatchNorm", got, expected)
             self._settle(state)
         if note is not None:
             note = _detached(note)
@@ -288,7 +300,7 @@ class BatchNorm(groups.Shared):
                 self._noted.append(note)
         # Where y took the place of x there is nothing left to go back from, and what JAX traces is no
         # longer there when the trace has ended.
-        gone = checks.same_memory(out, x) or (is_jax_tracer(y) and self._trace != jax_trace())
+        gone = same_memory(out, x) or (is_jax_tracer(y) and self._trace != jax_trace())
         saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, note)
         self._saved = None if gone else saved
         return y
@@ -321,7 +333,7 @@ class BatchNorm(groups.Shared):
         if self._saved is None:
             with groups.call(self.group if self.batch_statistics else None, "backward"):
                 got = "no forward pass to go back from"
-                checks.fail(RuntimeError, "backward", got, "a call of the layer first")
+                fail(RuntimeError, "backward", got, "a call of the layer first")
         x, stats, by_batch, gamma, where, group, note = self._saved
         # Another pass's note is not this pass's to commit, nor one that was committed before.
         with groups.call(group if by_batch else None, "backward"):
@@ -379,8 +391,8 @@ class BatchNorm(groups.Shared):
         ordered = (arrays[name] for name in PARAMETERS + RUNNING if name in arrays)
         first = next((v for v in ordered if not compat.is_numpy_array(v)), None)
         if not self._settled and first is not None:
-            at = checks.subject(first, tuple(range(first.ndim)))
-            moved = self._moved(at.xp, at.device, self.dtype or at.compute)
+            layout = validate_input(first, tuple(range(first.ndim)))
+            moved = self._moved(layout.xp, layout.device, self.dtype or layout.compute)
             target = {name: moved[name] for name in arrays}
         new = {name: taken(name, v, target[name]) for name, v in arrays.items()}
 
@@ -400,28 +412,28 @@ class BatchNorm(groups.Shared):
 
     def _checked(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
         """Check an input; its layout, and the layer's arrays in its library."""
-        at = checks.subject(x, self.axis)
+        layout = validate_input(x, self.axis)
         expected = channels(self.num_features)
-        if not checks.same_shape(at.channels, expected):
+        if not same_shape(layout.channels, expected):
             got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
-            checks.fail(ValueError, "x", got, axis)
+            fail(ValueError, "x", got, axis)
         state = self._arrays()
         if not self._settled:
-            state = self._moved(at.xp, at.device, self.dtype or at.compute)
-        checks.vectors(at, **state)
+            state = self._moved(layout.xp, layout.device, self.dtype or layout.compute)
+        validate_vectors(layout, **state)
         if self.running_mean is None and (self.update_statistics or not self.batch_statistics):
             switch = "update_statistics" if self.update_statistics else "batch_statistics"
             got = repr(getattr(self, switch))
-            checks.fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
-        return at, state
+            fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
+        return layout, state
 
-    def _joined_moments(self, at: Layout, x: Array, where: Array | None, group: Any) -> Moments:
+    def _joined_moments(self, layout: Layout, x: Array, where: Array | None, group: Any) -> Moments:
         """The moments of a batch, or of all members' batches."""
         if group is None:
             return moments(x, axis=self.axis, where=where)
         with groups.call(group, "moments") as call:
-            call.announce_forward(at, x)
-            return groups.join(group, _detached(moments(x, axis=self.axis, where=where)))
+            call.announce_forward(layout, x)
+            return groups.allreduce_moments(group, _detached(moments(x, axis=self.axis, where=where)))
 
     def _arrays(self) -> dict[str, Array | None]:
         return {name: getattr(self, name) for name in PARAMETERS + RUNNING}
@@ -429,7 +441,7 @@ class BatchNorm(groups.Shared):
     def _moved(self, xp: ModuleType, device: Any, dtype: Any) -> dict[str, Array | None]:
         """The layer's arrays in a library, on a device: parameters in `dtype`, statistics wide."""
         wide = xp.float64 if has_float64(xp, device) else xp.float32
-        dtype = getattr(xp, checks.floating("dtype", dtype), dtype)  # the library's own of that name
+        dtype = getattr(xp, validate_dtype("dtype", dtype), dtype)  # the library's own of that name
         moved: dict[str, Array | None] = {}
         for name, v in self._arrays().items():
             kind = dtype if name in PARAMETERS else wide
@@ -479,8 +491,8 @@ def channels(num_features: Any) -> tuple[int, ...]:
     except TypeError:
         shape = ()
     if len(shape) != len(given) or not all(0 < n <= sys.maxsize for n in shape):
-        got = checks.shown(num_features)
-        checks.fail(ValueError, "num_features", got, "a positive int, or a tuple of them")
+        got = describe(num_features)
+        fail(ValueError, "num_features", got, "a positive int, or a tuple of them")
     return shape
 
 
@@ -489,12 +501,12 @@ def _namespace(xp: Any, device: Any) -> ModuleType:
     try:
         found: ModuleType = compat.array_namespace(xp.zeros(()))
     except (AttributeError, TypeError):
-        checks.fail(TypeError, "xp", checks.shown(xp), "the module of an array API library")
+        fail(TypeError, "xp", describe(xp), "the module of an array API library")
     try:
         found.zeros((), device=device)
     except Exception as error:  # each library has errors of its own for a device that it does not know
-        got = f"{checks.shown(device)} ({type(error).__name__})"
-        checks.fail(ValueError, "device", got, f"a device of {checks.library(found)}")
+        got = f"{describe(device)} ({type(error).__name__})"
+        fail(ValueError, "device", got, f"a device of {library_name(found)}")
     return found
 
 

@@ -27,9 +27,9 @@ class Layout(NamedTuple):
     """The array API namespace of x."""
     device: Any
     """The device of x; None where the library does not tell (a traced array)."""
-    kept: tuple[int, ...]
+    channel_axes: tuple[int, ...]
     """The channel axes, non-negative, increasing."""
-    reduced: tuple[int, ...]
+    reduced_axes: tuple[int, ...]
     """All other axes."""
     channels: tuple[int, ...]
     """The shape of gamma, beta, mean and var."""
@@ -42,20 +42,23 @@ class Layout(NamedTuple):
     wide: DType
     """The dtype for sums and per-channel vectors: float64 where the device has it, else float32."""
 
-    def vector(self, v: Array | float) -> Array:
+    def vector(self, v: Any) -> Array:
         """Bring a per-channel vector, or one number for all channels, to broadcast shape, wide."""
         if not hasattr(v, "dtype"):
             return self.xp.full(self.broadcast, float(v), dtype=self.wide, device=self.device)
-        v = self.xp.astype(v, self.wide, copy=False)
+        if v.dtype != self.wide:
+            v = self.xp.astype(v, self.wide)
         if v.ndim < len(self.channels):
             return v
-        # A channel count that is not known yet is the one length that reshape may work out.
-        shape = tuple(n if isinstance(n, int) else -1 for n in self.broadcast)
-        return self.xp.reshape(v, shape)
+        if self.values is not None:  # all lengths are known
+            return self.xp.reshape(v, self.broadcast)
+        return v[
+            tuple(slice(None) if i in self.channel_axes else None for i in range(len(self.broadcast)))
+        ]
 
     def squeeze(self, v: Array) -> Array:
         """Bring a vector in broadcast shape back to the shape of gamma."""
-        return self.xp.squeeze(v, axis=self.reduced) if self.reduced else v
+        return self.xp.squeeze(v, axis=self.reduced_axes) if self.reduced_axes else v
 
 
 def float_name(xp: ModuleType, dtype: DType) -> str | None:
@@ -85,20 +88,20 @@ def has_float64(xp: ModuleType, device: Any) -> bool:
     return "float64" in info().dtypes(device=device, kind="real floating")
 
 
-def layout(name: str, xp: ModuleType, x: Array, kept: tuple[int, ...], device: Any) -> Layout:
+def layout_of(name: str, xp: ModuleType, x: Array, channel_axes: tuple[int, ...], device: Any) -> Layout:
     """Work out the layout of a checked array."""
     shape = tuple(x.shape)
-    reduced = tuple(i for i in range(len(shape)) if i not in kept)
+    reduced = tuple(i for i in range(len(shape)) if i not in channel_axes)
     known = all(isinstance(n, int) for n in shape)
     wide = xp.float64 if has_float64(xp, device) else xp.float32
     return Layout(
         name=name,
         xp=xp,
         device=device,
-        kept=kept,
-        reduced=reduced,
-        channels=tuple(shape[i] for i in kept),
-        broadcast=tuple(n if i in kept else 1 for i, n in enumerate(shape)),
+        channel_axes=channel_axes,
+        reduced_axes=reduced,
+        channels=tuple(shape[i] for i in channel_axes),
+        broadcast=tuple(n if i in channel_axes else 1 for i, n in enumerate(shape)),
         values=math.prod(shape[i] for i in reduced) if known else None,
         compute=xp.float64 if float_name(xp, x.dtype) == "float64" else xp.float32,
         wide=wide,

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from batchnorm import checks
+from batchnorm.arguments import validate_number
 from batchnorm.layout import definite, two_parts
+from batchnorm.validation import validate_input, validate_parts, validate_stats, validate_vectors
 
 Array = Any
 
@@ -74,7 +75,7 @@ class Moments(NamedTuple):
         """
         if not parts:
             raise ValueError("parts: got nothing to merge, expected at least one Moments")
-        xp = checks.mergeable(parts)
+        xp = validate_parts(parts)
         widest = xp.result_type(xp.float32, *(v.dtype for p in parts for v in (p.mean, p.var)))
         dtype = xp.float64 if widest == xp.float64 else xp.float32
 
@@ -84,7 +85,7 @@ class Moments(NamedTuple):
             """A field as a vector; a count may be one number for all channels."""
             return zero + (xp.astype(v, dtype) if hasattr(v, "dtype") else float(v or 0.0))
 
-        return pool([Moments(*(vector(v) for v in part)) for part in parts])
+        return merge_vectors([Moments(*(vector(v) for v in part)) for part in parts])
 
 
 def update_running(
@@ -125,25 +126,27 @@ def update_running(
     TypeError, ValueError
         As `batch_norm`; and numbers out of their range.
     """
-    at = checks.subject(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
-    checks.vectors(at, var=var)
-    checks.statistics(at, stats)
-    momentum = checks.scalar("momentum", momentum, 0, 1)
-    correction = checks.scalar("correction", correction, 0)
-    xp = at.xp
-    n, batch_mean, batch_var = (at.vector(v) for v in stats[:3])  # (C)
+    layout = validate_input(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
+    validate_vectors(layout, var=var)
+    validate_stats(layout, stats)
+    momentum = validate_number("momentum", momentum, 0, 1)
+    correction = validate_number("correction", correction, 0)
+    xp = layout.xp
+    n, batch_mean, batch_var = (layout.vector(v) for v in stats[:3])  # (C)
     free = xp.where(n > correction, n - correction, n)  # (C), degrees of freedom
     free = xp.where(free > 0, free, xp.ones_like(free))
-    m = xp.astype(momentum, at.wide) if hasattr(momentum, "dtype") else momentum
+    m = xp.astype(momentum, layout.wide) if hasattr(momentum, "dtype") else momentum
     m = xp.where(n > 0, xp.ones_like(n) * m, xp.zeros_like(n))  # (C)
 
     def moved(old: Array, new: Array) -> Array:
-        return xp.astype((1 - m) * at.vector(old) + m * new, old.dtype, copy=False)
+        return xp.astype((1 - m) * layout.vector(old) + m * new, old.dtype, copy=False)
 
     return moved(mean, batch_mean), moved(var, batch_var * (n / free))
 
 
-def pool(parts: list[Moments], reduce: Callable[..., list[Array]] = lambda *sums: list(sums)) -> Moments:
+def merge_vectors(
+    parts: list[Moments], reduce: Callable[..., list[Array]] = lambda *sums: list(sums)
+) -> Moments:
     """Join moments whose fields are all vectors of one dtype.
 
     Two rounds of sums over the parts: the first finds a mean, which is off by its own rounding; the
@@ -168,14 +171,14 @@ def pool(parts: list[Moments], reduce: Callable[..., list[Array]] = lambda *sums
     return Moments(n, mean, var, mean_lo)
 
 
-def pool_rows(rows: Moments) -> Moments:
-    """Join moments that are stacked along a first axis: by halves, each half one part of `pool`."""
-    xp = array_namespace(rows.mean)
+def merge_rows(rows: Moments) -> Moments:
+    """Join moments that are stacked along a first axis: by halves, each half one part of `merge_vectors`."""
     fields: list[Array] = list(rows)
+    xp = array_namespace(rows.mean)
     while (count := fields[0].shape[0]) > 1:
         half = count // 2
         halves = slice(half), slice(half, 2 * half)
-        joined = list(pool([Moments(*(v[part, ...] for v in fields)) for part in halves]))
+        joined = list(merge_vectors([Moments(*(v[part, ...] for v in fields)) for part in halves]))
         if count % 2:
             joined = [xp.concat((v, old[-1:, ...])) for v, old in zip(joined, fields, strict=True)]
         fields = joined

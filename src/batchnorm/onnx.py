@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm import checks
+from batchnorm.arguments import validate_int
 from batchnorm.checkpoints import FORMATS, from_state, to_state
+from batchnorm.errors import describe, describe_type, fail
 from batchnorm.functional import batch_norm, normalize
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import update_running
+from batchnorm.validation import validate_input, validate_vectors
 
 Array = Any
 OPERATOR = "BatchNormalization"
@@ -68,12 +70,12 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     """
     onnx = _onnx()
     if not isinstance(model, onnx.ModelProto):
-        checks.fail(TypeError, "model", checks.kind(model), "an onnx.ModelProto")
+        fail(TypeError, "model", describe_type(model), "an onnx.ModelProto")
     if any(map(_normalizes, model.functions)):
         model = importlib.import_module("onnx.inliner").inline_local_functions(model)
     for function in filter(_normalizes, model.functions):
         got = f"batch norm in the function {function.name!r}, which onnx.inliner does not inline"
-        checks.fail(ValueError, "model", got, "functions of the model's own opset")
+        fail(ValueError, "model", got, "functions of the model's own opset")
     opset = next((o.version for o in model.opset_import if o.domain in DOMAIN), 1)
     found = list(_layers(onnx, model.graph, {}, opset))
     times = Counter(node.name for node, _ in found)
@@ -81,9 +83,7 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     for node, layer in found:
         name = node.name if node.name and times[node.name] == 1 else node.output[0]
         if name in layers:
-            checks.fail(
-                ValueError, "model", f"two nodes {name!r}", "nodes that differ in name or output"
-            )
+            fail(ValueError, "model", f"two nodes {name!r}", "nodes that differ in name or output")
         layers[name] = layer
     return layers
 
@@ -102,14 +102,14 @@ def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterato
             missing = [tensor for tensor in node.input[1:5] if tensor not in known]
             if missing or len(node.input) < 5:
                 got = f"{_called(node)} with {missing or len(node.input)} not in the model"
-                checks.fail(ValueError, "model", got, "parameters as initializers or constants")
+                fail(ValueError, "model", got, "parameters as initializers or constants")
             arrays = {}
             for name, tensor in zip(NAMES, node.input[1:5], strict=True):
                 try:
                     arrays[name] = _array(onnx, known[tensor])
                 except Exception as error:  # onnx's and NumPy's own, of data that is cut or elsewhere
                     got = f"{tensor!r} of {_called(node)}, which cannot be read ({error})"
-                    checks.fail(ValueError, "model", got, "an array of numbers with its data")
+                    fail(ValueError, "model", got, "an array of numbers with its data")
             settings = _settings(onnx, node, "model")
             training = next(says for since, says in TRAINING.items() if opset >= since)(node, settings)
             settings = {n: v for n, v in settings.items() if n in ("epsilon", "momentum")}
@@ -164,7 +164,7 @@ def _settings(onnx: Any, node: Any, argument: str) -> dict[str, Any]:
     found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if not found.get("spatial", 1):
         expected = "spatial=1, statistics for each channel"
-        checks.fail(ValueError, argument, f"{_called(node)} with spatial=0", expected)
+        fail(ValueError, argument, f"{_called(node)} with spatial=0", expected)
     return {n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in found.items()}
 
 
@@ -196,22 +196,22 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
         average, no running statistics; an opset that is too old, or newer than the installed `onnx`.
     """
     onnx = _onnx()
-    opset = _newest() if opset is None else checks.whole("opset", opset, FIRST_OPSET)
+    opset = _newest() if opset is None else validate_int("opset", opset, FIRST_OPSET)
     known = int(onnx.defs.onnx_opset_version())
     if opset > known:
         expected = f"an integer from {FIRST_OPSET} to {known}, the newest of onnx {onnx.__version__}"
-        checks.fail(ValueError, "opset", opset, expected)
+        fail(ValueError, "opset", opset, expected)
     if name == "" or not isinstance(name, str):
-        checks.fail(ValueError if name == "" else TypeError, "name", checks.shown(name), "a name")
+        fail(ValueError if name == "" else TypeError, "name", describe(name), "a name")
     state = to_state(layer, "onnx")
     if layer.axis != 1:
-        checks.fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")
+        fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")
     tensors = [onnx.numpy_helper.from_array(v, f"{name}.{key}") for key, v in state.arrays.items()]
     node = onnx.helper.make_node(
         OPERATOR, ["x", *(tensor.name for tensor in tensors)], ["y"], name=name, **state.settings
     )
     helper, element = onnx.helper, tensors[0].data_type
-    shape = ["N", layer.num_features, *(f"D{i}" for i in range(2, checks.whole("ndim", ndim, 2)))]
+    shape = ["N", layer.num_features, *(f"D{i}" for i in range(2, validate_int("ndim", ndim, 2)))]
     ends = ([helper.make_tensor_value_info(end, element, shape)] for end in ("x", "y"))
     graph = helper.make_graph([node], name, *ends, tensors)
     opsets = [helper.make_opsetid("", opset)]
@@ -263,13 +263,13 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
     """
     onnx = _onnx()
     if not isinstance(node, onnx.NodeProto) or node.op_type != OPERATOR:
-        got = node.op_type if isinstance(node, onnx.NodeProto) else checks.kind(node)
-        checks.fail(TypeError, "node", got, f"a {OPERATOR} node")
+        got = node.op_type if isinstance(node, onnx.NodeProto) else describe_type(node)
+        fail(TypeError, "node", got, f"a {OPERATOR} node")
     settings = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0} | _settings(onnx, node, "node")
     if not settings["training_mode"] and (_outputs(node) > 1 or not settings.get("is_test", 1)):
         got = f"{_called(node)} in training as before opset 14"
-        checks.fail(ValueError, "node", got, "training_mode=1 for more than inference")
-    checks.vectors(checks.subject(x, 1), scale=scale, bias=bias, mean=mean, var=var)
+        fail(ValueError, "node", got, "training_mode=1 for more than inference")
+    validate_vectors(validate_input(x, 1), scale=scale, bias=bias, mean=mean, var=var)
     if not settings["training_mode"]:
         return (normalize(x, mean, var, scale, bias, eps=settings["epsilon"]),)
     y, stats = batch_norm(x, scale, bias, eps=settings["epsilon"])

@@ -13,7 +13,7 @@ import os
 import threading
 from typing import Any, TypeAlias
 
-from batchnorm import checks
+from batchnorm.arguments import int_from_environment, validate_int
 
 Array = Any
 Memory: TypeAlias = tuple[Array, int]
@@ -65,7 +65,7 @@ def set_output_pool(max_bytes: int | None) -> None:
         `max_bytes` is not a whole number of at least 0.
     """
     global _limit
-    max_bytes = None if max_bytes is None else checks.whole("max_bytes", max_bytes, 0)
+    max_bytes = None if max_bytes is None else validate_int("max_bytes", max_bytes, 0)
     with _lock:
         _limit = max_bytes
         dropped = _trim()
@@ -87,7 +87,7 @@ def get_output_pool() -> int:
     """
     global _limit
     if _limit is None:
-        given = checks.from_environment(VARIABLE, 0, "a whole number of bytes")
+        given = int_from_environment(VARIABLE, 0, "a whole number of bytes")
         _limit = DEFAULT_BYTES if given is None else given
     return _limit
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import array_api_compat as compat
 
-from batchnorm import checks, groups
+from batchnorm import groups
+from batchnorm.arguments import validate_bool, validate_callable, validate_group, validate_iterable
+from batchnorm.arrays import on_host
+from batchnorm.errors import describe_type, fail, fail_on_all_members
 from batchnorm.layer import BatchNorm, channels
 from batchnorm.moments import Moments, update_running
 from batchnorm.progress import shown
@@ -67,15 +70,15 @@ def recalibrate(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, steps 7 to 10.
     """
-    checks.group(group)
+    validate_group(group)
     with groups.call(group, "recalibrate") as call:
         if not isinstance(layers, BatchNorm):
-            checks.iterable("layers", layers, "a BatchNorm, or an iterable of them")
+            validate_iterable("layers", layers, "a BatchNorm, or an iterable of them")
         chosen = [layers] if isinstance(layers, BatchNorm) else list(layers)
         _check(chosen)
-        checks.function("forward", forward, "a function of a batch")
-        checks.iterable("batches", batches, "an iterable of batches")
-        progress = checks.flag("progress", progress)
+        validate_callable("forward", forward, "a function of a batch")
+        validate_iterable("batches", batches, "an iterable of batches")
+        progress = validate_bool("progress", progress)
         before = [dict(vars(layer)) for layer in chosen]
         try:
             for layer in chosen:
@@ -100,13 +103,13 @@ def recalibrate(
 
 def _check(layers: Sequence[Any]) -> None:
     if not layers:
-        checks.fail(ValueError, "layers", "none", "at least one BatchNorm")
+        fail(ValueError, "layers", "none", "at least one BatchNorm")
     for i, layer in enumerate(layers):
         if not isinstance(layer, BatchNorm):
-            checks.fail(TypeError, f"layers[{i}]", checks.kind(layer), "a BatchNorm")
+            fail(TypeError, f"layers[{i}]", describe_type(layer), "a BatchNorm")
         if not layer.track_running_stats:
             got = "a layer with track_running_stats=False"
-            checks.fail(ValueError, f"layers[{i}]", got, "one with running statistics")
+            fail(ValueError, f"layers[{i}]", got, "one with running statistics")
 
 
 def _collected(
@@ -125,7 +128,7 @@ def _collected(
     for i, stack in enumerate(stacks):
         if count and not stack:
             got = "no input from any batch"
-            checks.fail(ValueError, f"layers[{i}]", got, "a layer that `forward` calls")
+            fail(ValueError, f"layers[{i}]", got, "a layer that `forward` calls")
     return count, [Moments.merge(*(m for _, m in stack)) if stack else None for stack in stacks]
 
 
@@ -154,7 +157,10 @@ def _joined(
     found: list[Moments | None] = []
     for layer, shape, total in zip(layers, shapes, computed(totals), strict=True):
         nothing = Moments(*np.zeros((4, *shape)))
-        joined = groups.join(group, nothing if total is None else Moments(*map(on_host, total)))
+        joined = groups.allreduce_moments(
+            group,
+            nothing if total is None else Moments(*(np.asarray(on_host(v), np.float64) for v in total)),
+        )
         found.append(Moments(*(taken("batches", v, layer.running_mean) for v in joined)))
     (batches,) = groups.all_reduce(group, np.asarray([float(count)]))
     return int(batches[0]), found
@@ -165,7 +171,7 @@ def _statistics(
 ) -> list[tuple[Array, Array, int]]:
     """The new running mean and variance of each layer, and the number of batches behind them."""
     if count == 0:
-        checks.fail_alike(ValueError, "batches", "none", "at least one")  # of all members
+        fail_on_all_members(ValueError, "batches", "none", "at least one")  # of all members
     found: list[Any] = []
     for layer, total in zip(layers, totals, strict=True):
         assert total is not None  # or there would be no batches
@@ -185,12 +191,3 @@ def computed(found: list[Any]) -> list[Any]:
         (found,) = dask.persist(found)
         dask.compute(found)  # a cluster's client does not wait for what it persists
     return found
-
-
-def on_host(v: Array) -> Array:
-    """A vector as NumPy's float64."""
-    import numpy as np
-
-    if compat.is_torch_array(v) or compat.is_cupy_array(v):
-        v = compat.to_device(v, "cpu")
-    return np.asarray(v, np.float64)

@@ -8,7 +8,9 @@ from typing import Any
 
 import array_api_compat as compat
 
-from batchnorm import checks
+from batchnorm.arrays import known_false, library_name, same_shape
+from batchnorm.errors import describe, fail
+from batchnorm.validation import validate_input
 
 Array = Any
 
@@ -16,15 +18,15 @@ Array = Any
 def checked(state: Any, own: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
     """Check a state against a layer's own; its arrays and its number of batches."""
     if not isinstance(state, Mapping) or set(state) != set(own):
-        got = f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else checks.shown(state)
-        checks.fail(ValueError, "state", got, f"keys {sorted(own)}")
+        got = f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else describe(state)
+        fail(ValueError, "state", got, f"keys {sorted(own)}")
     arrays = {name: v for name, v in state.items() if name != "num_batches_tracked"}
     for name, v in arrays.items():
-        at = checks.subject(v, tuple(range(getattr(v, "ndim", 0))), name)
-        if not checks.same_shape(v.shape, own[name].shape):
-            checks.fail(ValueError, name, f"shape {tuple(v.shape)}", f"{tuple(own[name].shape)}")
-        if name == "running_var" and checks.seen_false(at.xp.all(v >= 0)):
-            checks.fail(ValueError, name, "a variance below zero or NaN", "variances >= 0")
+        layout = validate_input(v, tuple(range(getattr(v, "ndim", 0))), name)
+        if not same_shape(v.shape, own[name].shape):
+            fail(ValueError, name, f"shape {tuple(v.shape)}", f"{tuple(own[name].shape)}")
+        if name == "running_var" and known_false(layout.xp.all(v >= 0)):
+            fail(ValueError, name, "a variance below zero or NaN", "variances >= 0")
     return arrays, _count(state.get("num_batches_tracked", 0))
 
 
@@ -40,8 +42,8 @@ def taken(name: str, v: Array, own: Array) -> Array:
     elif compat.is_numpy_array(v):
         new = xp.asarray(v.tolist(), dtype=own.dtype, device=device)
     else:
-        expected = " or ".join(dict.fromkeys((f"one of {checks.library(xp)}", "one of numpy")))
-        checks.fail(TypeError, name, f"an array of {checks.library(given)}", expected)
+        expected = " or ".join(dict.fromkeys((f"one of {library_name(xp)}", "one of numpy")))
+        fail(TypeError, name, f"an array of {library_name(given)}", expected)
     if compat.is_torch_array(own):  # a leaf that is trained as the one before was
         new = new.detach().requires_grad_(own.requires_grad)
     return new
@@ -56,5 +58,5 @@ def _count(value: Any) -> Any:
             return value
         count = -1
     if count < 0:
-        checks.fail(ValueError, "num_batches_tracked", checks.shown(value), "a whole number >= 0")
+        fail(ValueError, "num_batches_tracked", describe(value), "a whole number >= 0")
     return count

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from batchnorm import checks
+from batchnorm.arguments import int_from_environment, validate_int
 
 VARIABLE = "BATCHNORM_NUM_THREADS"
 
@@ -40,7 +40,7 @@ def set_num_threads(n: int | None) -> None:
         `n` is not a whole number of at least 1.
     """
     global _chosen, _pool
-    n = None if n is None else checks.whole("n", n, 1)
+    n = None if n is None else validate_int("n", n, 1)
     with _lock:
         _chosen, old, _pool = n, _pool, None
     if old is not None:
@@ -62,7 +62,7 @@ def get_num_threads() -> int:
     """
     global _chosen
     if _chosen is None:
-        _chosen = checks.from_environment(VARIABLE, 1, "a whole number >= 1") or usable_cpus()
+        _chosen = int_from_environment(VARIABLE, 1, "a whole number >= 1") or usable_cpus()
     return _chosen
 
 

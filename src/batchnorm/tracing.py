@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
+
+from batchnorm import frameworks
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Array = Any
+
+_own_operators: ContextVar[str | None] = ContextVar("own_operators", default=None)
 
 
 def traced() -> bool:
@@ -20,6 +27,51 @@ def traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def recorded(arrays: tuple[Array | None, ...]) -> str | None:
+    """Why PyTorch has to see operators on these tensors, or None."""
+    torch = sys.modules["torch"]
+    if traced():
+        return "PyTorch traces the tensors"
+    gradients = torch.is_grad_enabled()
+    for a in arrays:
+        if a is not None and gradients and a.requires_grad:
+            return "PyTorch differentiates the tensors"
+        if a is not None and type(a) is torch._subclasses.FakeTensor:
+            return "PyTorch traces the tensors"
+    return None
+
+
+def transformed() -> str | None:
+    """Why PyTorch has to see its own operators, or None: it knows how to transform only these."""
+    torch = sys.modules["torch"]
+    why = _own_operators.get()
+    if why is not None:
+        return why
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the tensors"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "PyTorch differentiates the tensors forward"
+    return None
+
+
+@contextlib.contextmanager
+def own_operators(why: str) -> Iterator[None]:
+    """Have calls run on PyTorch's own operators, where its state alone does not tell that they must."""
+    token = _own_operators.set(why)
+    try:
+        yield
+    finally:
+        _own_operators.reset(token)
+
+
+def differentiates_weights(where: Array | None) -> str | None:
+    """Why PyTorch has to see its own operators for gradients to weights, or None."""
+    torch = sys.modules["torch"]
+    if where is None or not (where.requires_grad and torch.is_grad_enabled()):
+        return None
+    return "PyTorch differentiates the weights"
 
 
 def is_jax_tracer(a: Any) -> bool:
@@ -43,9 +95,7 @@ def traceable(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         torch: Any = sys.modules.get("torch")
         if torch is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            from batchnorm.torch import graph
-
-            return graph.follow(name, *args, **kwargs)  # type: ignore[no-any-return]
+            return frameworks.load("torch.graph").follow(name, *args, **kwargs)  # type: ignore[no-any-return]
         return function(*args, **kwargs)
 
     return call

@@ -15,8 +15,9 @@ import tempfile
 
 import numpy as np
 
-from batchnorm import kernels
-from batchnorm.kernels import cuda, launches
+from batchnorm.backends import dispatch
+from batchnorm.backends.cuda import backend as cuda
+from batchnorm.backends.cuda import launches
 
 HERE = pathlib.Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -68,7 +69,7 @@ class BarrierError(AssertionError):
 
 
 def device(limits, source=None, options=()):
-    """The host as a device of `kernels/cuda.py`."""
+    """The host as a device of `backends/cuda`."""
     dtypes = {name: dtype for dtype, (name, _, _) in launches.TYPES.items()}
 
     def launch(name, job, blocks, zero_at, zero_bytes):
@@ -93,12 +94,13 @@ def device(limits, source=None, options=()):
 @contextlib.contextmanager
 def active(limits=LIMITS["small-tiles"], source=None, options=()):
     """NumPy arrays run on the CUDA kernels."""
-    found = cuda.kernel_set("cupy", "on the host, for tests", device(limits, source, options))
-    hosts = kernels._HOSTS
-    kernels._HOSTS = (("numpy", "ndarray", lambda *arrays: found),)
-    kernels._rule.cache_clear()
+    found = cuda.Cuda("on the host, for tests", device(limits, source, options))
+    candidate = dispatch.Candidate(("cupy",), lambda arrays: None, lambda arrays: found)
+    table = dispatch._TABLE
+    dispatch._TABLE = (("numpy", "ndarray", lambda: (candidate,)),)
+    dispatch._candidates.cache_clear()
     try:
         yield found
     finally:
-        kernels._HOSTS = hosts
-        kernels._rule.cache_clear()
+        dispatch._TABLE = table
+        dispatch._candidates.cache_clear()

@@ -159,9 +159,9 @@ def missing() -> str | None:
             return f"{name} is not installed"
     if not importlib.import_module("torch").cuda.is_available():
         return "PyTorch finds no CUDA device"
-    from batchnorm.kernels import cupy
+    from batchnorm.backends.cuda import devices
 
-    return cupy.unusable()
+    return devices.unusable()
 
 
 def device_seconds(calls: list[Timed]) -> float:

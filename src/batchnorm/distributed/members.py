@@ -23,8 +23,11 @@ import array_api_compat as compat
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm import checks
+from batchnorm import tracing
+from batchnorm.arguments import validate_number
+from batchnorm.arrays import library_name, namespace, on_host
 from batchnorm.distributed import GroupError
+from batchnorm.errors import describe_type, fail
 
 Array = Any
 Rows = npt.NDArray[np.uint8]
@@ -72,7 +75,7 @@ class Members:
 
     def __reduce__(self) -> NoReturn:
         got, expected = "one to pickle", "its members' processes alone to hold it"
-        checks.fail(TypeError, "group", got, expected)
+        fail(TypeError, "group", got, expected)
 
     def announce(self, what: str, sums: tuple[Shape, ...], dtype: str) -> None:
         """Say what this member comes with; does not wait for others.
@@ -97,7 +100,7 @@ class Members:
             self._announced = self._say(f"{digest} {what}")
             self._sums = [(shape, dtype) for shape in sums]
 
-    def decline(self, error: BaseException) -> None:
+    def abort_unannounced(self, error: BaseException) -> None:
         """Tell the others that this member does not come to a call, and why; wait until all know.
 
         They learn of it where they would add up. Nothing is raised here: the error is being raised.
@@ -162,12 +165,12 @@ class Members:
                 self.announce(f"all_reduce of an array of shape {own[0]}", own[:1], own[1])
             if own != self._sums[0]:
                 got, expected = (f"{dtype} of shape {shape}" for shape, dtype in (own, self._sums[0]))
-                checks.fail(TypeError, "group.all_reduce", got, f"{expected}, as was announced")
+                fail(TypeError, "group.all_reduce", got, f"{expected}, as was announced")
             self._agree()
             total = self._add_up(vector)
         except BaseException as error:
             if not self.told(error, since):
-                (self.abort if announced else self.decline)(error)
+                (self.abort if announced else self.abort_unannounced)(error)
             raise
         return self._back(total, array)
 
@@ -325,15 +328,8 @@ def _name(vector: Array) -> str:
     """The name of a dtype that members add up in."""
     name = str(vector.dtype).rpartition(".")[2]
     if name not in ("float32", "float64"):
-        checks.fail(TypeError, "array", f"dtype {name}", "float32 or float64")
+        fail(TypeError, "array", f"dtype {name}", "float32 or float64")
     return name
-
-
-def on_host(array: Array) -> Array:
-    """An array of an engine's own as one of NumPy."""
-    if compat.is_torch_array(array):
-        return array.detach().cpu().numpy()
-    return array.get() if compat.is_cupy_array(array) else array
 
 
 def to_host(array: Array) -> Array:
@@ -341,25 +337,23 @@ def to_host(array: Array) -> Array:
     if compat.is_torch_array(array) or compat.is_cupy_array(array):
         return on_host(plain(array))
     if compat.is_lazy_array(array) and not compat.is_jax_array(array):
-        got = f"a lazy array of {checks.library(checks.namespace('array', array))}"
-        checks.fail(TypeError, "group", got, "an array whose values can be sent")
+        got = f"a lazy array of {library_name(namespace('array', array))}"
+        fail(TypeError, "group", got, "an array whose values can be sent")
     try:
         return np.asarray(array)
     except TypeError:
-        got = f"{checks.kind(array)} without values"
-        checks.fail(TypeError, "group", got, "bn.distributed.jax(axis_name) for what JAX traces")
+        got = f"{describe_type(array)} without values"
+        fail(TypeError, "group", got, "bn.distributed.jax(axis_name) for what JAX traces")
 
 
 def plain(tensor: Array) -> Array:
     """A tensor whose sum over the members PyTorch need not know of: it could not go back through it."""
     if not compat.is_torch_array(tensor):
         return tensor
-    from batchnorm.kernels import torch as adapter
-
-    why = adapter.transformed() or adapter.recorded((tensor,))
+    why = tracing.transformed() or tracing.recorded((tensor,))
     if why is not None:
         expected = "plain ones, under torch.no_grad() say; or batch_norm's first derivative, by autograd"
-        checks.fail(TypeError, "group", f"tensors to add up, and {why}", expected)
+        fail(TypeError, "group", f"tensors to add up, and {why}", expected)
     return tensor
 
 
@@ -373,5 +367,5 @@ def seconds(timeout: float | None) -> float | None:
     """Check a timeout."""
     if timeout is None:
         return None
-    found: float = checks.scalar("timeout", timeout, 0)
+    found: float = validate_number("timeout", timeout, 0)
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from batchnorm import checks
+from batchnorm.errors import fail
 
 Array = Any
 
@@ -43,6 +43,4 @@ class Jax:
             return function(self.axis_name)
         except NameError:
             got = f"the axis name {self.axis_name!r}, which is not bound here"
-            checks.fail(
-                ValueError, "group", got, "a call inside jax.pmap or jax.shard_map with that axis"
-            )
+            fail(ValueError, "group", got, "a call inside jax.pmap or jax.shard_map with that axis")

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from batchnorm import checks
 from batchnorm.distributed.members import Members, Rows, from_host, seconds, to_host
+from batchnorm.errors import describe_type, fail
 
 Array = Any
 
@@ -50,7 +50,7 @@ class Mpi(Members):
             raise ModuleNotFoundError(f"mpi4py is not installed: {hint}", name="mpi4py") from error
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
-            checks.fail(TypeError, "comm", checks.kind(comm), "an mpi4py.MPI.Intracomm")
+            fail(TypeError, "comm", describe_type(comm), "an mpi4py.MPI.Intracomm")
         self.timeout = seconds(timeout)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._error = MPI.Exception

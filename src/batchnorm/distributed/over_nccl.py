@@ -9,8 +9,8 @@ import cupy
 import numpy as np
 from cupy.cuda import nccl
 
-from batchnorm import checks
 from batchnorm.distributed.members import Members, Rows, seconds
+from batchnorm.errors import describe_type, fail
 
 Array = Any
 
@@ -24,8 +24,8 @@ class Nccl(Members):
     def __init__(self, comm: Any, timeout: float | None) -> None:
         super().__init__()
         if not isinstance(comm, nccl.NcclCommunicator):
-            got = checks.kind(comm)
-            checks.fail(TypeError, "comm", got, "a cupy.cuda.nccl.NcclCommunicator")
+            got = describe_type(comm)
+            fail(TypeError, "comm", got, "a cupy.cuda.nccl.NcclCommunicator")
         self.timeout = seconds(timeout)
         self.rank, self.size = comm.rank_id(), comm.size()
         self._comm = comm
@@ -64,7 +64,7 @@ class Nccl(Members):
         """Enqueue a collective on the current stream; an event that comes after it."""
         dtype = _DTYPES.get(mine.dtype.name)
         if dtype is None:
-            checks.fail(TypeError, "array", f"dtype {mine.dtype}", "float32 or float64")
+            fail(TypeError, "array", f"dtype {mine.dtype}", "float32 or float64")
         stream = cupy.cuda.get_current_stream()
         kind = getattr(nccl, dtype)
         pointers = mine.data.ptr, result.data.ptr

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from batchnorm import checks
-from batchnorm.distributed.members import Members, Rows, from_host, on_host, plain, seconds, to_host
+from batchnorm.arrays import on_host
+from batchnorm.distributed.members import Members, Rows, from_host, plain, seconds, to_host
+from batchnorm.errors import describe_type, fail
 
 Array = Any
 
@@ -24,13 +25,11 @@ class Torch(Members):
         super().__init__()
         if not dist.is_available() or not dist.is_initialized():
             got = "no process groups"
-            checks.fail(RuntimeError, "process_group", got, "a call of init_process_group before")
+            fail(RuntimeError, "process_group", got, "a call of init_process_group before")
         group: Any = dist.group.WORLD if process_group is None else process_group
         if not isinstance(group, dist.ProcessGroup):
-            got = checks.kind(group)
-            checks.fail(
-                TypeError, "process_group", got, "a torch.distributed.ProcessGroup with this rank"
-            )
+            got = describe_type(group)
+            fail(TypeError, "process_group", got, "a torch.distributed.ProcessGroup with this rank")
         self.timeout = seconds(timeout)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group = group

@@ -18,6 +18,7 @@ import array_api_compat as compat
 import numpy as np
 
 import batchnorm as bn
+from batchnorm.backends import dispatch
 from batchnorm.capabilities import LIBRARIES
 
 Array = Any
@@ -140,7 +141,7 @@ class OnKernels(Target):
             return "Numba is not installed"
         why_not = super().missing()
         if self.kernels == "cupy" and why_not is None:
-            from batchnorm.kernels.cupy import unusable
+            from batchnorm.backends.cuda.devices import unusable
 
             return unusable()
         return why_not
@@ -350,7 +351,7 @@ class Unknown(Target):
     def missing(self) -> str | None:
         """Why this target cannot run here, or None: also where it would be another library that runs."""
         why = super().missing()
-        if why is not None or bn.kernels._added:  # kernels of one's own, for arrays of a known library
+        if why is not None or dispatch._added:  # kernels of one's own, for arrays of a known library
             return why
         kind = type(self._module.asarray(np.zeros((1,))))
         for name, row in LIBRARIES.items():

@@ -17,19 +17,19 @@ SHAPES = [((7, 3), 1, 3.0), ((2, 3, 4), -1, 1e3), ((2, 2, 3, 2), (1, 3), 0.5), (
 UNITS = 32  # eps of the sum of the terms' sizes
 
 
-def derivative(f, at, along):
+def derivative(f, layout, along):
     """The derivative of f at a point along a direction."""
-    ahead, behind = f(at + STEP * along), f(at - STEP * along)
+    ahead, behind = f(layout + STEP * along), f(layout - STEP * along)
     return (ahead - behind) / (2 * STEP)
 
 
-def gradient(f, at):
+def gradient(f, layout):
     """The gradient of a number."""
-    found = np.empty(at.shape, dtype=object)
-    for i in np.ndindex(at.shape):
-        along = decimals(np.zeros(at.shape))
+    found = np.empty(layout.shape, dtype=object)
+    for i in np.ndindex(layout.shape):
+        along = decimals(np.zeros(layout.shape))
         along[i] = decimal.Decimal(1)
-        found[i] = derivative(f, at, along)
+        found[i] = derivative(f, layout, along)
     return found
 
 

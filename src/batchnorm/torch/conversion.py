@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from torch import fx, jit, nn
 from torch.ao.quantization import fuser_method_mappings
 
-from batchnorm import checks
+from batchnorm.arguments import validate_group
+from batchnorm.errors import describe_type, fail
 from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, alone
 
 Module = Any
@@ -68,7 +69,7 @@ def convert(model: Module, group: Any = None) -> Module:
     UserWarning
         Batch norms were left alone, or there are none in the model.
     """
-    checks.group(group)
+    validate_group(group)
     _replace(model, OURS)
     if group is not None:
         for _, module in _named(model):
@@ -134,7 +135,7 @@ def report(model: Module) -> list[Found]:
 
 def _named(model: Module) -> Iterator[tuple[str, Module]]:
     if not isinstance(model, nn.Module):
-        checks.fail(TypeError, "model", checks.kind(model), "a torch.nn.Module")
+        fail(TypeError, "model", describe_type(model), "a torch.nn.Module")
     named: Any = model.named_modules()
     yield from named
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from batchnorm import functional
-from batchnorm.kernels import torch as adapter
+from batchnorm import functional, tracing
+from batchnorm.coefficients import weights_of
 from batchnorm.moments import Moments
 from batchnorm.torch import leaving
-from batchnorm.vectors import weights_of
 
 Array = Any
 _ops = torch.ops.batchnorm
@@ -33,13 +32,13 @@ def follow(name: str, *args: Any, group: Any = None, out: Array | None = None, *
     plain = leaving.functions().get(name)
     if plain is not None:
         return plain(*args, **kwargs)
-    decomposed = _transformed() or adapter.learned(kwargs.get("where")) is not None
+    decomposed = _transformed() or tracing.differentiates_weights(kwargs.get("where")) is not None
     found = (_OWN if decomposed else _OPERATORS)[name](*args, **kwargs)
     return found
 
 
 def _is_transformed() -> bool:
-    return adapter.transformed() is not None
+    return tracing.transformed() is not None
 
 
 _transformed = _compiler.assume_constant_result(_is_transformed)  # its guards watch what decides it
@@ -50,7 +49,7 @@ def _own(name: str) -> Callable[..., Any]:
     function = getattr(functional, name).__wrapped__
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with adapter.own_operators("PyTorch transforms the tensors in a graph"):
+        with tracing.own_operators("PyTorch transforms the tensors in a graph"):
             return function(*args, **kwargs)
 
     in_graph: Callable[..., Any] = _compiler.allow_in_graph(call)

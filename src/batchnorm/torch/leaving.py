@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from batchnorm import checks
-from batchnorm.kernels import own_kernels
+from batchnorm.arguments import validate_axes
+from batchnorm.backends.generic import GENERIC
+from batchnorm.coefficients import weights_of
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
-from batchnorm.vectors import moments_by, scale_shift_by
+from batchnorm.validation import validate_input, validate_vectors
 
 Array = Any
-
-WHY = "the program leaves this process"
 
 _compiler: Any = torch.compiler
 _jit: Any = torch.jit
@@ -40,9 +39,9 @@ def functions() -> Mapping[str, Callable[..., Any]]:
 
 
 def _layout(x: Array, axis: Any, **vectors: Array | None) -> Layout:
-    at = checks.subject(x, axis)
-    checks.vectors(at, **vectors)
-    return at._replace(values=None)
+    layout = validate_input(x, axis)
+    validate_vectors(layout, **vectors)
+    return layout._replace(values=None)
 
 
 def _batch_norm(
@@ -54,13 +53,12 @@ def _batch_norm(
     eps: float = 1e-5,
     where: Array | None = None,
 ) -> tuple[Array, Moments]:
-    at, kernels = _layout(x, axis, gamma=gamma, beta=beta), own_kernels(WHY)
-    stats = moments_by(kernels, at, x, where)
-    return scale_shift_by(kernels, at, x, stats, gamma, beta, eps, None), stats
+    layout = _layout(x, axis, gamma=gamma, beta=beta)
+    return GENERIC.forward(x, weights_of(where, x.ndim), gamma, beta, eps, layout)
 
 
 def _moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:
-    return moments_by(own_kernels(WHY), _layout(x, axis), x, where)
+    return GENERIC.statistics(x, weights_of(where, x.ndim), _layout(x, axis))
 
 
 def _normalize(
@@ -74,7 +72,7 @@ def _normalize(
     eps: float = 1e-5,
 ) -> Array:
     """PyTorch's batch norm where it has one for the axis and the mean: exporters know it by its name."""
-    kept = checks.axes(axis, x.ndim)
+    kept = validate_axes(axis, x.ndim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if len(kept) == 1 and x.ndim > 1 and torch.promote_types(mean.dtype, dtype) == dtype:
         vectors: list[Any] = [v if v is None else v.to(dtype) for v in (mean, var, gamma, beta)]

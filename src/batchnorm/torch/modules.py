@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm import checks, groups
+from batchnorm import groups
+from batchnorm.errors import fail
 from batchnorm.torch.leaving import leaves
 
 Module = Any
@@ -23,7 +24,7 @@ def _forward(self: Module, x: Any) -> Any:
         gamma, beta, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if self.training and mean is not None and x.shape[1] != mean.shape[0]:
             expected = f"{mean.shape[0]}, as running_mean"
-            checks.fail(ValueError, "input", f"{x.shape[1]} channels", expected)
+            fail(ValueError, "input", f"{x.shape[1]} channels", expected)
     if not self.training and mean is not None:
         if not leaves():  # copies: the next batch moves these, maybe before the gradient of y is taken
             mean, var = mean.clone(), var.clone()
@@ -31,7 +32,7 @@ def _forward(self: Module, x: Any) -> Any:
     values = x.numel() // max(1, x.shape[1])
     if values == 1 and group is None:
         expected = "at least 2 values per channel in training"
-        checks.fail(ValueError, "input", f"shape {tuple(x.shape)}", expected)
+        fail(ValueError, "input", f"shape {tuple(x.shape)}", expected)
     tracking = self.training and self.track_running_stats
     count = self.num_batches_tracked if tracking else None
     if values == 0 and group is None:  # as torch.nn: nothing to normalize, but a batch
@@ -84,7 +85,7 @@ def alone(what: str, module: Module) -> None:
     """Check that a module has no group, for what does not know of groups."""
     if module.group is not None:
         got = "a module that joins batches over a group"
-        checks.fail(TypeError, what, got, "one without: batchnorm.torch.revert it before")
+        fail(TypeError, what, got, "one without: batchnorm.torch.revert it before")
 
 
 class BatchNorm1d(groups.Shared, nn.BatchNorm1d):

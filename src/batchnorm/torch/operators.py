@@ -1,36 +1,49 @@
 """The passes of this package as PyTorch operators, which it differentiates, traces and compiles.
 
-An operator's implementation calls the package's own function on the tensors below all of PyTorch's
-layers, and so runs on the fastest kernels for them. Statistics travel as four tensors: count, mean,
+An operator's implementation runs on the tensors below all of PyTorch's layers, and so on the fastest
+backend for them. Statistics travel as four tensors: count, mean,
 variance, and the low part of the mean.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import batchnorm as bn
-from batchnorm import checks
-from batchnorm.kernels import KernelSet, generic
-from batchnorm.kernels import torch as adapter
-from batchnorm.layout import Layout
+from batchnorm.arrays import namespace
+from batchnorm.backends.dispatch import backend_for
+from batchnorm.backends.tensors import OWN_OPERATORS, OwnOperators, laid_out
+from batchnorm.derivatives import double_backward
+from batchnorm.errors import fail
+from batchnorm.layout import Layout, layout_of
+from batchnorm.moments import Moments
 from batchnorm.torch import shapes, synchronized
 from batchnorm.torch.shapes import plain_axis
+from batchnorm.tracing import differentiates_weights
+from batchnorm.validation import validate_input
 
 Array = Any
 
 _ops = torch.ops.batchnorm
 
 
-# Implementations: the package's functions.
+# Implementations: the passes below the public functions, for arguments that these have validated.
+
+
+def _layout(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
+    """Return the layout of a call; where a compiled program makes it, no function was there to check."""
+    layout = layout_of("x", namespace("x", x), x, tuple(a % x.ndim for a in axis), x.device)
+    for name, v in vectors.items():
+        if v is not None and tuple(v.shape) != layout.channels:
+            fail(ValueError, name, f"shape {tuple(v.shape)}", f"{layout.channels}, the channels of x")
+    return layout
 
 
 def _like(x: Array, result: Array) -> Array:
-    """A result that lies in memory as those of PyTorch's own batch norm do, and is no input itself."""
-    return adapter.laid_out(result, x)
+    """Return a result that lies in memory as those of PyTorch's own batch norm do."""
+    return laid_out(result, x)
 
 
 def _contiguous(vectors: Any) -> list[Array]:
@@ -38,39 +51,44 @@ def _contiguous(vectors: Any) -> list[Array]:
 
 
 def _batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
-    y, stats = bn.batch_norm(x, gamma, beta, axis=plain_axis(axis), eps=eps, where=where)
+    layout = _layout(x, axis, gamma=gamma, beta=beta)
+    y, stats = backend_for(x, gamma, beta, where).forward(x, where, gamma, beta, eps, layout)
     return _like(x, y), *_contiguous(stats)
 
 
 def _batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
-    stats = bn.Moments(n, mean, var, mean_lo)
-    dx, *grads = bn.batch_norm_backward(dy, x, stats, gamma, axis=plain_axis(axis), eps=eps, where=where)
+    stats = Moments(n, mean, var, mean_lo)
+    layout = _layout(x, axis, gamma=gamma, n=n, mean=mean, var=var, mean_lo=mean_lo)
+    backend = backend_for(dy, x, gamma, where, *stats)
+    dx, *grads = backend.backward(dy, x, where, stats, gamma, eps, layout)
     return _like(x, dx), *grads
 
 
 def _batch_norm_double_backward(  # type: ignore[no-untyped-def]
     ddx, ddgamma, ddbeta, dy, x, n, mean, var, mean_lo, gamma, where, axis, eps
 ):
-    stats = bn.Moments(n, mean, var, mean_lo)
-    d_dy, d_x, d_gamma = bn.batch_norm_double_backward(
-        ddx, ddgamma, ddbeta, dy, x, stats, gamma, axis=plain_axis(axis), eps=eps, where=where
-    )
+    stats = Moments(n, mean, var, mean_lo)
+    layout = _layout(x, axis, gamma=gamma, n=n, mean=mean, var=var, mean_lo=mean_lo)
+    d_dy, d_x, d_gamma = double_backward(layout, ddx, ddgamma, ddbeta, dy, x, stats, gamma, where, eps)
     return _like(dy, d_dy.to(dy.dtype)), _like(x, d_x), d_gamma
 
 
 def _normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
-    return _like(x, bn.normalize(x, mean, var, gamma, beta, axis=plain_axis(axis), eps=eps))
+    layout = _layout(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    backend = backend_for(x, mean, var, gamma, beta)
+    return _like(x, backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout))
 
 
 def _normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
-    dx, *grads = bn.normalize_backward(
-        dy, x, mean, var, gamma, axis=plain_axis(axis), eps=eps, stats_grad=True
-    )
+    layout = _layout(x, axis, mean=mean, var=var, gamma=gamma)
+    backend = backend_for(dy, x, mean, var, gamma)
+    dx, *grads = backend.inference_backward(dy, x, Moments(1, mean, var), gamma, eps, layout)
     return _like(x, dx), *grads
 
 
 def _moments(x, where, axis):  # type: ignore[no-untyped-def]
-    return tuple(_contiguous(bn.moments(x, axis=plain_axis(axis), where=where)))
+    layout = _layout(x, axis)
+    return tuple(_contiguous(backend_for(x, where).statistics(x, where, layout)))
 
 
 # Derivatives. A gradient that is None is 0; one that nobody needs is not given.
@@ -104,18 +122,18 @@ def _grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: An
 def _not_to_weights(ctx: Any, argument: int) -> None:
     """The functions of this package leave these gradients to PyTorch's own operators."""
     if ctx.needs_input_grad[argument]:
-        checks.fail(ValueError, "where", "weights that require gradients", "weights that do not")
+        fail(ValueError, "where", "weights that require gradients", "weights that do not")
 
 
 def _through_moments(ctx: Any, x: Any, where: Any, stats: Any, dmean: Any, dvar: Any) -> Any:
     """The gradient to x of what depends on the mean and variance that were returned."""
-    at = checks.subject(x, plain_axis(ctx.axis))
-    n, mean, mean_lo = (at.vector(v) for v in stats)
-    total: Any = 0 if dmean is None else at.vector(dmean) / n
+    layout = validate_input(x, plain_axis(ctx.axis))
+    n, mean, mean_lo = (layout.vector(v) for v in stats)
+    total: Any = 0 if dmean is None else layout.vector(dmean) / n
     if dvar is not None:
-        total = total + at.vector(dvar) * 2 * ((x.to(at.wide) - mean) - mean_lo) / n
+        total = total + layout.vector(dvar) * 2 * ((x.to(layout.wide) - mean) - mean_lo) / n
     if where is not None:
-        w = where.to(at.wide)
+        w = where.to(layout.wide)
         total = torch.where(w > 0, w * total, torch.zeros_like(total))
     return total.to(x.dtype).expand_as(x)
 
@@ -161,14 +179,23 @@ def _grad_normalize_backward(
     given = [dy, x, mean, var] + ([] if gamma is None else [gamma])
 
     def formulas(dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None) -> Any:
-        at = checks.subject(x, plain_axis(ctx.axis))
-        d = x.to(at.wide) - at.vector(mean)
-        rstd = 1 / torch.sqrt(at.vector(var) + ctx.eps)
-        a = rstd if gamma is None else at.vector(gamma) * rstd
-        wide = dy.to(at.wide)
-        sums = [at.squeeze(at.xp.sum(v, axis=at.reduced, keepdims=True)) for v in (wide, wide * d)]
-        r, slope = at.squeeze(rstd), at.squeeze(a)
-        return a * wide, r * sums[1], sums[0], -slope * sums[0], -0.5 * slope * r * r * sums[1]
+        layout = validate_input(x, plain_axis(ctx.axis))
+        d = x.to(layout.wide) - layout.vector(mean)
+        rstd = 1 / torch.sqrt(layout.vector(var) + ctx.eps)
+        a = rstd if gamma is None else layout.vector(gamma) * rstd
+        wide = dy.to(layout.wide)
+        sums = [
+            layout.squeeze(layout.xp.sum(v, axis=layout.reduced_axes, keepdims=True))
+            for v in (wide, wide * d)
+        ]
+        r, rstd_and_scale = layout.squeeze(rstd), layout.squeeze(a)
+        return (
+            a * wide,
+            r * sums[1],
+            sums[0],
+            -rstd_and_scale * sums[0],
+            -0.5 * rstd_and_scale * r * r * sums[1],
+        )
 
     vjp: Any = torch.func.vjp
     results, pullback = vjp(formulas, *given)
@@ -247,101 +274,109 @@ _register()
 batch_norm, normalize = _ops.batch_norm, _ops.normalize
 
 
-# As kernels.
+# As a backend.
 
 
-def _axes(at: Layout) -> list[int]:
-    return list(at.kept)
-
-
-def _written(result: Array, out: Array | None) -> Array:
+def _refuse_out(out: Array | None) -> None:
     if out is not None:
         got = "an array to write to, with tensors that PyTorch differentiates or traces"
-        checks.fail(ValueError, "out", got, "None")
-    return result
+        fail(ValueError, "out", got, "None")
 
 
-def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
-    """Count, mean as a high and a low part, and population variance of each channel."""
-    if adapter.learned(w) is not None:
-        return generic.moments(x, w, at)
-    n, mean, var, low = (at.vector(v) for v in _ops.moments(x, w, _axes(at)))
-    return n, mean, low, var
+class Operators(OwnOperators):
+    """The operators above; what they do not fuse is PyTorch's to record."""
 
-
-def forward(
-    x: Array, w: Array | None, gamma: Array, beta: Array, eps: float, at: Layout, out: Array | None
-) -> Any:
-    """Give y and the batch's moments."""
-    why = adapter.learned(w)
-    if why is not None:
-        with adapter.own_operators(why):
-            y, moments = bn.batch_norm(x, gamma, beta, axis=plain_axis(at.kept), eps=eps, where=w)
-        return _written(y, out), moments
-    y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(at), eps)
-    return _written(y, out), bn.Moments(*stats)
-
-
-def backward(
-    dy: Array,
-    x: Array,
-    w: Array | None,
-    stats: Any,
-    gamma: Array,
-    eps: float,
-    at: Layout,
-    out: Array | None,
-) -> Any:
-    """Give dx, dgamma and dbeta."""
-    why = adapter.learned(w)
-    if why is not None:
-        with adapter.own_operators(why):
-            dx, *grads = bn.batch_norm_backward(
-                dy, x, stats, gamma, axis=plain_axis(at.kept), eps=eps, where=w
-            )
-        return _written(dx, out), *grads
-    n, mean, var, low = (
-        torch.zeros(at.channels, dtype=at.wide, device=x.device)
-        if v is None
-        else v
-        if hasattr(v, "dtype")
-        else torch.full(at.channels, float(v), dtype=at.wide, device=x.device)
-        for v in stats
+    name = "operators"
+    summary = (
+        "operators of this package, on its fastest backends; for gradients to `where`, PyTorch's own"
     )
-    dx, *grads = _ops.batch_norm_backward(dy, x, n, mean, var, low, gamma, w, _axes(at), eps)
-    return _written(dx, out), *grads
+
+    def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
+        """Return count, mean as a high and a low part, and population variance of each channel."""
+        if differentiates_weights(w) is not None:
+            return super().moments(x, w, layout)
+        n, mean, var, low = (layout.vector(v) for v in _ops.moments(x, w, _axes(layout)))
+        return n, mean, low, var
+
+    def forward(
+        self,
+        x: Array,
+        w: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Any:
+        """Return y and the batch's moments."""
+        _refuse_out(out)
+        if differentiates_weights(w) is not None:
+            return OWN_OPERATORS.forward(x, w, gamma, beta, eps, layout)
+        y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(layout), eps)
+        return y, Moments(*stats)
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array | None,
+        stats: Moments,
+        gamma: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Any:
+        """Return dx, dgamma and dbeta."""
+        _refuse_out(out)
+        if differentiates_weights(w) is not None:
+            return OWN_OPERATORS.backward(dy, x, w, stats, gamma, eps, layout)
+        vectors = (self._vector(v, x, layout) for v in stats)
+        return _ops.batch_norm_backward(dy, x, *vectors, gamma, w, _axes(layout), eps)
+
+    def _vector(self, v: Any, x: Array, layout: Layout) -> Array:
+        """Return one of the statistics as a tensor of one number per channel."""
+        if hasattr(v, "dtype"):
+            return v if v.shape else v.expand(layout.channels)
+        value = 0.0 if v is None else float(v)
+        return torch.full(layout.channels, value, dtype=layout.wide, device=x.device)
+
+    def inference(
+        self,
+        x: Array,
+        stats: Moments,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Return y from statistics that are given."""
+        _refuse_out(out)
+        if stats.mean_lo is not None:
+            return super().inference(x, stats, gamma, beta, eps, layout)
+        return _ops.normalize(x, stats.mean, stats.var, gamma, beta, _axes(layout), eps)
+
+    def inference_backward(self, *arguments: Any, out: Array | None = None) -> Any:
+        """Return dx, dgamma, dbeta, dmean and dvar of `inference`."""
+        _refuse_out(out)
+        return super().inference_backward(*arguments)
+
+    def forward_in_group(self, *arguments: Any, out: Array | None = None) -> Any:
+        """Return y of this member's part, and the moments of the joined batch."""
+        _refuse_out(out)
+        return synchronized.forward(*arguments)
+
+    def backward_in_group(self, *arguments: Any, out: Array | None = None) -> Any:
+        """Return dx of this member's part; dgamma and dbeta of the joined batch."""
+        _refuse_out(out)
+        return super().backward_in_group(*arguments)
 
 
-def inference(
-    x: Array,
-    mean: Array,
-    var: Array,
-    gamma: Array,
-    beta: Array,
-    eps: float,
-    at: Layout,
-    out: Array | None,
-) -> Array:
-    """Give y from statistics that are given."""
-    return _written(_ops.normalize(x, mean, var, gamma, beta, _axes(at), eps), out)
+def _axes(layout: Layout) -> list[int]:
+    return list(layout.channel_axes)
 
 
-@functools.cache
-def kernel_set(why: str) -> KernelSet:
-    """The operators as kernels; what they do not fuse is PyTorch's to record."""
-
-    def writing(kernel: Any) -> Any:
-        return lambda *arguments: _written(kernel(*arguments[:-1]), arguments[-1])
-
-    return KernelSet(
-        "operators",
-        f"{why}; for gradients to `where`, PyTorch's own",
-        moments,
-        writing(generic.scale_shift),
-        generic.grad_sums,
-        writing(generic.grad_input),
-        forward,
-        backward,
-        inference,
-        synchronized.forward,
-    )
+OPERATORS = Operators()

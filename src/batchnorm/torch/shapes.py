@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from batchnorm import checks
-from batchnorm.kernels.torch import empty_result
+from batchnorm.backends.tensors import empty_result
 from batchnorm.layout import Layout
+from batchnorm.validation import validate_input, validate_vectors
 
 Array = Any
 
@@ -35,35 +35,35 @@ def plain_axis(axis: Sequence[int]) -> int | tuple[int, ...]:
 
 
 def _checked(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
-    at = checks.subject(x, plain_axis(axis))
-    checks.vectors(at, **vectors)
-    return at
+    layout = validate_input(x, plain_axis(axis))
+    validate_vectors(layout, **vectors)
+    return layout
 
 
-def _vectors(at: Layout, dtype: Any, count: int) -> list[Array]:
-    return [torch.empty(at.channels, dtype=dtype, device=at.device) for _ in range(count)]
+def _vectors(layout: Layout, dtype: Any, count: int) -> list[Array]:
+    return [torch.empty(layout.channels, dtype=dtype, device=layout.device) for _ in range(count)]
 
 
 def batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
     """Give y, and count, mean, variance and low part of the mean."""
-    at = _checked(x, axis, gamma=gamma, beta=beta)
-    return empty_result(x), *_vectors(at, at.wide, 4)
+    layout = _checked(x, axis, gamma=gamma, beta=beta)
+    return empty_result(x), *_vectors(layout, layout.wide, 4)
 
 
 def batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
     """Give dx, dgamma and dbeta."""
-    at = _checked(x, axis, gamma=gamma)
-    dtype = at.compute if gamma is None else gamma.dtype
-    return empty_result(x), *_vectors(at, dtype, 2)
+    layout = _checked(x, axis, gamma=gamma)
+    dtype = layout.compute if gamma is None else gamma.dtype
+    return empty_result(x), *_vectors(layout, dtype, 2)
 
 
 def batch_norm_double_backward(  # type: ignore[no-untyped-def]
     ddx, ddgamma, ddbeta, dy, x, n, mean, var, mean_lo, gamma, where, axis, eps
 ):
     """Give gradients to dy, x and gamma."""
-    at = _checked(x, axis, gamma=gamma)
-    dtype = at.compute if gamma is None else gamma.dtype
-    return empty_result(dy), empty_result(x), *_vectors(at, dtype, 1)
+    layout = _checked(x, axis, gamma=gamma)
+    dtype = layout.compute if gamma is None else gamma.dtype
+    return empty_result(dy), empty_result(x), *_vectors(layout, dtype, 1)
 
 
 def normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
@@ -74,13 +74,13 @@ def normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-
 
 def normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
     """Give dx, dgamma, dbeta, dmean and dvar."""
-    at = _checked(x, axis, mean=mean, var=var, gamma=gamma)
-    dtype = at.compute if gamma is None else gamma.dtype
-    grads = _vectors(at, dtype, 2)
+    layout = _checked(x, axis, mean=mean, var=var, gamma=gamma)
+    dtype = layout.compute if gamma is None else gamma.dtype
+    grads = _vectors(layout, dtype, 2)
     return empty_result(x), *grads, torch.empty_like(mean), torch.empty_like(var)
 
 
 def moments(x, where, axis):  # type: ignore[no-untyped-def]
     """Give count, mean, variance and low part of the mean."""
-    at = _checked(x, axis)
-    return tuple(_vectors(at, at.wide, 4))
+    layout = _checked(x, axis)
+    return tuple(_vectors(layout, layout.wide, 4))

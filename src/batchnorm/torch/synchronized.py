@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from batchnorm import groups, vectors
-from batchnorm.kernels import pick
+from batchnorm import groups
+from batchnorm.backends.dispatch import backend_for
+from batchnorm.coefficients import in_dtype_of, rstd_and_scale
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
@@ -25,46 +26,46 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, gamma: Any, beta: Any, where: Any, at: Layout, eps: Any, group: Any
+        ctx: Any, x: Any, w: Any, gamma: Any, beta: Any, eps: Any, layout: Layout, call: groups.Call
     ) -> Any:
-        kernels = pick(x, gamma, beta, where)
-        y, stats = groups.forward(kernels, at, x, where, gamma, beta, eps, None, group)
-        ctx.save_for_backward(x, gamma, where, *stats)
+        backend = backend_for(x, gamma, beta, w)
+        y, stats = backend.forward_in_group(call, x, w, gamma, beta, eps, layout)
+        ctx.save_for_backward(x, w, gamma, *stats)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
-        ctx.at, ctx.eps, ctx.group = at, eps, group
+        ctx.layout, ctx.eps, ctx.group = layout, eps, call.group
         ctx.beta = None if beta is None else beta.dtype
         return y, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Any, *_: Any) -> Any:
-        x, gamma, where, *stats = ctx.saved_tensors
-        at, group, moments = ctx.at, ctx.group, Moments(*stats)
-        with groups.call(group, "batch_norm_backward") as call:
+        x, w, gamma, *fields = ctx.saved_tensors
+        layout, moments = ctx.layout, Moments(*fields)
+        with groups.call(ctx.group, "batch_norm_backward") as call:
             dy = torch.zeros_like(x) if dy is None else dy  # the others need this member's sums
-            kernels, w = pick(dy, x, gamma, where), vectors.weights_of(where, x.ndim)
-            call.announce_backward(at, x)
-            own = vectors.sums_with(kernels, at, dy, x, vectors.centre(at, moments), w)
-            sums = groups.all_reduce(group, *own)
-        backward_from: Any = vectors.backward_from
-        dx, *_ = backward_from(kernels, at, dy, x, w, moments, gamma, ctx.eps, sums, None)
-        rstd, _ = vectors.slope(at, moments.var, gamma, ctx.eps)
-        grads = vectors.grad_params(at, gamma, rstd * own[1], own[0])
+            backend = backend_for(dy, x, gamma, w)
+            call.announce_backward(layout, x)
+            own = backend.centred_sums(dy, x, w, moments, layout)
+            sums = call.all_reduce(*own)
+        dx, *_ = backend.gradients(dy, x, w, moments, gamma, ctx.eps, layout, sums)
+        rstd, _ = rstd_and_scale(layout, moments.var, gamma, ctx.eps)
+        grads = in_dtype_of(layout, gamma, (rstd * own[1], own[0]))
         dgamma = None if gamma is None else grads[0]
         dbeta = None if ctx.beta is None else grads[1].to(ctx.beta)
-        return dx, dgamma, dbeta, None, None, None, None
+        return dx, None, dgamma, dbeta, None, None, None
 
 
 def forward(
+    call: groups.Call,
     x: Array,
-    where: Array | None,
+    w: Array | None,
     gamma: Array | None,
     beta: Array | None,
     eps: Any,
-    at: Layout,
-    group: Any,
+    layout: Layout,
 ) -> tuple[Array, Moments]:
-    """Give y and the moments of the joined batch, which are constants to PyTorch."""
-    y, *stats = _Joined.apply(x, gamma, beta, where, at, eps, group)  # type: ignore[no-untyped-call]
+    """Return y and the moments of the joined batch, which are constants to PyTorch."""
+    apply: Any = _Joined.apply
+    y, *stats = apply(x, w, gamma, beta, eps, layout, call)
     return y, Moments(*stats)

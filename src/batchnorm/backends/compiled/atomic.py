@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from batchnorm.kernels.compiled.tables import I64
+from batchnorm.backends.compiled.tables import I64
 
 _INT = types.int64
 # One order for all threads: the few of these that there are cost next to nothing.

@@ -13,8 +13,8 @@ import sys
 
 from numba import njit, types
 
-from batchnorm.kernels.compiled.atomic import changed, fetch_add, invoke, peek, poke
-from batchnorm.kernels.compiled.terms import OPTIONS, TILES, compiled
+from batchnorm.backends.compiled.atomic import changed, fetch_add, invoke, peek, poke
+from batchnorm.backends.compiled.terms import OPTIONS, TILES, compiled
 
 # What is where in a box, in bytes.
 STATE, LOOP, JOB, NUMBER, ENDED, ASLEEP, DISMISSED, BED, CHAIR, OURS, THEIRS = range(0, 88, 8)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.kernels import axes
-from batchnorm.kernels.compiled import columns, terms
-from batchnorm.kernels.compiled.lanes import WIDTH
+from batchnorm.backends import strides as memory_strides
+from batchnorm.backends.compiled import columns, terms
+from batchnorm.backends.compiled.lanes import WIDTH
 
 Array = Any
 
@@ -108,7 +108,7 @@ def _plan(
     data: int,
 ) -> Plan:
     steps = tuple(tuple(s // size for s in a) for a, size in zip(strides, sizes, strict=True))
-    at = axes.merged(shape, kept, steps, data)
+    at = memory_strides.merged(shape, kept, steps, data)
     size = sizes[0]
     nbytes = math.prod(shape) * size
     alone = nbytes * data <= ALONE_BYTES

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.kernels import KernelSet, cuda
-from batchnorm.kernels.launches import THREADS, Limits
+from batchnorm.backends.cuda.backend import Cuda, Device, source
+from batchnorm.backends.cuda.launches import THREADS, Limits
+from batchnorm.errors import describe_type
 
 Array = Any
+Arrays = tuple[Array | None, ...]
 
 
 @functools.cache
@@ -32,16 +34,47 @@ def unusable() -> str | None:
     return None
 
 
+def refuses_arrays(arrays: Arrays) -> str | None:
+    """Return why the kernels cannot run on CuPy's arrays, or None."""
+    return unusable()
+
+
+def refuses_tensors(arrays: Arrays) -> str | None:
+    """Return why the kernels cannot run on PyTorch's tensors, or None."""
+    torch = sys.modules["torch"]
+    for a in arrays:
+        if a is None:
+            continue
+        if a.device.type != "cuda":
+            return ""
+        if type(a) not in (torch.Tensor, torch.nn.Parameter):
+            return f"the tensors include {describe_type(a)}"
+        if a.layout is not torch.strided:
+            return "the tensors are not strided memory"
+        if a.is_neg():  # a view whose sign PyTorch changes as it reads
+            return "the tensors include a negated view"
+    return unusable()
+
+
+def on_arrays(arrays: Arrays) -> Cuda:
+    """Return the kernels for CuPy's arrays on their device, on CuPy's current stream."""
+    return _on_arrays(arrays[0].device.id)  # type: ignore[union-attr]
+
+
+def on_tensors(arrays: Arrays) -> Cuda:
+    """Return the kernels for PyTorch's tensors on their device, on PyTorch's current stream."""
+    return _on_tensors(arrays[0].device.index)  # type: ignore[union-attr]
+
+
 @functools.cache
-def on_arrays(index: int) -> KernelSet:
-    """The kernels for CuPy's arrays on a device, on CuPy's current stream."""
+def _on_arrays(index: int) -> Cuda:
     cupy = importlib.import_module("cupy")
 
     def active() -> Any:
         on_it = cupy.cuda.runtime.getDevice() == index
         return contextlib.nullcontext() if on_it else cupy.cuda.Device(index)
 
-    device = cuda.Device(
+    device = Device(
         _limits(index),
         active,
         address=lambda a: int(a.data.ptr),
@@ -50,12 +83,11 @@ def on_arrays(index: int) -> KernelSet:
         capturing=lambda: bool(cupy.cuda.get_current_stream().is_capturing()),
         launch=functools.partial(_launch, cupy.cuda.get_current_stream),
     )
-    return cuda.kernel_set("cupy", "CUDA kernels, launched by CuPy", device)
+    return Cuda("CUDA kernels, launched by CuPy", device)
 
 
 @functools.cache
-def on_tensors(index: int) -> KernelSet:
-    """The kernels for PyTorch's CUDA tensors on a device, on PyTorch's current stream."""
+def _on_tensors(index: int) -> Cuda:
     torch = sys.modules["torch"]
 
     def active() -> Any:
@@ -65,7 +97,7 @@ def on_tensors(index: int) -> KernelSet:
     def stream() -> Any:
         return _Stream(torch.cuda.current_stream(index).cuda_stream)
 
-    device = cuda.Device(
+    device = Device(
         _limits(index),
         active,
         address=lambda a: int(a.data_ptr()),
@@ -74,7 +106,7 @@ def on_tensors(index: int) -> KernelSet:
         capturing=lambda: False,  # PyTorch keeps the memory of a graph for it
         launch=functools.partial(_launch, stream),
     )
-    return cuda.kernel_set("cupy", "CUDA kernels, launched by CuPy on PyTorch's stream", device)
+    return Cuda("CUDA kernels, launched by CuPy on PyTorch's stream", device)
 
 
 def _limits(index: int) -> Limits:
@@ -86,7 +118,7 @@ def _limits(index: int) -> Limits:
 def _kernel(name: str) -> Any:
     """A kernel by its name in C++, compiled by CuPy for each device at its first launch there."""
     module = importlib.import_module("cupy").RawModule(
-        code=cuda.source(), options=("-std=c++17",), name_expressions=(name,)
+        code=source(), options=("-std=c++17",), name_expressions=(name,)
     )
     return module.get_function(name)
 

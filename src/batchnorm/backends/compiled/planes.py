@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.kernels.compiled.arithmetic import (
+from batchnorm.backends.compiled.arithmetic import (
     grad_input_of,
     grad_sums_of,
     moments_of,
     output_of,
     until_aligned,
 )
-from batchnorm.kernels.compiled.lanes import WIDTH, rounded, splat, stream, total
-from batchnorm.kernels.compiled.terms import (
+from batchnorm.backends.compiled.lanes import WIDTH, rounded, splat, stream, total
+from batchnorm.backends.compiled.terms import (
     FIRST,
     GIVEN,
     PARTS,

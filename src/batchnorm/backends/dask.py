@@ -1,6 +1,6 @@
 """The four kernels on Dask's arrays: chunk by chunk, on the kernels of the chunks' own library.
 
-Moments and sums of chunks meet in a tree. A chunk that was read for the statistics is not kept for the
+Moments and sums of chunks meet in a tree. A chunk that was read for the statistics is not channel_axes for the
 output: it is read again once they are known, so that any size streams through little memory.
 """
 
@@ -19,59 +19,108 @@ from dask.base import clone_key
 from dask.highlevelgraph import HighLevelGraph
 from dask.utils import key_split
 
-from batchnorm import checks
-from batchnorm.kernels import KernelSet, pick
-from batchnorm.layout import Layout, layout
-from batchnorm.moments import Moments, pool_rows
+from batchnorm.arrays import namespace
+from batchnorm.backends.base import Backend
+from batchnorm.layout import Layout, layout_of
+from batchnorm.moments import Moments, merge_rows
 
 Array = Any
+Choose = Callable[..., Backend]
 da: Any = dask.array
 
 # Names in graphs: of statistics and other vectors, and of what comes between two passes.
 STATISTICS, AFTER = "batchnorm-statistics", "batchnorm-after"
 
 
-def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
-    """Count, mean as a high and a low part, and population variance of each channel."""
-    parts = _partial(_chunk_moments, 4, at, x, _cut(x, w))
-    if at.reduced:
-        axes = tuple(1 + a for a in at.reduced)
-        merge = functools.partial(_merged, kept=at.kept)
-        parts = da.reduction(parts, merge, merge, axes, keepdims=True, dtype=at.wide, meta=parts._meta)
-    parts = _statistics(parts)
-    return parts[0], parts[1], parts[2], parts[3]
+class Dask(Backend):
+    """Chunk by chunk, each on the backend of its own library."""
 
+    name = "dask"
+    summary = "each chunk on the backend of its own library"
 
-def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: None) -> Array:
-    """Give y = a·(x - m) + b."""
-    (x,), vectors = _ready((x,), (m, a, b))
-    return _blocks(_chunk_scale_shift, at, x, *vectors)
+    def __init__(self, backend_for: Choose) -> None:
+        self._chosen = backend_for  # for the arrays of a chunk
 
+    def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
+        """Return count, mean as a high and a low part, and population variance of each channel."""
+        parts = self._partial(_chunk_moments, 4, layout, x, _cut(x, w))
+        if layout.reduced_axes:
+            axes = tuple(1 + a for a in layout.reduced_axes)
+            merge = functools.partial(_merged, channel_axes=layout.channel_axes)
+            parts = da.reduction(
+                parts, merge, merge, axes, keepdims=True, dtype=layout.wide, meta=parts._meta
+            )
+        parts = _statistics(parts)
+        return parts[0], parts[1], parts[2], parts[3]
 
-def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tuple[Array, Array]:
-    """Σdy and Σdy·(x - m) of each channel."""
-    (x, dy, w), (m,) = _ready((x, dy, w), (m,))
-    parts = _partial(_chunk_grad_sums, 2, at, x, dy, m, w)
-    if at.reduced:
-        parts = da.sum(parts, axis=tuple(1 + a for a in at.reduced), keepdims=True)
-    parts = _statistics(parts)
-    return parts[0], parts[1]
+    def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        (x,), vectors = _ready((x,), (m, a, b))
+        return self._blocks(_chunk_scale_shift, layout, x, *vectors)
 
+    def grad_sums(
+        self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout
+    ) -> tuple[Array, Array]:
+        """Return Σdy and Σdy·(x − m) of each channel."""
+        (x, dy, w), (m,) = _ready((x, dy, w), (m,))
+        parts = self._partial(_chunk_grad_sums, 2, layout, x, dy, m, w)
+        if layout.reduced_axes:
+            parts = da.sum(parts, axis=tuple(1 + a for a in layout.reduced_axes), keepdims=True)
+        parts = _statistics(parts)
+        return parts[0], parts[1]
 
-def grad_input(
-    dy: Array,
-    x: Array,
-    m: Array,
-    a: Array,
-    b: Array,
-    c: Array,
-    w: Array | None,
-    at: Layout,
-    out: None,
-) -> Array:
-    """Give dx = a·(dy + w·(b·(x - m) + c))."""
-    (x, dy, w), vectors = _ready((x, dy, w), (m, a, b, c))
-    return _blocks(_chunk_grad_input, at, x, dy, *vectors, w)
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        w: Array | None,
+        layout: Layout,
+        *,
+        out: None = None,
+    ) -> Array:
+        """Return dx = a·(dy + w·(b·(x − m) + c))."""
+        (x, dy, w), vectors = _ready((x, dy, w), (m, a, b, c))
+        return self._blocks(_chunk_grad_input, layout, x, dy, *vectors, w)
+
+    def reread(self, big: Sequence[Array | None], vectors: Sequence[Array]) -> Sequence[Array | None]:
+        """Return big arrays to be read again, once these vectors are known, for several kernels."""
+        return _ready(big, vectors)[0]
+
+    def _partial(
+        self, function: Callable[..., Array], rows: int, layout: Layout, x: Array, *others: Any
+    ) -> Array:
+        """Return rows of vectors of each chunk: (rows, chunks along each axis but the channels')."""
+        axes = tuple(range(1, 1 + x.ndim))
+        return da.blockwise(
+            function,
+            (0, *axes),
+            *_along(axes, x, *others),
+            new_axes={0: rows},
+            adjust_chunks={1 + a: 1 for a in layout.reduced_axes},
+            channel_axes=layout.channel_axes,
+            backend_for=self._chosen,
+            dtype=layout.wide,
+            meta=da.utils.meta_from_array(x._meta, ndim=1 + x.ndim, dtype=layout.wide),
+        )
+
+    def _blocks(self, function: Callable[..., Array], layout: Layout, x: Array, *others: Any) -> Array:
+        """Return an array of the shape of x."""
+        axes = tuple(range(x.ndim))
+        return da.blockwise(
+            function,
+            axes,
+            *_along(axes, x, *others),
+            channel_axes=layout.channel_axes,
+            backend_for=self._chosen,
+            dtype=x.dtype,
+            meta=x._meta,
+        )
 
 
 def _statistics(parts: Array) -> Array:
@@ -92,11 +141,6 @@ def _ready(big: Sequence[Array | None], vectors: Sequence[Array]) -> tuple[list[
     return [None if a is None else next(anew) for a in big], vectors
 
 
-def again(big: Sequence[Array | None], vectors: Sequence[Array]) -> list[Array]:
-    """Big arrays for several kernels that make one pass over them; with all of their vectors."""
-    return _ready(big, vectors)[0]
-
-
 def _cut(x: Array, a: Array | None) -> Array | None:
     """An array in the chunks of another, which keeps its own in `blockwise` so."""
     if a is None:
@@ -108,7 +152,7 @@ def _cut(x: Array, a: Array | None) -> Array | None:
 def _anew(arrays: list[Array], after: list[Array]) -> list[Array]:
     """The same arrays, read or computed anew once some others are there that come from them.
 
-    Otherwise their chunks would be kept from the first pass to the second. Statistics of earlier calls
+    Otherwise their chunks would be channel_axes from the first pass to the second. Statistics of earlier calls
     are not computed anew: they are small, and graphs would double with every layer. (Dask's own `bind`
     leaves the tasks of layers other than its blockwise ones as they are.)
     """
@@ -172,37 +216,7 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-@functools.cache
-def kernel_set() -> KernelSet:
-    """The kernels on chunks."""
-    why = "each chunk on the kernels of its own library"
-    return KernelSet("dask", why, moments, scale_shift, grad_sums, grad_input, again=again)
-
-
 # What runs on each chunk. Vectors come in broadcast shape, cut as the channels are.
-
-
-def _partial(function: Callable[..., Array], rows: int, at: Layout, x: Array, *others: Any) -> Array:
-    """Rows of vectors from each chunk: (rows, blocks along each axis but the channels')."""
-    axes = tuple(range(1, 1 + x.ndim))
-    return da.blockwise(
-        function,
-        (0, *axes),
-        *_along(axes, x, *others),
-        new_axes={0: rows},
-        adjust_chunks={1 + a: 1 for a in at.reduced},
-        kept=at.kept,
-        dtype=at.wide,
-        meta=da.utils.meta_from_array(x._meta, ndim=1 + x.ndim, dtype=at.wide),
-    )
-
-
-def _blocks(function: Callable[..., Array], at: Layout, x: Array, *others: Any) -> Array:
-    """An array of the shape of x."""
-    axes = tuple(range(x.ndim))
-    return da.blockwise(
-        function, axes, *_along(axes, x, *others), kept=at.kept, dtype=x.dtype, meta=x._meta
-    )
 
 
 def _along(axes: tuple[int, ...], *arrays: Array | None) -> list[Any]:
@@ -210,37 +224,50 @@ def _along(axes: tuple[int, ...], *arrays: Array | None) -> list[Any]:
     return [part for a in arrays for part in (a, None if a is None else axes)]
 
 
-def _layout(x: Array, kept: tuple[int, ...]) -> Layout:
-    return layout("x", checks.namespace("x", x), x, kept, device(x))
+def _layout(x: Array, channel_axes: tuple[int, ...]) -> Layout:
+    return layout_of("x", namespace("x", x), x, channel_axes, device(x))
 
 
-def _chunk_moments(x: Array, w: Array | None, *, kept: tuple[int, ...]) -> Array:
-    at = _layout(x, kept)
-    return at.xp.stack(pick(x, w).moments(x, w, at))
+def _chunk_moments(
+    x: Array, w: Array | None, *, channel_axes: tuple[int, ...], backend_for: Choose
+) -> Array:
+    layout = _layout(x, channel_axes)
+    return layout.xp.stack(backend_for(x, w).moments(x, w, layout))
 
 
-def _merged(parts: Array, axis: Any, keepdims: bool, *, kept: tuple[int, ...]) -> Array:
-    """Moments of several chunks, as rows (n, mean, mean_lo, var), joined."""
+def _merged(parts: Array, axis: Any, keepdims: bool, *, channel_axes: tuple[int, ...]) -> Array:
+    """Merge moments of several chunks, as rows (n, mean, mean_lo, var)."""
     xp = array_namespace(parts)
     ndim = parts.ndim - 1
-    reduced = [a for a in range(ndim) if a not in kept]
-    shape = tuple(parts.shape[1 + a] for a in kept)
-    broadcast = tuple(parts.shape[1 + a] if a in kept else 1 for a in range(ndim))
+    reduced = [a for a in range(ndim) if a not in channel_axes]
+    shape = tuple(parts.shape[1 + a] for a in channel_axes)
+    broadcast = tuple(parts.shape[1 + a] if a in channel_axes else 1 for a in range(ndim))
     count = math.prod(parts.shape[1 + a] for a in reduced)  # chunks may have no channels
     n, mean, low, var = (
-        xp.reshape(xp.permute_dims(parts[i, ...], (*reduced, *kept)), (count, *shape)) for i in range(4)
+        xp.reshape(xp.permute_dims(parts[i, ...], (*reduced, *channel_axes)), (count, *shape))
+        for i in range(4)
     )
-    n, mean, var, low = pool_rows(Moments(n, mean, var, low))
+    n, mean, var, low = merge_rows(Moments(n, mean, var, low))
     return xp.stack([xp.reshape(v, broadcast) for v in (n, mean, low, var)])
 
 
-def _chunk_scale_shift(x: Array, *vectors: Array, kept: tuple[int, ...]) -> Array:
-    return pick(x).scale_shift(x, *vectors, _layout(x, kept), None)
+def _chunk_scale_shift(
+    x: Array, m: Array, a: Array, b: Array, *, channel_axes: tuple[int, ...], backend_for: Choose
+) -> Array:
+    return backend_for(x).scale_shift(x, m, a, b, _layout(x, channel_axes))
 
 
-def _chunk_grad_sums(x: Array, dy: Array, m: Array, w: Array | None, *, kept: tuple[int, ...]) -> Array:
-    at = _layout(x, kept)
-    return at.xp.stack(pick(dy, x, w).grad_sums(dy, x, m, w, at))
+def _chunk_grad_sums(
+    x: Array,
+    dy: Array,
+    m: Array,
+    w: Array | None,
+    *,
+    channel_axes: tuple[int, ...],
+    backend_for: Choose,
+) -> Array:
+    layout = _layout(x, channel_axes)
+    return layout.xp.stack(backend_for(dy, x, w).grad_sums(dy, x, m, w, layout))
 
 
 def _chunk_grad_input(
@@ -252,6 +279,7 @@ def _chunk_grad_input(
     c: Array,
     w: Array | None,
     *,
-    kept: tuple[int, ...],
+    channel_axes: tuple[int, ...],
+    backend_for: Choose,
 ) -> Array:
-    return pick(dy, x, w).grad_input(dy, x, m, a, b, c, w, _layout(x, kept), None)
+    return backend_for(dy, x, w).grad_input(dy, x, m, a, b, c, w, _layout(x, channel_axes))

@@ -16,8 +16,8 @@ import os
 import numpy as np
 from numba import njit
 
-from batchnorm.kernels.compiled.atomic import fetch_add, peek
-from batchnorm.kernels.compiled.lanes import (
+from batchnorm.backends.compiled.atomic import fetch_add, peek
+from batchnorm.backends.compiled.lanes import (
     WIDTH,
     above_zero,
     any_above_zero,
@@ -31,7 +31,7 @@ from batchnorm.kernels.compiled.lanes import (
     store,
     wide,
 )
-from batchnorm.kernels.compiled.tables import item, real_item, row_of, set_item, table
+from batchnorm.backends.compiled.tables import item, real_item, row_of, set_item, table
 
 # Values that are added before their sum joins the next level: bounds the error of a sum.
 SEGMENT = 1024

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm import threads
-from batchnorm.kernels.compiled import crew
+from batchnorm.backends.compiled import crew
 
 _lock = threading.Lock()
 _boxes = np.zeros((0, crew.BOX // 8), np.int64)

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from batchnorm.kernels.compiled.tables import I64, pointer
+from batchnorm.backends.compiled.tables import I64, pointer
 
 WIDTH = 16
 

@@ -19,13 +19,14 @@ from numba import cfunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from batchnorm import outputs, threads
-from batchnorm.kernels import crew, team, written
-from batchnorm.kernels.compiled import columns, gradients, planes, terms
-from batchnorm.kernels.compiled.crew import dispatch
-from batchnorm.kernels.compiled.lanes import SENTINELS
-from batchnorm.kernels.plans import Grid, Plan, address, plan
+from batchnorm.backends.base import Backend
+from batchnorm.backends.compiled import columns, gradients, openmp, planes, pool, terms
+from batchnorm.backends.compiled.crew import dispatch
+from batchnorm.backends.compiled.lanes import SENTINELS
+from batchnorm.backends.compiled.plans import Grid, Plan, address, plan
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
+from batchnorm.validation import validate_mask_count
 
 Array = Any
 
@@ -39,24 +40,6 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=global_compiler_lock.release,
         after_in_child=global_compiler_lock.release,
     )
-
-
-def refuses(arrays: tuple[Array | None, ...]) -> str | None:
-    """Why the arrays of a call cannot be worked on, or None. Its vectors always can: they are copied."""
-    shape = arrays[0].shape  # type: ignore[union-attr]
-    for a in arrays:
-        if a is None or a.shape != shape or a.dtype.kind in "biu":  # weights, which are copied too
-            continue
-        if sentinel(a.dtype) is None:
-            return f"dtype {a.dtype} is not one that it reads"
-        flags = a.flags
-        if not (flags.c_contiguous and flags.aligned) and (
-            not flags.aligned or any(step % a.itemsize for step in a.strides)
-        ):
-            return "values are not aligned in memory"
-        if a.dtype == np.float16 and not _has_half():
-            return "this processor cannot convert float16"
-    return None
 
 
 def sentinel(dtype: Any) -> Any:
@@ -177,11 +160,11 @@ class Job:
     def run(self, name: str, grid: Grid) -> None:
         """Run a pass over the tiles, on as many threads as pay."""
         crew_at = helpers = 0
-        lent = team.current()
+        lent = openmp.current()
         if not self.plan.alone:
             count = threads.count(grid.tiles)
             if count > 1:
-                crew_at, helpers = (0, count - 1) if lent else crew.boxes(count - 1)
+                crew_at, helpers = (0, count - 1) if lent else pool.boxes(count - 1)
         numbers = self.numbers(grid, helpers)  # has to live until the loops are through
         function = _function(grid.loops, name, self.dtype, self.weights)
         if lent and helpers:
@@ -225,12 +208,6 @@ def _table(x: Array, *vectors: Array) -> Array:
     return table
 
 
-def _alike(dy: Array, x: Array) -> tuple[Array, Array]:
-    """Gradients and data in one dtype, the wider: the loops read both in the same."""
-    dtype = np.float64 if np.float64 in (dy.dtype, x.dtype) else np.float32
-    return np.asarray(dy, dtype), np.asarray(x, dtype)
-
-
 def _weights(w: Array | None, x: Array) -> Array | None:
     """Weights as the loops take them: of the shape of x, bool or float64."""
     if w is None:
@@ -240,149 +217,174 @@ def _weights(w: Array | None, x: Array) -> Array | None:
     return np.broadcast_to(w, x.shape)
 
 
-def _split(vectors: Array, at: Layout) -> Any:
+def _split(vectors: Array, layout: Layout) -> Any:
     """The rows of a table of vectors, each in the shape of gamma; 0-d arrays for no channel axis."""
-    if len(at.kept) == 1:
+    if len(layout.channel_axes) == 1:
         return vectors
-    shaped = vectors.reshape((-1, *at.channels))
+    shaped = vectors.reshape((-1, *layout.channels))
     return [shaped[i, ...] for i in range(len(vectors))]
 
 
-# Passes fused, as `functional.py` calls them. Vectors have room for float64, whatever they are in.
+class Numba(Backend):
+    """Compiled loops, with forward and backward passes fused."""
 
+    name = "numba"
+    summary = "compiled loops for NumPy arrays and what shares their memory"
 
-def forward(
-    x: Array,
-    w: Array | None,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: float,
-    at: Layout,
-    out: Array | None,
-) -> tuple[Array, Moments]:
-    """Give y and the batch's moments."""
-    y = outputs.empty_like(x) if out is None else out
-    w = _weights(w, x)
-    p = plan(x, at.kept, y, w=w)
-    stats = np.empty((4, p.channels))
-    room = np.empty((2, 4, p.channels)) if p.whole else np.zeros((1 + p.grid.blocks, 4, p.channels))
-    job = Job(p, (x, y), w, stats, room, room[1:], gamma, beta, float(eps))
-    if p.whole:
-        job.run("forward", p.whole)
-    else:
-        job.moments()
-        job.run("output", p.grid)
-    return y, Moments(*_split(stats, at))
+    def refuses(self, arrays: tuple[Array | None, ...]) -> str | None:
+        """Return why the arrays of a call cannot be worked on, or None; vectors always can."""
+        shape = arrays[0].shape  # type: ignore[union-attr]
+        for a in arrays:
+            if a is None or a.shape != shape or a.dtype.kind in "biu":  # weights, which are copied
+                continue
+            if sentinel(a.dtype) is None:
+                return f"dtype {a.dtype} is not one that the compiled loops read"
+            flags = a.flags
+            if not (flags.c_contiguous and flags.aligned) and (
+                not flags.aligned or any(step % a.itemsize for step in a.strides)
+            ):
+                return "values are not aligned in memory"
+            if a.dtype == np.float16 and not _has_half():
+                return "this processor cannot convert float16"
+        return None
 
+    def forward(
+        self,
+        x: Array,
+        w: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> tuple[Array, Moments]:
+        """Return y and the batch's moments."""
+        y = outputs.empty_like(x) if out is None else out
+        weights = _weights(w, x)
+        p = plan(x, layout.channel_axes, y, w=weights)
+        whole = p.whole if w is None else None  # a mask's counts are looked at before y is written
+        stats = np.empty((4, p.channels))
+        room = np.empty((2, 4, p.channels)) if whole else np.zeros((1 + p.grid.blocks, 4, p.channels))
+        job = Job(p, (x, y), weights, stats, room, room[1:], gamma, beta, float(eps))
+        if whole:
+            job.run("forward", whole)
+        else:
+            job.moments()
+            validate_mask_count(layout, w, stats[0])
+            job.run("output", p.grid)
+        return y, Moments(*_split(stats, layout))
 
-def backward(
-    dy: Array,
-    x: Array,
-    w: Array | None,
-    stats: Moments,
-    gamma: Array | None,
-    eps: float,
-    at: Layout,
-    out: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Give dx, and dgamma and dbeta in the dtype of gamma."""
-    if dy.dtype != x.dtype:
-        dx, dgamma, dbeta = backward(*_alike(dy, x), w, stats, gamma, eps, at, None)
-        return written(dx.astype(x.dtype), out), dgamma, dbeta
-    dx = outputs.empty_like(x) if out is None else out
-    w = _weights(w, x)
-    p = plan(dy, at.kept, x, dx, w=w)
-    room = np.empty((2, 4, p.channels))
-    vectors, known = room
-    flat = len(at.kept) == 1
-    for row, v in enumerate((stats.count, stats.mean, stats.var, stats.mean_lo)):
-        known[row] = 0.0 if v is None else v if flat or not hasattr(v, "shape") else v.reshape(-1)
-    sums = np.zeros((1 if p.whole else p.grid.blocks, 2, p.channels))
-    job = Job(p, (dy, x, dx), w, known, vectors, sums, gamma, eps=float(eps))
-    if p.whole:
-        job.run("backward", p.whole)
-    else:
-        job.join("centres")
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array | None,
+        stats: Moments,
+        gamma: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return dx, and dgamma and dbeta in the dtype of gamma."""
+        if dy.dtype != x.dtype:
+            return super().backward(dy, x, w, stats, gamma, eps, layout, out=out)
+        dx = outputs.empty_like(x) if out is None else out
+        w = _weights(w, x)
+        p = plan(dy, layout.channel_axes, x, dx, w=w)
+        room = np.empty((2, 4, p.channels))
+        vectors, known = room
+        flat = len(layout.channel_axes) == 1
+        for row, v in enumerate((stats.count, stats.mean, stats.var, stats.mean_lo)):
+            known[row] = 0.0 if v is None else v if flat or not hasattr(v, "shape") else v.reshape(-1)
+        sums = np.zeros((1 if p.whole else p.grid.blocks, 2, p.channels))
+        job = Job(p, (dy, x, dx), w, known, vectors, sums, gamma, eps=float(eps))
+        if p.whole:
+            job.run("backward", p.whole)
+        else:
+            job.join("centres")
+            job.run("grad_sums", p.grid)
+            job.join("backward")
+            job.run("grad_input", p.grid)
+        dtype = layout.compute if gamma is None else gamma.dtype
+        dgamma, dbeta = _split(sums[0].astype(dtype), layout)
+        return dx, dgamma, dbeta
+
+    def inference(
+        self,
+        x: Array,
+        stats: Moments,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Return y from statistics that are given."""
+        y = outputs.empty_like(x) if out is None else out
+        p = plan(x, layout.channel_axes, y)
+        room = np.zeros((2, 4, p.channels))
+        vectors, known = room
+        for row, v in ((1, stats.mean), (2, stats.var), (3, stats.mean_lo)):
+            if v is not None:
+                known[row] = v.reshape(-1)
+        job = Job(p, (x, y), None, known, vectors, None, gamma, beta, float(eps))
+        job.join("forward")
+        job.run("output", p.sweep)
+        return y
+
+    def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
+        """Return count, mean as a high and a low part, and population variance of each channel."""
+        w = _weights(w, x)
+        p = plan(x, layout.channel_axes, x, w=w)  # as the loops of a forward pass have it, with y = x
+        stats, room = np.empty((4, p.channels)), np.zeros((1 + p.grid.blocks, 4, p.channels))
+        Job(p, (x, x), w, stats, room, room[1:]).moments()
+        count, mean, var, low = stats.reshape(4, *layout.broadcast)
+        return count, mean, low, var
+
+    def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        y = outputs.empty_like(x) if out is None else out
+        p = plan(x, layout.channel_axes, y)
+        Job(p, (x, y), None, None, _table(x, m, a, b)).run("output", p.sweep)
+        return y
+
+    def grad_sums(
+        self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout
+    ) -> tuple[Array, Array]:
+        """Return Σdy and Σdy·(x − m) of each channel."""
+        w = _weights(w, x)
+        p = plan(dy, layout.channel_axes, x, x, w=w)  # as in a backward pass, with dx = x
+        sums = np.zeros((p.grid.blocks, 2, p.channels))
+        job = Job(p, (dy, x, x), w, None, _table(x, m), sums)
         job.run("grad_sums", p.grid)
-        job.join("backward")
-        job.run("grad_input", p.grid)
-    dgamma, dbeta = _split(sums[0].astype(at.compute if gamma is None else gamma.dtype), at)
-    return dx, dgamma, dbeta
+        job.join("sums")
+        sum_dy, sum_dy_d = sums[0].reshape(2, *layout.broadcast)
+        return sum_dy, sum_dy_d
+
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        w: Array | None,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Return dx = a·(dy + w·(b·(x − m) + c))."""
+        dx = outputs.empty_like(x) if out is None else out
+        w = _weights(w, x)
+        p = plan(dy, layout.channel_axes, x, dx, w=w)
+        Job(p, (dy, x, dx), w, None, _table(x, m, a, b, c)).run("grad_input", p.sweep)
+        return dx
 
 
-def inference(
-    x: Array,
-    mean: Array,
-    var: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    eps: float,
-    at: Layout,
-    out: Array | None,
-) -> Array:
-    """Give y from statistics that are given."""
-    y = outputs.empty_like(x) if out is None else out
-    p = plan(x, at.kept, y)
-    room = np.zeros((2, 4, p.channels))
-    vectors, stats = room
-    stats[1], stats[2] = (mean, var) if len(at.kept) == 1 else (mean.reshape(-1), var.reshape(-1))
-    job = Job(p, (x, y), None, stats, vectors, None, gamma, beta, float(eps))
-    job.join("forward")
-    job.run("output", p.sweep)
-    return y
-
-
-# The four kernels, as `generic.py` specifies them.
-
-
-def moments(x: Array, w: Array | None, at: Layout) -> tuple[Array, Array, Array, Array]:
-    """Count, mean as a high and a low part, and population variance of each channel."""
-    w = _weights(w, x)
-    p = plan(x, at.kept, x, w=w)  # as the loops of a forward pass have it, with y = x
-    stats, room = np.empty((4, p.channels)), np.zeros((1 + p.grid.blocks, 4, p.channels))
-    Job(p, (x, x), w, stats, room, room[1:]).moments()
-    count, mean, var, low = stats.reshape(4, *at.broadcast)
-    return count, mean, low, var
-
-
-def scale_shift(x: Array, m: Array, a: Array, b: Array, at: Layout, out: Array | None) -> Array:
-    """Give y = a·(x - m) + b."""
-    y = outputs.empty_like(x) if out is None else out
-    p = plan(x, at.kept, y)
-    Job(p, (x, y), None, None, _table(x, m, a, b)).run("output", p.sweep)
-    return y
-
-
-def grad_sums(dy: Array, x: Array, m: Array, w: Array | None, at: Layout) -> tuple[Array, Array]:
-    """Σdy and Σdy·(x - m) of each channel."""
-    if dy.dtype != x.dtype:
-        dy, x = _alike(dy, x)
-    w = _weights(w, x)
-    p = plan(dy, at.kept, x, x, w=w)  # as the loops of a backward pass have it, with dx = x
-    sums = np.zeros((p.grid.blocks, 2, p.channels))
-    job = Job(p, (dy, x, x), w, None, _table(x, m), sums)
-    job.run("grad_sums", p.grid)
-    job.join("sums")
-    sum_dy, sum_dy_d = sums[0].reshape(2, *at.broadcast)
-    return sum_dy, sum_dy_d
-
-
-def grad_input(
-    dy: Array,
-    x: Array,
-    m: Array,
-    a: Array,
-    b: Array,
-    c: Array,
-    w: Array | None,
-    at: Layout,
-    out: Array | None,
-) -> Array:
-    """Give dx = a·(dy + w·(b·(x - m) + c))."""
-    if dy.dtype != x.dtype:
-        return written(grad_input(*_alike(dy, x), m, a, b, c, w, at, None).astype(x.dtype), out)
-    dx = outputs.empty_like(x) if out is None else out
-    w = _weights(w, x)
-    p = plan(dy, at.kept, x, dx, w=w)
-    Job(p, (dy, x, dx), w, None, _table(x, m, a, b, c)).run("grad_input", p.sweep)
-    return dx
+NUMBA = Numba()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from batchnorm.kernels.compiled.arithmetic import grad_input_of, grad_sums_of, until_aligned
-from batchnorm.kernels.compiled.columns import (
+from batchnorm.backends.compiled.arithmetic import grad_input_of, grad_sums_of, until_aligned
+from batchnorm.backends.compiled.columns import (
     BATCH,
     carry,
     cleared,
@@ -12,8 +12,8 @@ from batchnorm.kernels.compiled.columns import (
     scratch_of,
     spread,
 )
-from batchnorm.kernels.compiled.lanes import WIDTH, load, narrow, store, stream, wide
-from batchnorm.kernels.compiled.terms import (
+from batchnorm.backends.compiled.lanes import WIDTH, load, narrow, store, stream, wide
+from batchnorm.backends.compiled.terms import (
     COPIES,
     F64,
     FIRST,

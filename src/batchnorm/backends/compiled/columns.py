@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchnorm.kernels.compiled.arithmetic import moments_of, output_of, until_aligned
-from batchnorm.kernels.compiled.lanes import (
+from batchnorm.backends.compiled.arithmetic import moments_of, output_of, until_aligned
+from batchnorm.backends.compiled.lanes import (
     WIDTH,
     above_zero,
     load,
@@ -23,7 +23,7 @@ from batchnorm.kernels.compiled.lanes import (
     total,
     wide,
 )
-from batchnorm.kernels.compiled.terms import (
+from batchnorm.backends.compiled.terms import (
     ACROSS,
     COPIES,
     F64,

@@ -5,8 +5,8 @@ Lanes that a count leaves out of `d` are zero, so that they add nothing to a sum
 
 from __future__ import annotations
 
-from batchnorm.kernels.compiled.lanes import as_dtype_of, either, only, streaming_size, wide, within
-from batchnorm.kernels.compiled.terms import compiled, lanes_at
+from batchnorm.backends.compiled.lanes import as_dtype_of, either, only, streaming_size, wide, within
+from batchnorm.backends.compiled.terms import compiled, lanes_at
 
 
 @compiled

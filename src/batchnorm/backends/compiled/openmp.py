@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numba import cfunc
 
-from batchnorm.kernels.compiled.crew import share
-from batchnorm.kernels.compiled.terms import OPTIONS
+from batchnorm.backends.compiled.crew import share
+from batchnorm.backends.compiled.terms import OPTIONS
 
 Run = Callable[[int, int, int], None]
 
@@ -37,10 +37,10 @@ def on_torch(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel whose loops run on PyTorch's threads, where those can be reached."""
 
     @functools.wraps(kernel)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         _own.run = None if _forked else _entrance()
         try:
-            return kernel(*arguments)
+            return kernel(*arguments, **named)
         finally:
             _own.run = None
 

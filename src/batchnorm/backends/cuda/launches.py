@@ -11,8 +11,8 @@ import math
 import struct
 from typing import NamedTuple
 
-from batchnorm import checks
-from batchnorm.kernels.axes import merge
+from batchnorm.backends.strides import merge
+from batchnorm.errors import fail
 
 Steps = tuple[int, ...]
 
@@ -185,7 +185,7 @@ def launch(
     bundle = width if columns else 1  # channels of a thread
     bundles = -(-form.channels // bundle)
     if row >= 2**32:
-        checks.fail(ValueError, "x", f"{row} values in a row of a channel", "less than 2**32")
+        fail(ValueError, "x", f"{row} values in a row of a channel", "less than 2**32")
     bytes_of = positions * width * size * reads  # of the channels of a thread
 
     def laid(lane_channels: int, parts: int, group: int, phases: int) -> Launch:

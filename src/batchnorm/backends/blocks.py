@@ -1,0 +1,106 @@
+"""Arrays in blocks that stay in a processor's cache from one NumPy call to the next."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any
+Index = tuple[slice, ...]
+
+# Values of a block: 512 KiB in float64, in which sums are taken.
+BLOCK = 2**17
+# Values that lie together, at least, where a block takes some channels of all rows.
+LINE = 2**10
+
+
+class Block(NamedTuple):
+    """A part of an array, its axes in the order of memory."""
+
+    place: Index
+    """Where it is."""
+    channels: Index
+    """Where its channels are in a vector in broadcast shape."""
+    row: int
+    """Its number among the blocks of the same channels."""
+    merged: tuple[int, ...]
+    """Its shape, with reduced axes that follow each other merged, and channel axes too."""
+    vector: tuple[int, ...]
+    """The same of a vector."""
+    reduced: tuple[int, ...]
+    """The reduced ones of these axes."""
+    values: int
+    """Values of a channel."""
+
+    def wide(self, a: Array) -> Array:
+        """Return a float64 copy of this part of a big array, its axes merged."""
+        return a[self.place].astype(np.float64, order="C").reshape(self.merged)
+
+
+class Plan(NamedTuple):
+    """The blocks of an array."""
+
+    order: tuple[int, ...]
+    """The axes, from the outermost in memory to the innermost."""
+    back: tuple[int, ...]
+    """The inverse of `order`."""
+    blocks: tuple[Block, ...]
+    rows: int
+    """How many blocks of the same channels there are."""
+
+    def transposed(self, *arrays: Array | None) -> list[Any]:
+        """Return big arrays, and vectors in broadcast shape, with their axes in the order of memory."""
+        return [None if a is None else a.transpose(self.order) for a in arrays]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(shape: tuple[int, ...], strides: tuple[int, ...], channel_axes: tuple[int, ...]) -> Plan:
+    """Cut an array into blocks."""
+    order = tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))
+    kept = [axis in channel_axes for axis in order]
+    lengths = [shape[axis] for axis in order]
+    steps = list(lengths)  # of a block
+    first = kept.index(True) if True in kept else 0
+    inside = math.prod(lengths[first + 1 :])
+    size = math.prod(lengths)
+    whole = (
+        BLOCK * math.prod(lengths[first : first + 1]) // max(1, size)
+    )  # so many have all of their values in a block
+    if True in kept and size > BLOCK and whole * inside >= LINE:
+        steps[first] = min(whole, lengths[first])
+    else:
+        for i, n in enumerate(lengths):
+            size //= max(1, n)  # values of one step along this axis
+            steps[i] = max(1, min(n, BLOCK // max(1, size)))
+    cuts = [
+        [slice(i, min(n, i + step)) for i in range(0, n, step)]
+        for n, step in zip(lengths, steps, strict=True)
+    ]
+    rows: dict[tuple[int, ...], int] = {}
+    blocks = []
+    for index in itertools.product(*cuts):
+        axes = [(s.stop - s.start, is_channel) for s, is_channel in zip(index, kept, strict=True)]
+        groups = [
+            (is_channel, list(g)) for is_channel, g in itertools.groupby(axes, lambda axis: axis[1])
+        ]
+        merged = tuple(math.prod(n for n, _ in group) for _, group in groups)
+        starts = tuple(s.start for s, is_channel in zip(index, kept, strict=True) if not is_channel)
+        blocks.append(
+            Block(
+                index,
+                tuple(
+                    s if is_channel else slice(None) for s, is_channel in zip(index, kept, strict=True)
+                ),
+                rows.setdefault(starts, len(rows)),
+                merged,
+                tuple(n if is_channel else 1 for n, (is_channel, _) in zip(merged, groups, strict=True)),
+                tuple(i for i, (is_channel, _) in enumerate(groups) if not is_channel),
+                math.prod(n for n, is_channel in axes if not is_channel),
+            )
+        )
+    back = tuple(order.index(axis) for axis in range(len(shape)))
+    return Plan(order, back, tuple(blocks), len(rows))

@@ -1,0 +1,310 @@
+"""Which backend runs a call: one table, from a class of arrays to its backends in order of preference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from batchnorm import frameworks, tracing
+from batchnorm.arguments import validate_choice
+from batchnorm.arrays import device_of, library_name, namespace
+from batchnorm.backends.base import Backend
+from batchnorm.backends.generic import GENERIC
+from batchnorm.errors import describe, fail
+from batchnorm.validation import validate_real
+
+Array = Any
+Arrays = tuple[Array | None, ...]
+
+VARIABLE = "BATCHNORM_KERNELS"
+NAMES = ("numba", "numpy", "cupy", "jax", "generic")
+_BUT_GENERIC = tuple(name for name in NAMES if name != "generic")
+
+
+class Candidate(NamedTuple):
+    """A backend in the table, imported when it is first asked about or chosen."""
+
+    names: tuple[str, ...]
+    """The names by which users ask for it."""
+    refuses: Callable[[Arrays], str | None]
+    """Return why it cannot run on the arrays of a call, or None. See `Backend.refuses`."""
+    backend: Callable[[Arrays], Backend]
+    """Return the backend for arrays that it does not refuse."""
+    required: bool = False
+    """Whether it precedes what users add: PyTorch or torch.func has to see the operators of a call."""
+
+
+def backend_for(*arrays: Array | None) -> Backend:
+    """Return the backend for the validated arrays of a call, of which the first is a big one."""
+    return _choose(arrays)[0]
+
+
+def _choose(arrays: Arrays) -> tuple[Backend, list[str]]:
+    """Return the first backend that can run, and why those before it cannot."""
+    asked = get_kernels()
+    kind: Any = type(arrays[0])
+    refusals: list[str] = []
+    for candidate in _candidates(kind) if asked or not _added else _with_added(kind):
+        if asked is None or asked in candidate.names:
+            refusal = candidate.refuses(arrays)
+            if refusal is None:
+                return candidate.backend(arrays), refusals
+            if refusal:
+                refusals.append(refusal)
+    x: Any = arrays[0]
+    own = f"x is an array of {library_name(namespace('x', x))} on the device {device_of(x)}"
+    why = refusals[0] if refusals else own
+    fail(TypeError, "kernels", f"{asked!r} asked for, but {why}", "arrays it can run on")
+
+
+def kernels_for(x: Array, *others: Array | None) -> Backend:
+    """Tell which backend runs for an array, and why.
+
+    Parameters
+    ----------
+    x : array
+        The array to be normalized, of any array API library.
+    *others : array or None
+        Other arrays of the same call: a backend has to be able to work on all of them.
+
+    Returns
+    -------
+    Backend
+        Its `name` and `why` are for people.
+
+    Raises
+    ------
+    TypeError
+        `x` is not an array of an array API library, or a backend was asked for (with `set_kernels`)
+        that cannot run on it.
+    ValueError
+        ``BATCHNORM_KERNELS`` names no backend.
+    """
+    for i, a in enumerate((x, *others)):
+        if a is not None or i == 0:
+            argument = f"others[{i - 1}]" if i else "x"
+            validate_real(argument, namespace(argument, a), a)
+    backend, refusals = _choose((x, *others))
+    chosen = copy.copy(backend)
+    reasons = ["it was asked for"] if get_kernels() else list(dict.fromkeys(refusals))
+    chosen.why = "; ".join([backend.why or backend.summary, *reasons])
+    return chosen
+
+
+# The table. Functions import a backend when an array of its class first comes.
+
+
+@functools.cache
+def _numba() -> Any:
+    """Return the module of compiled loops, or why there is none."""
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed: pip install 'batchnorm[numba]'"
+    try:
+        from batchnorm.backends import numba
+    except Exception as error:  # an installation that does not fit NumPy's, say
+        return f"Numba cannot be used: {type(error).__name__}: {error}"
+    return numba
+
+
+def _numba_refuses(arrays: Arrays) -> str | None:
+    module = _numba()
+    refusal: str | None = module if isinstance(module, str) else module.NUMBA.refuses(arrays)
+    return refusal
+
+
+def _numba_backend(arrays: Arrays) -> Backend:
+    backend: Backend = _numba().NUMBA
+    return backend
+
+
+def _numpy_backend(arrays: Arrays) -> Backend:
+    from batchnorm.backends import numpy
+
+    return numpy.NUMPY
+
+
+def _of(backend: Backend) -> Candidate:
+    return Candidate((backend.name,), backend.refuses, lambda arrays: backend)
+
+
+_ON_NUMPY = (
+    Candidate(("numba",), _numba_refuses, _numba_backend),
+    Candidate(("numpy",), lambda arrays: None, _numpy_backend),
+)
+
+
+def _for_numpy() -> tuple[Candidate, ...]:
+    return *_ON_NUMPY, _of(GENERIC)
+
+
+def _for_torch() -> tuple[Candidate, ...]:
+    from batchnorm.backends import tensors
+    from batchnorm.backends.cuda import devices
+
+    def on_tensors(host: Candidate) -> Candidate:
+        def refuses(arrays: Arrays) -> str | None:
+            why = tensors.refuses(arrays)
+            return host.refuses(tensors.views(arrays)) if why is None else why
+
+        return Candidate(
+            host.names,
+            refuses,
+            lambda arrays: tensors.on_tensors(host.backend(arrays)),
+        )
+
+    own = tensors.OWN_OPERATORS
+    return (
+        Candidate(
+            NAMES,
+            lambda arrays: None if tracing.transformed() else "",
+            lambda arrays: own.because(tracing.transformed()),
+            required=True,
+        ),
+        Candidate(
+            _BUT_GENERIC,
+            lambda arrays: None if tracing.recorded(arrays) else "",
+            lambda arrays: frameworks.load("torch.operators").OPERATORS.because(
+                tracing.recorded(arrays)
+            ),
+            required=True,
+        ),
+        Candidate(("cupy",), devices.refuses_tensors, devices.on_tensors),
+        *map(on_tensors, _ON_NUMPY),
+        _of(own),
+    )
+
+
+def _for_cupy() -> tuple[Candidate, ...]:
+    from batchnorm.backends.cuda import devices
+
+    return Candidate(("cupy",), devices.refuses_arrays, devices.on_arrays), _of(GENERIC)
+
+
+def _for_jax() -> tuple[Candidate, ...]:
+    return _of(frameworks.load("jax").JAX), _of(GENERIC)
+
+
+def _for_dask() -> tuple[Candidate, ...]:
+    from batchnorm.backends import dask
+
+    chunks = dask.Dask(backend_for)  # what is asked for by name is asked of the chunks
+    return Candidate(_BUT_GENERIC, chunks.refuses, lambda arrays: chunks), _of(GENERIC)
+
+
+# Module and class of arrays, and their backends in order of preference. All others have `generic`.
+_TABLE: tuple[tuple[str, str, Callable[[], tuple[Candidate, ...]]], ...] = (
+    ("numpy", "ndarray", _for_numpy),
+    ("torch", "Tensor", _for_torch),
+    ("cupy", "ndarray", _for_cupy),
+    ("jax", "Array", _for_jax),
+    ("jax.core", "Tracer", _for_jax),
+    ("dask.array", "Array", _for_dask),
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _candidates(kind: type) -> tuple[Candidate, ...]:
+    """Return the backends for a class of arrays, in order of preference."""
+    for module, ndarray, candidates in _TABLE:
+        library = sys.modules.get(module)
+        if library is not None and issubclass(kind, getattr(library, ndarray)):
+            return candidates()
+    return (_of(GENERIC),)
+
+
+# What users add and ask for.
+
+_added: tuple[tuple[type, Backend], ...] = ()
+_asked: str | None = None
+
+
+def _with_added(kind: type) -> list[Candidate]:
+    """Return the backends for a class of arrays, with those that users added, the last one first."""
+    own = _candidates(kind)
+    added = [_of(backend) for base, backend in reversed(_added) if issubclass(kind, base)]
+    return [*(c for c in own if c.required), *added, *(c for c in own if not c.required)]
+
+
+def add_kernels(kind: type, backend: Backend) -> Callable[[], None]:
+    """Run a backend of your own on a class of arrays.
+
+    Parameters
+    ----------
+    kind : type
+        The class of arrays, or a base of it.
+    backend : Backend
+        Its `refuses` is asked with the arrays of each call; a call that it refuses is left to what would
+        run without it: backends that were added earlier, then the package's own.
+
+    Returns
+    -------
+    callable
+        Takes the backend away again.
+
+    Raises
+    ------
+    TypeError
+        `kind` is not a class, or `backend` is not a `Backend`.
+
+    Notes
+    -----
+    Backends that are asked for by name, with `set_kernels` or ``BATCHNORM_KERNELS``, have precedence.
+    Tensors that PyTorch differentiates go through this package's operators, which ask the backend about
+    plain tensors. Chunks of Dask's arrays are NumPy's arrays (or another library's); PyTorch's tensors
+    are not, though the package's own backends for NumPy's arrays run on them.
+    """
+    global _added
+    if not isinstance(kind, type):
+        fail(TypeError, "kind", describe(kind), "a class of arrays")
+    if not isinstance(backend, Backend):
+        fail(TypeError, "backend", describe(backend), "a Backend")
+    entry = (kind, backend)
+    _added = (*_added, entry)
+
+    def remove() -> None:
+        global _added
+        _added = tuple(other for other in _added if other is not entry)
+
+    return remove
+
+
+def set_kernels(name: str | None) -> None:
+    """Ask for one backend, and no other: for tests and comparisons.
+
+    Parameters
+    ----------
+    name : {"numba", "numpy", "cupy", "jax", "generic"} or None
+        None for the default: the environment variable ``BATCHNORM_KERNELS``, or the fastest that can
+        run. Where the named one cannot run on an array, the call is an error.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `name` is not the name of a backend.
+    """
+    global _asked
+    if name is not None:
+        validate_choice("name", name, NAMES, ", or None for the default")
+    _asked = name
+
+
+def get_kernels() -> str | None:
+    """Tell which backend was asked for, with `set_kernels` or ``BATCHNORM_KERNELS``.
+
+    Returns
+    -------
+    str or None
+        None where the fastest that can run is chosen.
+    """
+    return _asked or _from_environment()
+
+
+@functools.cache
+def _from_environment() -> str | None:
+    name = os.environ.get(VARIABLE, "")
+    return validate_choice(VARIABLE, name, NAMES) if name else None

@@ -1,0 +1,169 @@
+"""The four kernels with NumPy alone: the fallback where nothing is compiled.
+
+Arrays are worked on in blocks that stay in a processor's cache from one NumPy call to the next, with
+their axes in the order of memory. The moments of blocks are merged, and sums of blocks added as a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from batchnorm import outputs
+from batchnorm.backends.base import Backend
+from batchnorm.backends.blocks import Block, plan_of
+from batchnorm.backends.generic import GENERIC
+from batchnorm.layout import Layout
+from batchnorm.moments import Moments, merge_rows
+
+Array = Any
+
+# Float64 values that are added one after the other where a sum runs across memory.
+LEAF = 32
+# Values of a dot product, at most: a longer one would start the threads of NumPy's BLAS.
+DOT = 2**13
+
+
+class NumPy(Backend):
+    """NumPy's own loops, block by block."""
+
+    name = "numpy"
+    summary = "NumPy in blocks that stay in cache"
+
+    @np.errstate(all="ignore")
+    def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
+        """Return count, mean as a high and a low part, and population variance of each channel."""
+
+        def of_block(block: Block, x: Array, w: Array | None) -> tuple[Array, ...]:
+            d = block.wide(x)
+            n = some = np.full(block.vector, float(block.values))
+            if w is not None:
+                weights = block.wide(w)
+                zero = ~(weights > 0)
+                d[zero] = 0.0  # elements of zero weight may be NaN
+                n = _sum(weights, block.reduced)
+                some = np.where(n > 0, n, 1.0)
+            mean = _sum(d if w is None else d * weights, block.reduced) / some
+            d -= mean
+            if w is not None:
+                d[zero] = 0.0
+            low = _sum(d if w is None else d * weights, block.reduced) / some
+            var = _sum(d if w is None else d * weights, block.reduced, d) / some - low * low
+            rounded = mean + low
+            return n, rounded, var, low - (rounded - mean)
+
+        if x.size == 0:
+            return GENERIC.moments(x, w, layout)
+        rows, back = _rows(of_block, 4, layout, x, x, w)
+        n, mean, var, low = (back(v) for v in merge_rows(Moments(*rows)))
+        return n, mean, low, var
+
+    @np.errstate(all="ignore")
+    def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        y = outputs.empty_like(x) if out is None else out
+        plan = plan_of(x.shape, x.strides, layout.channel_axes)
+        x, m, a, b, target = plan.transposed(x, m, a, b, y)
+        for block in plan.blocks:
+            d = np.subtract(x[block.place], m[block.channels], dtype=layout.compute)
+            d *= a[block.channels]
+            np.add(d, b[block.channels], out=target[(*block.place, ...)], casting="same_kind")
+        return y
+
+    @np.errstate(all="ignore")
+    def grad_sums(
+        self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout
+    ) -> tuple[Array, Array]:
+        """Return Σdy and Σdy·(x − m) of each channel."""
+
+        def of_block(block: Block, x: Array, dy: Array, m: Array, w: Array | None) -> tuple[Array, ...]:
+            g, d = block.wide(dy), block.wide(x)
+            d -= m[block.channels].reshape(block.vector)
+            if w is not None:  # an element of zero weight and zero gradient may be NaN
+                d[~((block.wide(w) > 0) | (g != 0))] = 0.0
+            return _sum(g, block.reduced), _sum(g, block.reduced, d)
+
+        if x.size == 0:
+            return GENERIC.grad_sums(dy, x, m, w, layout)
+        rows, back = _rows(of_block, 2, layout, x, x, dy, m.astype(np.float64), w)
+        sum_dy, sum_dy_d = (back(_sum(v, (0,))[0]) for v in rows)
+        return sum_dy, sum_dy_d
+
+    @np.errstate(all="ignore")
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        w: Array | None,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Return dx = a·(dy + w·(b·(x − m) + c))."""
+        dx = outputs.empty_like(x) if out is None else out
+        plan = plan_of(x.shape, x.strides, layout.channel_axes)
+        w = None if w is None else np.broadcast_to(w, x.shape)
+        dy, x, m, a, b, c, w, target = plan.transposed(dy, x, m, a, b, c, w, dx)
+        for block in plan.blocks:
+            d = np.subtract(x[block.place], m[block.channels], dtype=layout.compute)
+            d *= b[block.channels]
+            d += c[block.channels]
+            if w is not None:
+                weights = w[block.place]
+                np.multiply(d, weights, out=d, casting="same_kind")
+                d[~(weights > 0)] = 0.0  # elements of zero weight may be NaN
+            d += dy[block.place]
+            np.multiply(d, a[block.channels], out=target[(*block.place, ...)], casting="same_kind")
+        return dx
+
+
+NUMPY = NumPy()
+
+
+def _rows(
+    of_block: Callable[..., tuple[Array, ...]], count: int, layout: Layout, x: Array, *arrays: Array
+) -> tuple[Any, Callable[[Array], Array]]:
+    """Return vectors of each block, (count, rows, C), and what brings a vector back to broadcast shape."""
+    plan = plan_of(x.shape, x.strides, layout.channel_axes)
+    given = [
+        a if a is None or a.shape in (layout.broadcast, x.shape) else np.broadcast_to(a, x.shape)
+        for a in arrays
+    ]
+    given = plan.transposed(*given)
+    if len(plan.blocks) == 1:
+        shape = (1, *(layout.broadcast[axis] for axis in plan.order))
+        found = of_block(plan.blocks[0], *given)
+        return [v.reshape(shape) for v in found], lambda v: v.transpose(plan.back)
+    rows = np.empty((count, plan.rows, *(layout.broadcast[axis] for axis in plan.order)))
+    for block in plan.blocks:
+        places: Any = rows[(slice(None), block.row, *block.channels)]
+        for place, v in zip(places, of_block(block, *given), strict=True):
+            place[...] = v.reshape(place.shape)
+    return rows, lambda v: v.transpose(plan.back)
+
+
+def _sum(v: Array, axes: tuple[int, ...], factor: Array | None = None) -> Array:
+    """Sum v, or v·factor, over axes, which are kept with length 1; as a tree."""
+    if factor is not None and axes and axes[-1] == v.ndim - 1 and v.shape[-1] <= DOT:
+        v = np.vecdot(v, factor)[..., None]
+    elif factor is not None:
+        v = v * factor
+    for axis in reversed(axes):
+        while v.shape[axis] > LEAF and axis != v.ndim - 1:  # NumPy sums what lies together as a tree
+            n, rest = divmod(v.shape[axis], LEAF)
+            before, after, pick = v.shape[:axis], v.shape[axis + 1 :], (slice(None),) * axis
+            tail = v[(*pick, slice(n * LEAF, None))] if rest else None
+            leaves = (v[(*pick, slice(0, n * LEAF))] if rest else v).reshape((*before, LEAF, n, *after))
+            v = np.add.reduce(leaves, axis=axis)
+            if rest:
+                v = np.concatenate((v, np.add.reduce(tail, axis=axis, keepdims=True)), axis=axis)
+        v = np.add.reduce(v, axis=axis, keepdims=True)
+    return v
