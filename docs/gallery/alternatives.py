@@ -1,26 +1,27 @@
 r"""
-What else people tried: penalties, normalizing now and then, full whitening
-===========================================================================
+Alternatives to batch norm: penalties, periodic normalization, full whitening
+=============================================================================
 
-Before batch norm, and beside it, activations were to be kept in shape by other means:
+Other methods have been used to control the mean and variance of activations:
 
-- a **penalty** on their moments, :math:`L + \lambda \sum_c \left( \mu_c^2 + (\sigma_c^2 - 1)^2
-  \right)`, which asks for a mean of 0 and a variance of 1 instead of making them;
-- **normalizing every k steps**, with statistics that are constants in between, to the gradient too;
-- **whitening** in full, :math:`\hat x = \Sigma^{-1/2} (x - \mu)` with the covariance :math:`\Sigma`
-  of the batch (ZCA), which also takes away the correlations between channels, and whose gradient goes
-  through :math:`\Sigma^{-1/2}`.
+- a **penalty** on the moments, :math:`L + \lambda \sum_c \left( \mu_c^2 + (\sigma_c^2 - 1)^2
+  \right)`, which favours a mean of 0 and a variance of 1 without enforcing them;
+- **normalizing every k steps**, with statistics that are constants in between, also for the gradient;
+- full **whitening**, :math:`\hat x = \Sigma^{-1/2} (x - \mu)` with the covariance :math:`\Sigma`
+  of the batch (ZCA), which also removes the correlations between channels, and whose gradient includes
+  the dependence on :math:`\Sigma^{-1/2}`.
 
 Goodfellow, Bengio & Courville (*Deep Learning*, 2016, section 8.7.1) name the first two. Ioffe & Szegedy
-(2015, sections 2 and 3) give up normalizing at intervals because it fights the gradient step, and full
-whitening because it is costly and not differentiable everywhere. Here all of them train one network.
+(2015, sections 2 and 3) reject periodic normalization because it counteracts the gradient step, and full
+whitening because it is costly and not differentiable everywhere. Here, one network is trained with each
+of these methods.
 """
 
 # %%
-# The alternatives
-# ----------------
-# Each is a layer that takes batch norm's place, with the gradient that it implies, and with γ and β
-# where it normalizes.
+# The methods
+# -----------
+# Each method is a layer that replaces batch norm, with its own gradient. Layers that normalize have γ
+# and β.
 
 import time
 
@@ -33,7 +34,7 @@ from batchnorm.progress import shown
 
 
 class Penalty:
-    """Nothing forward; backward, the gradient of the penalty joins that of the loss."""
+    """The identity; backward adds the gradient of the penalty to that of the loss."""
 
     def __init__(self, strength):
         self.strength = strength
@@ -49,7 +50,7 @@ class Penalty:
 
 
 class Every:
-    """Mean and variance of every k-th batch, as constants; γ and β."""
+    """Normalization by mean and variance of every k-th batch, as constants, with γ and β."""
 
     def __init__(self, k, width):
         self.k, self.calls = k, 0
@@ -119,10 +120,10 @@ METHODS = {
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 # %%
-# One table
-# ---------
-# Three hidden layers of 50 sigmoids on the digits, 150 batches of 120, each method at the best of
-# four learning rates by the mean loss of its last 30 batches.
+# Comparison
+# ----------
+# The network has three hidden layers of 50 sigmoids and is trained on the digits with 150 batches of
+# 120. The figure shows each method at the best learning rate, by the mean loss of the last 30 batches.
 
 
 def train(seed, make, rate, steps=150, hidden=3):
@@ -160,7 +161,7 @@ WIDTHS = (32, 64, 128, 256)
 
 
 def measure(seed):
-    """Each method at its best rate; what whitening and batch norm take, over the number of channels."""
+    """Each method at its best rate; times of whitening and batch norm, over the number of channels."""
     return {
         "methods": {name: best(seed, make) for name, make in shown(METHODS.items(), "training")},
         "costs": np.asarray([cost(width) for width in WIDTHS]).T,
@@ -188,10 +189,11 @@ axes[1].legend()
 plt.show()
 
 # %%
-# The penalty does bring the moments near 0 and 1, and slowly: it is of fourth order in the weights,
-# which forbids the learning rates at which the rest would train. Statistics that are constants in
-# the gradient do far better than nothing, and fail at the learning rate at which batch norm is best
-# (:ref:`why <sphx_glr_why_drifting_bias.py>`). Whitening stands the same rates as batch norm, and
-# does not reach its loss; one reason may be that a batch of 120 tells the variances of 50 channels
-# well, and their 1,225 covariances less so. Its eigenvectors take the cube of the number of
-# channels, and batch norm's vectors the number itself.
+# The penalty brings the moments close to 0 and 1, but slowly: it is of fourth order in the weights,
+# which excludes the learning rates at which the other methods learn. Statistics that are constants in
+# the gradient are far better than no normalization, and fail at the learning rate that is best for batch
+# norm (:ref:`another example <sphx_glr_why_drifting_bias.py>` gives the reason). Whitening learns at the
+# same rates as batch norm, but does not reach its loss. One reason may be that a batch of 120 gives good
+# estimates of the variances of 50 channels, but less accurate estimates of their 1,225 covariances. The
+# cost of the eigenvectors grows with the cube of the number of channels, and the cost of the vectors of
+# batch norm grows linearly.

@@ -1,25 +1,25 @@
 r"""
-Batch norm reduces internal covariate shift, and learns without that too
-========================================================================
+Batch norm reduces internal covariate shift, and also learns without the reduction
+==================================================================================
 
-Internal covariate shift is the change of a layer's inputs because the layers before it change (Ioffe &
-Szegedy, 2015, section 2). It can be measured: take the inputs :math:`a` of a layer on a fixed set of
-examples, let all layers before it make their step, and take the inputs :math:`a'` again. For unit
+Internal covariate shift is the change of a layer's inputs that is caused by changes of the layers before
+it (Ioffe & Szegedy, 2015, section 2). It can be measured from the inputs :math:`a` of a layer on a fixed
+set of examples, and the inputs :math:`a'` after all layers before it have made a step. For unit
 :math:`j`, the distance of the two distributions is
 
 .. math::
     s_j = \frac{W_1(a_j, a'_j)}{\mathrm{std}(a_j)}
     = \frac{1}{N \, \mathrm{std}(a_j)} \sum_{i=1}^{N} \left| a_{(i)j} - a'_{(i)j} \right| ,
 
-the mean way that a value has to go from one to the other (both sorted; Wasserstein's distance) in units
-of the values' own spread.
+the mean distance between the sorted values of both (Wasserstein distance), in units of the standard
+deviation of the values.
 
-Santurkar et al. (*How Does Batch Normalization Help Optimization?*, 2018) measure instead what the shift
-does to the layer: how far its gradient :math:`G` is from the gradient :math:`G'` after the others'
-step, :math:`\lVert G - G' \rVert / \lVert G \rVert`. And they ask whether the shift matters, by bringing
-it back with random noise behind batch norm whose distribution changes at every step. After them, the
-third network here has a random scale and offset for each unit behind its batch norm, drawn anew at each
-call.
+Santurkar et al. (*How Does Batch Normalization Help Optimization?*, 2018) instead measure the effect of
+the shift on the layer: the distance of its gradient :math:`G` from the gradient :math:`G'` after the
+step of the other layers, :math:`\lVert G - G' \rVert / \lVert G \rVert`. They also test whether the
+shift matters. For that, they add random noise after batch norm, whose distribution changes at every
+step, and thereby restore the shift. Likewise, the third network here has a random scale and offset for
+each unit after its batch norm, drawn anew at each call.
 """
 
 # %%
@@ -66,7 +66,7 @@ def batch_norm(rng):
 
 
 def jittered(rng):
-    """Batch norm, and the shift brought back."""
+    """Batch norm, and jitter that restores the shift."""
     return [*batch_norm(rng), Jitter(rng)]
 
 
@@ -79,7 +79,7 @@ COLOURS = dict(zip(NETWORKS, ("tab:orange", "tab:blue", "tab:green"), strict=Tru
 
 
 def build(rng, norm):
-    """The layers before the last hidden one; and the rest, which takes their output."""
+    """The layers before the last hidden one; and the remaining layers."""
     net = reader(rng, [norm(rng) for _ in range(HIDDEN)], SCALE)
     last = (len(net) - 1) // HIDDEN * (HIDDEN - 1)
     return Chain(net[:last]), Chain(net[last:])
@@ -92,7 +92,7 @@ def shift(before, after):
 
 
 def turned(before, after, slope_of):
-    """How far the last hidden layer's gradient is from the one after the others' step."""
+    """Distance of the last hidden layer's gradient from that after the step of the other layers."""
     gradients = []
     for inputs, layers in (before, after):
         layers.backward(slope_of(layers(inputs)))
@@ -101,7 +101,7 @@ def turned(before, after, slope_of):
 
 
 def train(seed, norm):
-    """The loss at every step; the shift, and how far the gradient turned, at every tenth."""
+    """The loss at every step; the shift, and the change of the gradient, at every tenth."""
     data, rng = digits(), np.random.default_rng(seed)
     below, above = build(rng, norm)
     order, losses, shifts, turns = batches(len(data.train_x), 120, seed), [], [], []
@@ -149,15 +149,15 @@ axes[2].legend(fontsize="small", loc="lower left")
 plt.show()
 
 # %%
-# What this says: with batch norm the inputs of the last hidden layer shift less, by an order of
-# magnitude, which is close to a matter of course: mean and variance of what enters each sigmoid
-# below are held. Its gradient turns less too, but for the steps in which the plain network has
-# hardly begun to learn (in the networks of Santurkar et al. it did not). And the jittered network,
-# whose inputs shift more than those of the plain one, at each step from one draw of the jitter to
-# the next, learns faster than it all the same.
+# With batch norm, the inputs of the last hidden layer shift less by an order of magnitude. This is
+# expected, because mean and variance of the input of each preceding sigmoid are fixed. The gradient of
+# the layer also changes less, except in the steps in which the plain network has hardly begun to learn
+# (in the networks of Santurkar et al. it did not change less). The inputs of the jittered network shift
+# more than those of the plain network, because each step draws the jitter anew, but the jittered network
+# learns faster than the plain one.
 #
-# What it does not say: what batch norm's help *is*. Santurkar et al. propose a smoother loss; a
-# first-order estimate that :ref:`stays true <sphx_glr_why_deep_chains.py>` is close to that, and
-# gradients that :ref:`reach the first layer <sphx_glr_why_saturation.py>` are another candidate.
-# None of them needs a word about distributions over time. Nor does one small network settle it, at
-# one learning rate, or one measure of distance: this one looks at each unit by itself.
+# The experiment does not show *why* batch norm helps. Santurkar et al. propose a smoother loss, which is
+# related to :ref:`first-order estimates that remain valid <sphx_glr_why_deep_chains.py>`. Gradients that
+# :ref:`do not vanish towards the first layer <sphx_glr_why_saturation.py>` are another candidate.
+# Neither explanation depends on distributions over time. One small network, at one learning rate and
+# with one measure of distance, which considers each unit by itself, is not conclusive.

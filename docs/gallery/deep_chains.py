@@ -1,11 +1,12 @@
 r"""
-In a deep chain a step does not do what its gradient promises
-=============================================================
+In a deep chain, the effect of a step differs from what its gradient promises
+=============================================================================
 
-One step of gradient descent changes all layers at once, and the gradient of each says what happens if
-the others stay as they are. For a chain of :math:`l` weights, :math:`y = x \, w_1 w_2 \cdots w_l`, and
-a step that lowers :math:`y` itself, :math:`w_i \leftarrow w_i - \varepsilon g_i` with
-:math:`g_i = \partial y / \partial w_i`, the new output is
+One step of gradient descent changes all layers at once, but the gradient of each layer describes the
+effect of changing that layer alone. For a chain of :math:`l` weights,
+:math:`y = x \, w_1 w_2 \cdots w_l`, and a step that lowers :math:`y` itself,
+:math:`w_i \leftarrow w_i - \varepsilon g_i` with :math:`g_i = \partial y / \partial w_i`, the new output
+is
 
 .. math::
     x \prod_{i=1}^{l} (w_i - \varepsilon g_i) = y
@@ -14,11 +15,11 @@ a step that lowers :math:`y` itself, :math:`w_i \leftarrow w_i - \varepsilon g_i
     - \cdots
     + (-\varepsilon)^l \, x \prod_i g_i .
 
-The first-order term is the promise. There are :math:`\binom{l}{k}` terms of order :math:`k`, each a
-product of :math:`k` gradients, of :math:`l - 1` weights each, and of the other :math:`l - k` weights, so
-that with weights above 1 a deep chain is ruled by its higher orders (Goodfellow, Bengio & Courville,
-*Deep Learning*, 2016, section 8.7.1). With batch norm between the layers, a later layer's scale does
-not multiply an earlier layer's change.
+The first-order term is called the promised change below. There are :math:`\binom{l}{k}` terms of order
+:math:`k`, each a product of :math:`k` gradients, of :math:`l - 1` weights each, and of the other
+:math:`l - k` weights. With weights above 1, the higher orders therefore dominate in a deep chain
+(Goodfellow, Bengio & Courville, *Deep Learning*, 2016, section 8.7.1). With batch norm between the
+layers, the scale of a later layer does not multiply the change of an earlier layer.
 """
 
 # %%
@@ -63,10 +64,11 @@ plt.show()
 # %%
 # Chains of layers
 # ----------------
-# The same with layers of 32 units, linear, so that nothing but the product of layers is seen. The loss
-# is a random linear function of the output, and weights are drawn with a standard deviation of
-# scale/√32. For one learning rate, the true change of the loss over the promised one; and the largest
-# rate up to which they are within a tenth of each other.
+# The next experiment has layers of 32 units. They are linear, to isolate the effect of the product of
+# layers. The loss is a random linear function of the output, and weights are drawn with a standard
+# deviation of scale/√32. The figures show the ratio of the true change of the loss to the promised
+# change for one learning rate, and the largest rate up to which the two are within a tenth of each
+# other.
 
 DEPTHS = (2, 4, 8, 16)
 SCALES = (0.5, 1.0, 1.5, 2.0)
@@ -75,7 +77,7 @@ ONE_RATE = 0.01
 
 
 def chain(seed, normalized, scale, depth, width=32, batch=256):
-    """How the loss of a chain depends on the learning rate of one step; and its promised slope."""
+    """The change of a chain's loss as a function of the rate of one step; and its promised slope."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((batch, width))
     slope = rng.standard_normal((batch, width)) / np.sqrt(batch * width)
@@ -97,7 +99,7 @@ def chain(seed, normalized, scale, depth, width=32, batch=256):
 
 
 def largest_rate(change, slope):
-    """The last of the rates up to which a step does what it promises, to a tenth."""
+    """The largest of the rates up to which the true and the promised change agree within a tenth."""
     for smaller, rate in itertools.pairwise(RATES):
         if not abs(change(rate) / (rate * slope) - 1) < 0.1:
             return smaller
@@ -139,9 +141,9 @@ for (normalized, scale), ratios in found["ratios"].items():
     print(f"{name:42} promised {promise:9.1e}, true {ratios[-1] * promise:9.1e}, usable {usable:.0e}")
 
 # %%
-# At one learning rate, a plain chain of 16 layers promises next to nothing with small weights, and with
-# large ones misses its promise by orders of magnitude, in either direction. A smaller rate would do: but
-# how much smaller goes with depth and scale exponentially. With batch norm the same rates serve all
-# scales within an order of magnitude; a step that is too long falls short of its promise, most with
-# small weights, whose gradient is larger
-# (:ref:`the example of γ and β <sphx_glr_why_no_undoing.py>` says why).
+# At one learning rate, the promised change of a plain chain of 16 layers is almost zero with small
+# weights. With large weights, the true change differs from the promised one by orders of magnitude, in
+# either direction. A smaller rate avoids this, but the necessary rate depends exponentially on depth and
+# scale. With batch norm, the usable rates of all scales are within an order of magnitude. If a step is
+# too long, the true change is smaller than the promised one, most of all with small weights, whose
+# gradient is larger (:ref:`the example of γ and β <sphx_glr_why_no_undoing.py>` gives the reason).

@@ -1,28 +1,29 @@
 r"""
-Normalized outside the gradient step, a bias drifts without end
-===============================================================
+Without the gradient through the statistics, a bias drifts indefinitely
+=======================================================================
 
-Why is the batch's mean part of the gradient? Take a layer that adds a bias and subtracts the mean,
+This experiment shows why the gradient has to include the dependence of the batch's mean on the input.
+Consider a layer that adds a bias and subtracts the mean,
 
 .. math:: \hat x = x - E[x], \qquad x = u + b,
 
-and a gradient step that takes :math:`E[x]` for a constant, :math:`b \leftarrow b + \Delta b` with
+and a gradient step that treats :math:`E[x]` as a constant, :math:`b \leftarrow b + \Delta b` with
 :math:`\Delta b = -\varepsilon \, E[\partial L / \partial \hat x]`. Then
 
 .. math:: u + (b + \Delta b) - E[u + (b + \Delta b)] = u + b - E[u + b] :
 
-the step changes nothing of the output, nor of the loss, so that the next gradient is the same, and the
-next step too. The bias grows forever. (Ioffe & Szegedy, 2015, section 2, who add
-that it can get worse where activations are scaled as well, and that in their first experiments the
-model blew up.)
+the step changes neither the output nor the loss, so the next gradient and the next step are the same.
+The bias grows indefinitely. (Ioffe & Szegedy, 2015, section 2, who add that the effect can be stronger
+if activations are scaled as well, and that the model diverged in their first experiments.)
 """
 
 # %%
 # The bias alone
 # --------------
-# Targets with a mean of 1, which no centred output can have: :math:`L = E[(\hat x - t)^2] / 2`.
-# ``bn.normalize_backward`` takes statistics as given. The gradient of the mean, which it gives too
-# (``stats_grad=True``), spread over the values that the mean is made of, is the rest.
+# The targets have a mean of 1, which no output with a mean of 0 can have:
+# :math:`L = E[(\hat x - t)^2] / 2`. ``bn.normalize_backward`` treats the statistics as constants. With
+# ``stats_grad=True`` it also returns the gradient of the mean; the missing part of the gradient is this
+# value divided by the number of values of which the mean is taken.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +37,7 @@ UNIT = np.ones(1)
 
 
 def centred(x):
-    """A batch (N, 1) without its mean, its scale left alone; and its statistics."""
+    """A batch (N, 1) minus its mean, with its scale unchanged; and its statistics."""
     stats = bn.moments(x)
     return bn.normalize(x, stats.mean, UNIT, eps=0), stats
 
@@ -53,7 +54,7 @@ def drift(seed, through):
         losses.append(np.mean((y - target) ** 2) / 2)
         dy = (y - target) / len(u)
         dx, *_, dmean, _ = bn.normalize_backward(dy, u + b, stats.mean, UNIT, eps=0, stats_grad=True)
-        if through:  # the mean moves with each of its N values
+        if through:  # the mean depends on each of its N values
             dx = dx + dmean / len(u)
         b = b - RATE * np.sum(dx)
     return np.asarray(biases), np.asarray(losses)
@@ -62,12 +63,13 @@ def drift(seed, through):
 # %%
 # A network
 # ---------
-# Three hidden layers on the digits, batches of 60, at three learning rates. One network has batch norm,
-# the other the same forward pass with a gradient that takes mean and variance for constants.
+# Networks with three hidden layers are trained on the digits in batches of 60, at three learning rates.
+# One network has batch norm. The other has the same forward pass, with a gradient that treats mean and
+# variance as constants.
 
 
 class Outside(bn.BatchNorm):
-    """Batch norm with the gradient of an inference: its statistics are constants to it."""
+    """Batch norm with the gradient of inference, which treats the statistics as constants."""
 
     def __call__(self, x):
         self.x, stats = x, bn.moments(x)
@@ -120,8 +122,8 @@ axes[0].legend()
 plt.show()
 
 # %%
-# With the gradient through the mean, the bias has no gradient at all and stays where it is. The loss is
-# the same: a bias in front of a mean can do nothing, and a gradient should say so.
+# With the gradient through the mean, the gradient of the bias is zero, and the bias does not change. The
+# loss is the same, because a bias before the subtraction of the mean has no effect on the output.
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
 for through in (False, True):
@@ -144,7 +146,8 @@ for (through, rate), (losses, biases, weights) in found["network"].items():
     print(f"{NAMES[through]}, rate {rate}: {end}")
 
 # %%
-# At small rates the network learns all the same, more slowly, while its weights and biases drift. At
-# the rate that is best for batch norm it blows up: giving all ten classes the same probability costs
-# :math:`\ln 10 = 2.3`, and its loss stays at several times that while the weights grow on. The very
-# same forward pass learns once its gradient goes through the statistics.
+# At small rates, the network without the gradient through the statistics still learns, but more slowly,
+# while its weights and biases drift. At the rate that is best for batch norm, it diverges: equal
+# probabilities for all ten classes give a loss of :math:`\ln 10 = 2.3`, and its loss stays at several
+# times that value while the weights continue to grow. The same forward pass with the gradient through
+# the statistics learns.

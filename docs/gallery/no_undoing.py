@@ -2,9 +2,9 @@ r"""
 γ and β scale the output, but they do not undo the normalization
 ================================================================
 
-If γ and β can restore any scale and shift, is batch norm not back where it began? It is not: what it
-takes away is the dependence on the scale of the weights. With :math:`a > 0`, and variances that are
-large against :math:`\epsilon`,
+γ and β can give the output any scale and shift. They do not restore the dependence on the scale of the
+weights, which batch norm removes. With :math:`a > 0`, and variances that are large compared with
+:math:`\epsilon`,
 
 .. math::
     \mathrm{BN}((a W) u) = \mathrm{BN}(W u), \qquad
@@ -13,16 +13,16 @@ large against :math:`\epsilon`,
     \frac{\partial\, \mathrm{BN}((a W) u)}{\partial (a W)}
         = \frac{1}{a} \cdot \frac{\partial\, \mathrm{BN}(W u)}{\partial W} ,
 
-so that large weights neither scale what goes forward nor what comes back, and themselves get the
-smaller steps. A plain learned :math:`\gamma' x + \beta'`, which can represent the same functions once
-the statistics are fixed, has none of this. (Ioffe & Szegedy, 2015, section 3.3.)
+so large weights scale neither the output nor the gradient of the input, and their own gradients are
+smaller. A plain learned :math:`\gamma' x + \beta'`, which can represent the same functions once the
+statistics are fixed, has none of these properties. (Ioffe & Szegedy, 2015, section 3.3.)
 """
 
 # %%
 # Scale the weights
 # -----------------
-# One layer of 16 units on 256 inputs; all weights times :math:`a`, from 1/100 to 100. The affine
-# layer has the γ′ and β′ that make it equal to batch norm at :math:`a = 1`.
+# A layer of 16 units is applied to 256 inputs, with all weights multiplied by :math:`a`, from 1/100 to
+# 100. The affine layer has the γ′ and β′ that make it equal to batch norm at :math:`a = 1`.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +49,7 @@ def normalized(u, weight, gamma, beta, dy):
 
 
 def affine(u, weight, gamma, beta, dy):
-    """The same with a plain scale and shift in its place."""
+    """The same with a plain scale and shift instead of batch norm."""
     dx = dy * gamma
     return u @ weight * gamma + beta, dx @ weight.T, u.T @ dx
 
@@ -60,7 +60,7 @@ def size(a):
 
 
 def measure(seed):
-    """Over the factors, sizes relative to the factor 1, and largest differences; then the fold's."""
+    """Sizes relative to the factor 1 and largest differences, over the factors; the error of fold."""
     u, weight, gamma, beta, dy = problem(seed)
     stats = bn.moments(u @ weight)
     scale, shift = bn.fold(stats.mean, stats.var, gamma, beta, eps=EPS)
@@ -98,13 +98,13 @@ for name, difference in zip(("y", "∂L/∂u", "a·∂L/∂W"), found["unlike"],
     print(f"with batch norm, {name} at any a differs from that at a = 1 by {difference:.0e} at most")
 
 # %%
-# With batch norm, output and ∂L/∂u do not see the weights' scale, and ∂L/∂W falls as 1/a. Behind
-# γ′x + β′ they grow with a, and ∂L/∂W does not react to it.
+# With batch norm, the output and ∂L/∂u do not depend on the scale of the weights, and ∂L/∂W is
+# proportional to 1/a. With γ′x + β′, the output and ∂L/∂u grow with a, and ∂L/∂W does not depend on it.
 #
-# At inference the two become one
-# -------------------------------
-# Once training is over and the statistics are fixed, batch norm is a scale and a shift and nothing more,
-# :math:`\gamma' = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`\beta' = \beta - \gamma' \mu`, which
-# :func:`batchnorm.fold` gives and :func:`batchnorm.fold_linear` puts into the weights.
+# Both are equal in inference
+# ---------------------------
+# When the statistics are fixed after training, batch norm is only a scale and a shift,
+# :math:`\gamma' = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`\beta' = \beta - \gamma' \mu`.
+# :func:`batchnorm.fold` computes them, and :func:`batchnorm.fold_linear` folds them into the weights.
 
 print(f"folded against normalized, on new inputs: {found['fold']:.1g} apart at most")

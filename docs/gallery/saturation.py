@@ -2,26 +2,26 @@ r"""
 Batch norm keeps sigmoids out of their flat parts
 =================================================
 
-A sigmoid :math:`a = 1 / (1 + e^{-y})` passes gradients on with its slope :math:`a (1 - a)`, which is
-1/4 at best and vanishes on both sides. In a network with layers :math:`a_k = \sigma(a_{k-1} W_k)` the
-gradient takes such a factor at every layer,
+The derivative of a sigmoid :math:`a = 1 / (1 + e^{-y})` is :math:`a (1 - a)`, which is at most 1/4 and
+vanishes on both sides. In a network with layers :math:`a_k = \sigma(a_{k-1} W_k)`, the gradient is
+multiplied by such a factor at every layer,
 
 .. math::
     \frac{\partial L}{\partial a_{k-1}}
     = \left( \frac{\partial L}{\partial a_k} \, a_k (1 - a_k) \right) W_k^\mathsf{T},
 
-so that it vanishes on its way to the first layers, unless the weights are large. Then most sigmoids are
-saturated, and what arrives comes from the few that are not. Batch norm between :math:`W_k` and the
-sigmoid sets the scale of what enters it, whatever the weights are. (Ioffe & Szegedy, 2015, sections 1
-and 3.3.)
+so it vanishes towards the first layers, unless the weights are large. If the weights are large, most
+sigmoids are saturated, and only the few others contribute to the gradient. Batch norm between
+:math:`W_k` and the sigmoid sets the scale of the sigmoid's input for any weights. (Ioffe & Szegedy,
+2015, sections 1 and 3.3.)
 """
 
 # %%
 # Gradients, layer by layer
 # -------------------------
-# A network of eight hidden layers of 50 sigmoids as it is drawn, before any training: the root
-# mean square of each layer's :math:`\partial L / \partial W`, for weights with standard deviations
-# of scale/√inputs.
+# The network has eight hidden layers of 50 sigmoids and is not trained. The figure shows the root mean
+# square of :math:`\partial L / \partial W` of each layer, for weights with standard deviations of
+# scale/√inputs.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -62,13 +62,13 @@ axes[1].legend()
 plt.show()
 
 # %%
-# With batch norm all layers get about the same gradient, and it goes with 1/scale, for which
-# :ref:`another example <sphx_glr_why_no_undoing.py>` has the reason. How many of the sigmoids are
-# flat, with a slope of less than a fifth of the best:
+# With batch norm, all layers have about the same gradient, which is proportional to 1/scale;
+# :ref:`another example <sphx_glr_why_no_undoing.py>` gives the reason. The following code counts the
+# flat sigmoids, whose derivative is less than a fifth of the maximum:
 
 
 def flat(seed, normalized, scale, hidden=8):
-    """The share of sigmoids with a slope of less than 1/20."""
+    """The share of sigmoids with a derivative of less than 1/20."""
     net = network(np.random.default_rng(seed), normalized, scale, hidden)
     net(DATA.train_x[:300])
     return np.mean([layer.slope(layer.y) < 0.05 for layer in net if isinstance(layer, Activation)])
@@ -81,7 +81,8 @@ for scale in SCALES:
 # %%
 # Learning rates that train
 # -------------------------
-# Three hidden layers learn the digits for 150 steps, at learning rates from 0.03 to 100.
+# A network with three hidden layers is trained on the digits for 150 steps, at learning rates from 0.03
+# to 100.
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 GOAL = 0.8
@@ -123,6 +124,6 @@ axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %%
-# Without batch norm, weights of scale 1 do not train in 150 steps at any of these rates. Larger ones
-# do, at some: the scale has to suit the network, and the rate the scale. With batch norm, rates from
-# 0.3 to 10 train at whichever scale.
+# Without batch norm, networks with weights of scale 1 do not learn in 150 steps at any of these rates.
+# Networks with larger weights learn at some rates: the scale has to be suitable for the network, and the
+# rate for the scale. With batch norm, networks learn at rates from 0.3 to 10 for every scale.

@@ -1,9 +1,9 @@
 r"""
-The bias before batch norm does nothing, and β does its work
-============================================================
+A bias before batch norm has no effect, and β replaces it
+=========================================================
 
-A bias :math:`b` moves all values of a channel, and so their mean, by the same amount, which the next
-subtraction takes away again. The variance does not see it. So in value and in gradient
+A bias :math:`b` shifts all values of a channel, and therefore their mean, by the same amount, which is
+then subtracted. The variance does not depend on the bias. Values and gradients are therefore
 
 .. math::
     \mathrm{BN}(W u + b) = \mathrm{BN}(W u), \qquad
@@ -11,15 +11,15 @@ subtraction takes away again. The variance does not see it. So in value and in g
     \frac{\partial L}{\partial \beta} = \sum_i \frac{\partial L}{\partial y_i} .
 
 The sum over :math:`\partial L / \partial x_i` vanishes because :math:`y` does not change when all
-:math:`x_i` move together. (Ioffe & Szegedy, 2015, section 3.2; the sum is worked out in the
-:doc:`derivation </derivation>`.)
+:math:`x_i` are shifted by the same amount. (Ioffe & Szegedy, 2015, section 3.2; the sum is worked out in
+the :doc:`derivation </derivation>`.)
 """
 
 # %%
-# In value and in gradient
-# ------------------------
-# A layer of 16 units on 256 inputs, once without a bias and once with biases as large as a million, in
-# float64.
+# Values and gradients
+# --------------------
+# A layer of 16 units is applied to 256 inputs in float64, without a bias and with biases as large as a
+# million.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +49,7 @@ def largest(a):
 
 
 def differences(seed):
-    """Largest changes by the bias, in units of the largest value, for each size of it."""
+    """Largest changes by the bias, in units of the largest value, for each size of the bias."""
     plain, rows = gradients(seed, 0.0), []
     for size in SIZES:
         biased = gradients(seed, size)
@@ -62,8 +62,8 @@ def differences(seed):
 # %%
 # In training
 # -----------
-# Two networks on the digits, one with biases before batch norm and one without. They start with the same
-# weights, see the same batches, and never part.
+# Two networks are trained on the digits, one with biases before batch norm and one without. They have
+# the same initial weights and the same batches, and remain equal.
 
 
 def train(seed, bias, steps=100, rate=1.0):
@@ -107,6 +107,6 @@ print(f"largest trained b {largest(bias):.1g}, largest trained β {largest(beta)
 print(f"test accuracy with b {found['with'][3]:.1%}, without {found['without'][3]:.1%}")
 
 # %%
-# What is left of the bias is rounding: a bias of :math:`10^6` takes that many digits from what it is
-# added to, before batch norm sees it. So a layer before batch norm is better without one, as
-# :func:`batchnorm.fold_linear` gives it one back when the norm is folded away.
+# The remaining effect of the bias is rounding: adding a bias of :math:`10^6` loses as many digits of the
+# value before batch norm is applied. A layer before batch norm should therefore have no bias.
+# :func:`batchnorm.fold_linear` adds one when it folds batch norm into the layer.

@@ -1,27 +1,28 @@
 r"""
-Trained on batches, tested on populations: which statistics, and what momentum does
-===================================================================================
+Statistics at test time, and the effect of momentum
+===================================================
 
-In training each value is normalized by its batch, so that what comes out depends on who else is in it.
-At test time there are three ways to go on:
+In training, each value is normalized by its batch, so the output for an example depends on the other
+examples of the batch. At test time, there are three choices:
 
 - **batch statistics**, as in training, which need a large batch and give each example an output that
   depends on the others;
-- **running averages** of the batches seen in training, :math:`\mu \leftarrow (1 - m) \mu + m \mu_B`
-  with momentum :math:`m`: free, and always a little behind, because they average over networks of the
-  past;
+- **running averages** of the batches of the training, :math:`\mu \leftarrow (1 - m) \mu + m \mu_B`
+  with momentum :math:`m`, which cost nothing and lag slightly behind, because they average over past
+  states of the network;
 - **population statistics** of the trained network, from one more pass over the training data
   (:func:`batchnorm.recalibrate`, after Algorithm 2 of Ioffe & Szegedy, 2015, which averages over
   batches).
 
-An average with momentum remembers about :math:`1/m` batches. A large :math:`m` keeps the noise of a few
-batches, a small one remembers a network that is no more.
+An average with momentum depends on about the last :math:`1/m` batches. With a large :math:`m`, it has
+the noise of a few batches; with a small :math:`m`, it depends on outdated states of the network.
 """
 
 # %%
 # The same network, tested three ways
 # -----------------------------------
-# Three hidden layers of 50 sigmoids on the digits, trained on 400 batches of only 8.
+# The network has three hidden layers of 50 sigmoids and is trained on the digits, with 400 batches of
+# only 8.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -63,7 +64,7 @@ def scores_by_batches(net, norms, size, order):
 
 
 def by_batches(net, norms, size):
-    """Test loss with statistics of batches; the share of predictions that other company changes."""
+    """Test loss with batch statistics; share of predictions that change with the other examples."""
     rng = np.random.default_rng(0)
     first, second = (
         scores_by_batches(net, norms, size, rng.permutation(len(DATA.test_x))) for _ in range(2)
@@ -85,13 +86,13 @@ def three_ways(seed, batch=8):
 # %%
 # Momentum
 # --------
-# The same training with other momenta, and with the cumulative average of all batches
-# (``momentum=None``). How far the running statistics are from the population's: the root mean
-# square over units of :math:`(\mu_\text{running} - \mu) / \sigma`.
+# The training is repeated with other momenta, and with the cumulative average of all batches
+# (``momentum=None``). The distance of the running statistics from the population statistics is the root
+# mean square over units of :math:`(\mu_\text{running} - \mu) / \sigma`.
 
 
 def behind(seed, momentum):
-    """Distances of running means and deviations from the population's; the test loss with them."""
+    """Distances of running means and deviations from the population's; the test loss."""
     net, norms = train(seed, momentum)
     loss = by_statistics_given(net, norms)
     running = [(norm.running_mean.copy(), norm.running_var.copy()) for norm in norms]
@@ -140,10 +141,10 @@ for ax in axes[1:]:
 plt.show()
 
 # %%
-# The smaller the test batches, the worse; and an example's prediction changes with its company. The
-# population's statistics do about as well as those of large test batches, with no such dependence,
-# for one pass over the training data. Running averages come close where the momentum suits the
-# training: 400 batches are too few for 0.001, which has not even forgotten its beginning at 0 and 1,
-# and with 1 the statistics are those of the last eight digits. (Dashed: the cumulative average of
-# all batches.) The smaller the batches of the training, the more there is to gain from the
-# population's.
+# With batch statistics, the test loss grows as the test batches become smaller, and the prediction for
+# an example changes with the other examples of its batch. Population statistics are about as good as
+# those of large test batches, without this dependence, and cost one pass over the training data. Running
+# averages come close if the momentum is suitable for the training: 400 batches are too few for 0.001, so
+# that the averages still depend on their initial values 0 and 1, and with 1 the statistics are those of
+# the last eight digits. The dashed lines are the cumulative average of all batches. The advantage of
+# population statistics is larger for smaller training batches.

@@ -2,21 +2,21 @@ r"""
 Without γ and β, a sigmoid stays in its linear part
 ===================================================
 
-What enters the sigmoid after a bare normalization has a mean of 0 and a variance of 1, whatever
-the weights. There the sigmoid is almost a straight line: of the variance of :math:`\sigma(x)` with
+After normalization without γ and β, the input of the sigmoid has a mean of 0 and a variance of 1 for any
+weights. In this range, the sigmoid is almost a straight line: of the variance of :math:`\sigma(x)` with
 :math:`x \sim \mathcal N(0, 1)`, the best line :math:`\alpha x + \tfrac12` explains
 
 .. math::
     R^2 = \frac{\mathrm{Cov}(x, \sigma(x))^2}{\mathrm{Var}(x)\,\mathrm{Var}(\sigma(x))}
         = \frac{E[\sigma'(x)]^2}{\mathrm{Var}(\sigma(x))} \approx 98\,\%
 
-(:math:`\mathrm{Cov}(x, \sigma(x)) = E[\sigma'(x)]` is Stein's lemma). :math:`\gamma` and
-:math:`\beta` give each unit its own part of the curve back. (Ioffe & Szegedy, 2015, section 3.)
+(:math:`\mathrm{Cov}(x, \sigma(x)) = E[\sigma'(x)]` is Stein's lemma). With :math:`\gamma` and
+:math:`\beta`, each unit can use its own part of the curve. (Ioffe & Szegedy, 2015, section 3.)
 """
 
 # %%
-# How straight the sigmoid is
-# ---------------------------
+# Linearity of the sigmoid
+# ------------------------
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,12 +37,13 @@ def straightness(rng, gamma, beta):
 
 
 # %%
-# What a network loses
-# --------------------
-# One input, 30 sigmoids and an output are to learn :math:`\sin(3 u)`. All units see the same
-# :math:`u`, so bare normalization makes them equal but for the sign: the biases and scales in which
-# they differed are what it takes away. γ and β let each unit place its own step, also where all
-# begin at γ = 1 and β = 0, and better where they begin apart.
+# Effect on a network
+# -------------------
+# A network with one input, 30 sigmoids and one output is trained to represent :math:`\sin(3 u)`. All
+# units have the same input :math:`u`. Normalization without γ and β removes the biases and scales in
+# which the units differ, so they become equal except for the sign. With γ and β, each unit can shift and
+# scale its own sigmoid, even if all units start at γ = 1 and β = 0. The fit is better if γ and β start
+# at different values.
 
 
 def target(u):
@@ -51,7 +52,7 @@ def target(u):
 
 
 def fit(seed, affine, spread=0.0, steps=2000, rate=0.1):
-    """Train; the inputs, what was learned, and the share of the variance that it explains."""
+    """Train; the inputs, the learned curve, and the share of the variance that it explains."""
     rng = np.random.default_rng(seed)
     u = np.linspace(-2, 2, 128)[:, None]  # (N, 1)
     norm = bn.BatchNorm(30, eps=1e-12, affine=affine, track_running_stats=False)
@@ -118,7 +119,7 @@ print(f"best multiple of one sigmoid: {found['bound']:.1%} of the variance")
 print("loss on the digits: {:.3f} without γ and β, {:.3f} with".format(*found["digits"].values()))
 
 # %%
-# Without γ and β, thirty units are one: they get no further than the best multiple of a single
-# sigmoid, which is close to a line. That is the extreme, one input. With many, units differ by the
-# directions that their weights take, and the layer behind them can use the little curvature that
-# there is: on the digits, three hidden layers learn without γ and β too, to a higher loss.
+# Without γ and β, thirty units are equivalent to one: their fit is that of the best multiple of a single
+# sigmoid, which is close to a line. A single input is an extreme case. With many inputs, units differ in
+# the directions of their weights, and the next layer can use the small curvature of the sigmoids. On the
+# digits, a network with three hidden layers also learns without γ and β, but to a higher loss.
