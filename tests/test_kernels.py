@@ -301,7 +301,7 @@ def added():
 
 
 def test_kernels_of_one_s_own(added):
-    """An added backend comes first, the newest before others, unless it refuses or another is asked for."""
+    """An added backend comes first, the newest before others, unless it refuses or is not asked for."""
     x = data.batch((8, 3))
     plain = bn.kernels_for(x).name
     first = Own("first", np.float32)
@@ -338,7 +338,7 @@ def test_wrong_kernels_of_one_s_own():
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_four_kernels_make_every_pass(added, dtype):
-    """Functions that ignore `out`: results of every pass, also in `out`, against those of another backend."""
+    """Functions that ignore `out`: results of every pass, in `out` too, against another backend."""
     functions = (GENERIC.moments, GENERIC.scale_shift, GENERIC.grad_sums, GENERIC.grad_input)
     x, dy = data.batch((9, 3, 4), dtype), data.batch((9, 3, 4), "float32", seed=5)
     gamma, beta = data.parameters((3,))

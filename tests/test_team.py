@@ -13,7 +13,7 @@ from batchnorm.testing.libraries import kernels
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
-from batchnorm.backends.compiled import openmp as team
+from batchnorm.backends.compiled import openmp as team  # noqa: E402
 from batchnorm.backends.compiled import pool as crew  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP runtime")

@@ -1,4 +1,4 @@
-"""Questions that are asked of an array of any library: its namespace, its device, its values if known."""
+"""What is asked of an array of any library: its namespace, its device, its values where known."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def frozen_gradients(
 
 
 def in_dtype_of(layout: Layout, given: Array | None, vectors: Sequence[Array]) -> list[Array]:
-    """Return gradients in the shape of gamma and the dtype of a parameter; copies, as `out` may be dy."""
+    """Return gradients in the shape and dtype of a parameter; copies, as `out` may be dy."""
     dtype = layout.compute if given is None else given.dtype
     return [layout.xp.astype(layout.squeeze(v), dtype) for v in vectors]
 

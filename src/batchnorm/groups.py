@@ -2,8 +2,8 @@
 
 A group is anything with ``all_reduce(array) -> array``, a sum over its members. One that also tells
 ``rank`` and ``size`` needs a single reduction where there would be two. One with ``announce``,
-``abort_unannounced``, ``abort`` and ``told`` (`distributed.members`) hears what a member comes with, and whether
-it fails.
+``abort_unannounced``, ``abort`` and ``told`` (`distributed.members`) compares what its members come
+with, and tells all of them when one fails.
 """
 
 from __future__ import annotations

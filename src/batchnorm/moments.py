@@ -172,7 +172,7 @@ def merge_vectors(
 
 
 def merge_rows(rows: Moments) -> Moments:
-    """Join moments that are stacked along a first axis: by halves, each half one part of `merge_vectors`."""
+    """Merge moments that are stacked along a first axis, by halves."""
     fields: list[Array] = list(rows)
     xp = array_namespace(rows.mean)
     while (count := fields[0].shape[0]) > 1:

@@ -248,7 +248,7 @@ class Backend:
         return self.gradients(dy, x, w, stats, gamma, eps, layout, sums, out=out)
 
     def reread(self, big: Sequence[Array | None], vectors: Sequence[Array]) -> Sequence[Array | None]:
-        """Return big arrays for kernels that follow the sums in `vectors`: to be read again where lazy."""
+        """Return big arrays for kernels that take these vectors; lazy ones are to be read again."""
         return big
 
 

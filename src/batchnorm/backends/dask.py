@@ -1,7 +1,7 @@
 """The four kernels on Dask's arrays: chunk by chunk, on the kernels of the chunks' own library.
 
-Moments and sums of chunks meet in a tree. A chunk that was read for the statistics is not channel_axes for the
-output: it is read again once they are known, so that any size streams through little memory.
+Moments and sums of chunks meet in a tree. A chunk that was read for the statistics is not kept for the output: it
+is read again once they are known, so that any size streams through little memory.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _cut(x: Array, a: Array | None) -> Array | None:
 def _anew(arrays: list[Array], after: list[Array]) -> list[Array]:
     """The same arrays, read or computed anew once some others are there that come from them.
 
-    Otherwise their chunks would be channel_axes from the first pass to the second. Statistics of earlier calls
+    Otherwise their chunks would be kept from the first pass to the second. Statistics of earlier calls
     are not computed anew: they are small, and graphs would double with every layer. (Dask's own `bind`
     leaves the tasks of layers other than its blockwise ones as they are.)
     """

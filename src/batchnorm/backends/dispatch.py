@@ -1,4 +1,4 @@
-"""Which backend runs a call: one table, from a class of arrays to its backends in order of preference."""
+"""Which backend runs a call: one table, of classes of arrays and their backends by preference."""
 
 from __future__ import annotations
 

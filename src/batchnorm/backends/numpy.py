@@ -131,7 +131,7 @@ NUMPY = NumPy()
 def _rows(
     of_block: Callable[..., tuple[Array, ...]], count: int, layout: Layout, x: Array, *arrays: Array
 ) -> tuple[Any, Callable[[Array], Array]]:
-    """Return vectors of each block, (count, rows, C), and what brings a vector back to broadcast shape."""
+    """Return vectors of each block, (count, rows, C), and what restores the axes of a vector."""
     plan = plan_of(x.shape, x.strides, layout.channel_axes)
     given = [
         a if a is None or a.shape in (layout.broadcast, x.shape) else np.broadcast_to(a, x.shape)

@@ -48,7 +48,7 @@ class _Joined(torch.autograd.Function):
             call.announce_backward(layout, x)
             own = backend.centred_sums(dy, x, w, moments, layout)
             sums = call.all_reduce(*own)
-        dx, *_ = backend.gradients(dy, x, w, moments, gamma, ctx.eps, layout, sums)
+        dx, _, _ = backend.gradients(dy, x, w, moments, gamma, ctx.eps, layout, sums)
         rstd, _ = rstd_and_scale(layout, moments.var, gamma, ctx.eps)
         grads = in_dtype_of(layout, gamma, (rstd * own[1], own[0]))
         dgamma = None if gamma is None else grads[0]
