@@ -14,16 +14,17 @@ import sys
 import numpy as np
 import batchnorm as bn
 
-kernels, layout, which = sys.argv[1:]
+kernels, layout, which, masked = sys.argv[1:]
 bn.set_kernels(kernels)
 rng = np.random.default_rng(0)
 shape, axis = ((16, 64, 112, 112), 1) if layout == "second" else ((16, 112, 112, 64), -1)
 
 
 def run(x):
+    where = None if mask is None else mask[: len(x)]
     if which == "forward":
-        return bn.batch_norm(x, axis=axis)
-    return bn.batch_norm_backward(x, x, stats, axis=axis)
+        return bn.batch_norm(x, axis=axis, where=where)
+    return bn.batch_norm_backward(x, x, stats, axis=axis, where=where)
 
 
 def resident(field):
@@ -31,6 +32,13 @@ def resident(field):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
+spatial = (16, 1, 112, 112) if layout == "second" else (16, 112, 112, 1)
+mask = {
+    "no mask": None,
+    "mask": np.ones(shape, bool),
+    "broadcast mask": np.ones(spatial, bool),
+    "broadcast weights": np.ones(spatial, np.float32),
+}[masked]
 stats = bn.Moments(2.0, np.zeros(64), np.ones(64))
 run(rng.standard_normal((2, *shape[1:])).astype(np.float32))  # compiles, starts threads
 x = np.empty(shape, np.float32)
@@ -48,10 +56,11 @@ print(resident("VmHWM") - before - result[0].nbytes)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 @pytest.mark.parametrize("layout", ["second", "last"])
 @pytest.mark.parametrize("kernels", ["numba", "numpy"])
-def test_peak_memory_is_the_output_and_little_more(kernels, layout, which):
+@pytest.mark.parametrize("masked", ["no mask", "mask", "broadcast mask", "broadcast weights"])
+def test_peak_memory_is_the_output_and_little_more(kernels, layout, which, masked):
     if kernels == "numba":
         pytest.importorskip("numba")
-    command = [sys.executable, "-c", PEAK, kernels, layout, which]
+    command = [sys.executable, "-c", PEAK, kernels, layout, which, masked]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) < 8 * MB, f"{int(done.stdout) / MB:.1f} MB beside the output"
 

@@ -183,7 +183,7 @@ TOOLS = {
 
 def test_own_kernels(tmp_path):
     """The kernel set of the how-to passes the suite, as the how-to says."""
-    page = ROOT / "docs" / "howto" / "kernels.md"
+    page = ROOT / "docs" / "howto" / "backends.md"
     made = "\n".join([*blocks(page, "python"), "from numpy import __array_namespace_info__, zeros"])
     (tmp_path / "my_kernels.py").write_text(made)
     command = [sys.executable, "-m", "pytest", "--pyargs", "batchnorm.testing", "-q", "-m", "not large"]

@@ -1,10 +1,12 @@
 """The package: what an import loads, what a user imports, what the wheel holds."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -29,36 +31,95 @@ def test_public_names():
         assert inspect.getdoc(getattr(bn, name)), name
 
 
+SOURCE = ROOT / "src" / "batchnorm"
+
+
+def modules():
+    """Every module of the package, by its name below `batchnorm`; the package itself by its own."""
+    found = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name or "batchnorm"] = file
+    return found
+
+
+def imports(name, file, known):
+    """What a module imports from this package, anywhere in it, relatively too; and by a string."""
+    here = ("batchnorm." if name != "batchnorm" else "") + name
+    package = here if file.name == "__init__.py" else here.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        full = []
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            full = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            text = ast.unparse(node.args[0])
+            if "batchnorm" in text and name != "frameworks":
+                raise AssertionError(f"{name} imports {text} by name, past frameworks.load")
+        for path in full:
+            if path.partition(".")[0] == "batchnorm":
+                below = path.removeprefix("batchnorm").lstrip(".") or "batchnorm"
+                while below not in known and "." in below:
+                    below = below.rpartition(".")[0]
+                yield below if below in known else "batchnorm"
+
+
+def order():
+    """The lines of the list in CONTRIBUTING, the uppermost first."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2]
+    lines = re.findall(r"^\d+\. ((?:`[\w.]+`(?:, )?)+)", section, re.M)
+    return [re.findall(r"`([\w.]+)`", line) for line in lines]
+
+
+def check_imports(edges, lines):
+    """Fail on an import that points up or sideways in a list, on a cycle, and on an unknown module."""
+    height = {room: i for i, line in enumerate(lines) for room in line}
+
+    def room(name):
+        while name not in height:
+            assert "." in name, f"{name} is missing in the list of CONTRIBUTING"
+            name = name.rpartition(".")[0]
+        return name
+
+    for name, imported in edges.items():
+        for other in imported - {name}:
+            if name == "backends" or (other == "backends" and name.startswith("backends.")):
+                continue  # a package's own page, which imports nothing
+            mine, theirs = room(name), room(other)
+            assert mine == theirs or height[mine] < height[theirs], f"{name} imports {other}"
+    tuple(graphlib.TopologicalSorter(edges).static_order())  # raises for a cycle
+
+
 def test_imports_point_one_way():
-    """layer -> functional -> groups -> kernels -> checks -> layout; and beside them, in this order."""
-    order = [
-        "layout",
-        "checks",
-        "threads",
-        "outputs",
-        "moments",
-        "kernels",
-        "vectors",
-        "groups",
-        "distributed",
-        "functional",
-        "folding",
-        "state",
-        "layer",
-        "recalibration",
-        "files",
-        "checkpoints",
-        "__init__",
-    ]
-    source = ROOT / "src" / "batchnorm"
-    for height, room in enumerate(order):
-        path = source / room
-        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("batchnorm."):
-                    imported = node.module.split(".")[1]
-                    if imported in order and imported != room:
-                        assert order.index(imported) < height, f"{file.name} imports {imported}"
+    """As the list in CONTRIBUTING has it: at the top of modules, inside functions, and relatively."""
+    known = modules()
+    edges = {name: set(imports(name, file, known)) - {name} for name, file in known.items()}
+    assert not edges.pop("backends")
+    check_imports(edges, order())
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "text"),
+    [
+        ("errors", "from batchnorm.functional import batch_norm", "errors imports functional"),
+        ("layout", "def f():\n    from . import layer", "layout imports layer"),
+        ("backends.base", "def f():\n    from .dispatch import NAMES", "base imports backends.dispatch"),
+        ("moments", "import importlib\nimportlib.import_module('batchnorm.layer')", "past frameworks"),
+        ("torch.shapes", "from batchnorm.torch import operators", None),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path, name, line, text):
+    known = modules()
+    planted = tmp_path / "planted.py"
+    planted.write_text(f"{known[name].read_text()}\n{line}\n")
+    error = graphlib.CycleError if text is None else AssertionError
+    known[name] = planted
+    with pytest.raises(error, match=text):
+        check_imports({n: set(imports(n, file, known)) - {n} for n, file in known.items()}, order())
 
 
 def test_generic_kernels_ask_no_array_and_write_to_none():

@@ -376,7 +376,7 @@ def _dtype(layer: BatchNorm, parameters: Mapping[str, Array]) -> Any:
     """The dtype of a framework's layer with these parameters: float64, or float32 for all others."""
     import numpy as np
 
-    if parameters and layer._settled:
+    if parameters and layer._bound:
         wide = any(v.dtype == np.float64 for v in parameters.values())
     elif layer.dtype is not None:
         wide = _is_float64(layer.dtype)

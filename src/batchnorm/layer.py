@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, Self
 
@@ -52,7 +53,7 @@ class _Pass(NamedTuple):
     gamma: Array | None
     where: Array | None
     group: Any
-    note: Moments | None
+    pending: Moments | None
 
 
 class BatchNorm(groups.Shared):
@@ -62,9 +63,9 @@ class BatchNorm(groups.Shared):
 
     In training, :math:`\mu, \sigma^2` are the batch's own; in inference, the running ones.
 
-    The running statistics move in a step of its own: a forward pass in training only notes the
+    The running statistics move in a step of its own: a forward pass in training only keeps the
     batch's moments, and `backward` (or `update`, where there is no backward pass) commits the last
-    note. A forward pass that is repeated before that, be it recomputation or a retry after an
+    ones. A forward pass that is repeated before that, be it recomputation or a retry after an
     error, is therefore counted once.
 
     Parameters
@@ -174,8 +175,8 @@ class BatchNorm(groups.Shared):
         self.trainable = True
         self._saved: _Pass | None = None
         self._pending: Moments | None = None
-        self._noted: list[Moments] | None = None  # while `recalibrate` collects what passes note
-        self._settled = False
+        self._collected: list[Moments] | None = None  # of passes, while `recalibrate` collects them
+        self._bound = False
         self._trace = jax_trace()  # of JAX, in which it was made, or its state was loaded
         self.train()
 
@@ -189,7 +190,7 @@ class BatchNorm(groups.Shared):
             self.running_mean = self.running_var = None
         if xp is not None:
             xp = _namespace(xp, device)
-            self._settle(self._moved(xp, device, dtype or xp.float32))
+            self._bind(self._cast(xp, device, dtype or xp.float32))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a file holds: not the group, nor of which transformation of JAX the layer is a part."""
@@ -265,7 +266,7 @@ class BatchNorm(groups.Shared):
         if not (self.batch_statistics or self.update_statistics):
             group = None  # there is nothing to join
         with groups.call(group, "BatchNorm"):
-            layout, state = self._checked(x)
+            layout, state = self._validated(x)
             if not self.batch_statistics:
                 validate_weights(layout, x, where)
                 validate_out(layout, x, out)
@@ -273,35 +274,35 @@ class BatchNorm(groups.Shared):
         gamma, beta = state["gamma"], state["beta"]
         mean, var = state["running_mean"], state["running_var"]
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
-        note = None
+        pending = None
         if self.batch_statistics:
             y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-            note = stats if self.update_statistics else None
+            pending = stats if self.update_statistics else None
         else:
             if self.update_statistics:
-                note = self._joined_moments(layout, x, where, group)
+                pending = self._moments(layout, x, where, group)
             else:
                 self._warn_if_never_committed()
             stats = Moments(1, mean, var)
             y = normalize(x, mean, var, gamma, beta, **settings)
 
         # What JAX traces would leak from inference, and from a training pass of a layer made elsewhere.
-        if note is not None or not any(map(is_jax_tracer, state.values())):
-            if note is not None and is_jax_tracer(note.mean) and self._trace != jax_trace():
+        if pending is not None or not any(map(is_jax_tracer, state.values())):
+            if pending is not None and is_jax_tracer(pending.mean) and self._trace != jax_trace():
                 got = "a training pass that JAX traces, of a layer that was made outside"
                 expected = "its state in and out: load_state_dict before the pass, state_dict() after it"
                 fail(RuntimeError, "BatchNorm", got, expected)
-            self._settle(state)
-        if note is not None:
-            note = _detached(note)
-            if self._noted is None:
-                self._pending = note
+            self._bind(state)
+        if pending is not None:
+            pending = _detached(pending)
+            if self._collected is None:
+                self._pending = pending
             else:
-                self._noted.append(note)
+                self._collected.append(pending)
         # Where y took the place of x there is nothing left to go back from, and what JAX traces is no
         # longer there when the trace has ended.
         gone = same_memory(out, x) or (is_jax_tracer(y) and self._trace != jax_trace())
-        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, note)
+        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, pending)
         self._saved = None if gone else saved
         return y
 
@@ -334,10 +335,12 @@ class BatchNorm(groups.Shared):
             with groups.call(self.group if self.batch_statistics else None, "backward"):
                 got = "no forward pass to go back from"
                 fail(RuntimeError, "backward", got, "a call of the layer first")
-        x, stats, by_batch, gamma, where, group, note = self._saved
-        # Another pass's note is not this pass's to commit, nor one that was committed before.
+        x, stats, by_batch, gamma, where, group, pending = self._saved
+        # Statistics of another pass are not this one's to commit, nor those that were committed.
         with groups.call(group if by_batch else None, "backward"):
-            running = self._followed(note) if note is not None and note is self._pending else None
+            running = (
+                self._updated(pending) if pending is not None and pending is self._pending else None
+            )
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
         if by_batch:
             dx, dgamma, dbeta = batch_norm_backward(
@@ -359,7 +362,7 @@ class BatchNorm(groups.Shared):
         passes without `backward` calls it after each.
         """
         if self._pending is not None:
-            self._commit(*self._followed(self._pending))
+            self._commit(*self._updated(self._pending))
 
     def state_dict(self) -> dict[str, Any]:
         """The arrays of the layer (not copies) and the number of committed batches, by name."""
@@ -390,15 +393,15 @@ class BatchNorm(groups.Shared):
         target = {name: self._arrays()[name] for name in arrays}
         ordered = (arrays[name] for name in PARAMETERS + RUNNING if name in arrays)
         first = next((v for v in ordered if not compat.is_numpy_array(v)), None)
-        if not self._settled and first is not None:
+        if not self._bound and first is not None:
             layout = validate_input(first, tuple(range(first.ndim)))
-            moved = self._moved(layout.xp, layout.device, self.dtype or layout.compute)
+            moved = self._cast(layout.xp, layout.device, self.dtype or layout.compute)
             target = {name: moved[name] for name in arrays}
         new = {name: taken(name, v, target[name]) for name, v in arrays.items()}
 
         for name, v in new.items():
             setattr(self, name, v)
-        self._settled = self._settled or first is not None
+        self._bound = self._bound or first is not None
         if any(map(is_jax_tracer, new.values())):
             self._trace = jax_trace()
         if self.track_running_stats:
@@ -410,7 +413,7 @@ class BatchNorm(groups.Shared):
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({self.num_features}, {settings})"
 
-    def _checked(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
+    def _validated(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
         """Check an input; its layout, and the layer's arrays in its library."""
         layout = validate_input(x, self.axis)
         expected = channels(self.num_features)
@@ -418,8 +421,8 @@ class BatchNorm(groups.Shared):
             got, axis = f"shape {tuple(x.shape)}", f"{expected} channels at axis {self.axis}"
             fail(ValueError, "x", got, axis)
         state = self._arrays()
-        if not self._settled:
-            state = self._moved(layout.xp, layout.device, self.dtype or layout.compute)
+        if not self._bound:
+            state = self._cast(layout.xp, layout.device, self.dtype or layout.compute)
         validate_vectors(layout, **state)
         if self.running_mean is None and (self.update_statistics or not self.batch_statistics):
             switch = "update_statistics" if self.update_statistics else "batch_statistics"
@@ -427,7 +430,7 @@ class BatchNorm(groups.Shared):
             fail(ValueError, switch, got, "a layer with track_running_stats=True for that")
         return layout, state
 
-    def _joined_moments(self, layout: Layout, x: Array, where: Array | None, group: Any) -> Moments:
+    def _moments(self, layout: Layout, x: Array, where: Array | None, group: Any) -> Moments:
         """The moments of a batch, or of all members' batches."""
         if group is None:
             return moments(x, axis=self.axis, where=where)
@@ -438,7 +441,7 @@ class BatchNorm(groups.Shared):
     def _arrays(self) -> dict[str, Array | None]:
         return {name: getattr(self, name) for name in PARAMETERS + RUNNING}
 
-    def _moved(self, xp: ModuleType, device: Any, dtype: Any) -> dict[str, Array | None]:
+    def _cast(self, xp: ModuleType, device: Any, dtype: Any) -> dict[str, Array | None]:
         """The layer's arrays in a library, on a device: parameters in `dtype`, statistics wide."""
         wide = xp.float64 if has_float64(xp, device) else xp.float32
         dtype = getattr(xp, validate_dtype("dtype", dtype), dtype)  # the library's own of that name
@@ -450,27 +453,50 @@ class BatchNorm(groups.Shared):
                 moved[name] = xp.asarray(v.tolist(), dtype=kind, device=device)
         return moved
 
-    def _followed(self, note: Moments) -> tuple[Array, Array, Any]:
-        """The running statistics and their count once a note is committed."""
+    def _updated(self, pending: Moments) -> tuple[Array, Array, Any]:
+        """Return the running statistics and their count once pending ones are committed."""
         count = self.num_batches_tracked + 1
         mean, var = update_running(
             self.running_mean,
             self.running_var,
-            note,
+            pending,
             momentum=1 / count if self.momentum is None else self.momentum,
             correction=self.correction,
         )
         return mean, var, count
 
+    @contextlib.contextmanager
+    def _collecting(self, *, alone: bool) -> Iterator[list[Moments]]:
+        """Normalize by the batch's own statistics, and collect the moments of passes in a list.
+
+        Afterwards the layer's switches, group and pending statistics are as they were; after an error,
+        everything is. With `alone`, the layer's group is left out.
+        """
+        before = dict(vars(self))
+        self.batch_statistics = self.update_statistics = True
+        collected: list[Moments] = []
+        self._collected = collected
+        if alone:
+            self.group = None
+        try:
+            yield collected
+        except BaseException:
+            vars(self).update(before)
+            raise
+        names = ("batch_statistics", "update_statistics", "group", "_saved", "_pending", "_collected")
+        for name in names:  # a layer that had seen no input keeps the library that it has now
+            setattr(self, name, before[name])
+
     def _commit(self, mean: Array, var: Array, count: Any) -> None:
+        """Replace the running statistics and the number of batches; nothing is pending then."""
         self.running_mean, self.running_var, self.num_batches_tracked = mean, var, count
         self._pending = None
 
-    def _settle(self, state: dict[str, Array | None]) -> None:
+    def _bind(self, state: dict[str, Array | None]) -> None:
         """Make a state the layer's own; from now on its library is fixed."""
         for name, v in state.items():
             setattr(self, name, v)
-        self._settled = True
+        self._bound = True
 
     def _warn_if_never_committed(self) -> None:
         count = self.num_batches_tracked

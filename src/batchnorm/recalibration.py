@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -79,26 +80,15 @@ def recalibrate(
         validate_callable("forward", forward, "a function of a batch")
         validate_iterable("batches", batches, "an iterable of batches")
         progress = validate_bool("progress", progress)
-        before = [dict(vars(layer)) for layer in chosen]
-        try:
-            for layer in chosen:
-                layer.batch_statistics = layer.update_statistics = True
-                layer._noted = []
-                if group is not None:
-                    layer.group = None
-            count, totals = _collected(chosen, forward, batches, progress)
+        with contextlib.ExitStack() as stack:
+            alone = group is not None
+            collected = [stack.enter_context(layer._collecting(alone=alone)) for layer in chosen]
+            count, totals = _totals(collected, forward, batches, progress)
             if call is not None:
-                count, totals = _joined(chosen, count, totals, group, call)
+                count, totals = _of_all_members(chosen, count, totals, group, call)
             new = _statistics(chosen, count, totals)
-        except BaseException:
-            for layer, state in zip(chosen, before, strict=True):
-                vars(layer).update(state)
-            raise
-    for layer, state, (mean, var, seen) in zip(chosen, before, new, strict=True):
-        # A layer that had seen no input keeps the library that it has now.
-        names = ("batch_statistics", "update_statistics", "group", "_saved", "_pending", "_noted")
-        vars(layer).update({name: state[name] for name in names})
-        layer._commit(mean, var, seen)
+    for layer, statistics in zip(chosen, new, strict=True):
+        layer._commit(*statistics)
 
 
 def _check(layers: Sequence[Any]) -> None:
@@ -112,19 +102,19 @@ def _check(layers: Sequence[Any]) -> None:
             fail(ValueError, f"layers[{i}]", got, "one with running statistics")
 
 
-def _collected(
-    layers: list[BatchNorm], forward: Callable[[Any], Any], batches: Iterable[Any], progress: bool
+def _totals(
+    collected: list[list[Moments]], forward: Callable[[Any], Any], batches: Iterable[Any], progress: bool
 ) -> tuple[int, list[Moments | None]]:
-    """Run all batches; their number, and what each layer's inputs were."""
-    stacks: list[list[tuple[int, Moments]]] = [[] for _ in layers]
+    """Run all batches; return their number, and the moments of each layer's inputs."""
+    stacks: list[list[tuple[int, Moments]]] = [[] for _ in collected]
     count = 0
     for batch in shown(batches, "recalibrating") if progress else batches:
         forward(batch)
         count += 1
-        for layer, stack in zip(layers, stacks, strict=True):
-            for note in layer._noted or ():
-                _push(stack, note)
-            layer._noted = []
+        for moments, stack in zip(collected, stacks, strict=True):
+            for own in moments:
+                _push(stack, own)
+            moments.clear()
     for i, stack in enumerate(stacks):
         if count and not stack:
             got = "no input from any batch"
@@ -132,22 +122,22 @@ def _collected(
     return count, [Moments.merge(*(m for _, m in stack)) if stack else None for stack in stacks]
 
 
-def _push(stack: list[tuple[int, Moments]], note: Moments) -> None:
-    """Merge only what has come from equally many batches: errors then grow with their number's log."""
+def _push(stack: list[tuple[int, Moments]], own: Moments) -> None:
+    """Push moments of one batch; merge those of equally many, so that errors grow with the log."""
     size = 1
     while stack and stack[-1][0] == size:
         _, other = stack.pop()
-        note, size = Moments.merge(other, note), 2 * size
-    stack.append((size, note))
+        own, size = Moments.merge(other, own), 2 * size
+    stack.append((size, own))
 
 
-def _joined(
+def _of_all_members(
     layers: list[BatchNorm], count: int, totals: list[Moments | None], group: Any, call: groups.Call
 ) -> tuple[int, list[Moments | None]]:
-    """The number of all members' batches, and the moments of all that went through each layer.
+    """Return the number of all members' batches, and the moments of each layer's inputs on all of them.
 
-    They are joined as NumPy's float64, whatever a layer's arrays are: a member without batches has not
-    learned what these will be.
+    They are merged as NumPy's float64, whatever a layer's arrays are: a member without batches does not
+    know what these will be.
     """
     import numpy as np
 
@@ -169,7 +159,7 @@ def _joined(
 def _statistics(
     layers: list[BatchNorm], count: int, totals: list[Moments | None]
 ) -> list[tuple[Array, Array, int]]:
-    """The new running mean and variance of each layer, and the number of batches behind them."""
+    """Return the new running mean and variance of each layer, and the number of batches."""
     if count == 0:
         fail_on_all_members(ValueError, "batches", "none", "at least one")  # of all members
     found: list[Any] = []
@@ -185,7 +175,7 @@ def _statistics(
 
 
 def computed(found: list[Any]) -> list[Any]:
-    """Statistics of lazy arrays, computed once, all together."""
+    """Return statistics; those of lazy arrays computed, all at once."""
     if any(compat.is_dask_array(v) for item in found if item is not None for v in item):
         dask: Any = importlib.import_module("dask")
         (found,) = dask.persist(found)

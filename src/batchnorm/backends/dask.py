@@ -1,7 +1,7 @@
 """The four kernels on Dask's arrays: chunk by chunk, on the kernels of the chunks' own library.
 
-Moments and sums of chunks meet in a tree. A chunk that was read for the statistics is not kept for the output: it
-is read again once they are known, so that any size streams through little memory.
+Moments and sums of chunks are merged in a tree. A chunk that was read for the statistics is not kept for
+the output: it is read again once they are known, so that any size streams through little memory.
 """
 
 from __future__ import annotations

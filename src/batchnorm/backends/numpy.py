@@ -142,9 +142,9 @@ def _rows(
         shape = (1, *(layout.broadcast[axis] for axis in plan.order))
         found = of_block(plan.blocks[0], *given)
         return [v.reshape(shape) for v in found], lambda v: v.transpose(plan.back)
-    rows = np.empty((count, plan.rows, *(layout.broadcast[axis] for axis in plan.order)))
+    rows: Any = np.empty((count, plan.rows, *(layout.broadcast[axis] for axis in plan.order)))
     for block in plan.blocks:
-        places: Any = rows[(slice(None), block.row, *block.channels)]
+        places = rows[(slice(None), block.row, *block.channels)]
         for place, v in zip(places, of_block(block, *given), strict=True):
             place[...] = v.reshape(place.shape)
     return rows, lambda v: v.transpose(plan.back)
@@ -160,8 +160,8 @@ def _sum(v: Array, axes: tuple[int, ...], factor: Array | None = None) -> Array:
         while v.shape[axis] > LEAF and axis != v.ndim - 1:  # NumPy sums what lies together as a tree
             n, rest = divmod(v.shape[axis], LEAF)
             before, after, pick = v.shape[:axis], v.shape[axis + 1 :], (slice(None),) * axis
-            tail = v[(*pick, slice(n * LEAF, None))] if rest else None
             leaves = (v[(*pick, slice(0, n * LEAF))] if rest else v).reshape((*before, LEAF, n, *after))
+            tail = v[(*pick, slice(n * LEAF, None))]
             v = np.add.reduce(leaves, axis=axis)
             if rest:
                 v = np.concatenate((v, np.add.reduce(tail, axis=axis, keepdims=True)), axis=axis)

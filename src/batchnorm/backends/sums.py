@@ -43,11 +43,11 @@ def total(v: Array, layout: Layout) -> Array:
     xp = layout.xp
     if layout.values is None:  # a lazy shape cannot be cut
         return xp.sum(v, axis=layout.reduced_axes, keepdims=True)
-    groups = itertools.groupby(range(v.ndim), lambda axis: axis in layout.channel_axes)
-    groups = [(kept, math.prod(v.shape[axis] for axis in axes)) for kept, axes in groups]
-    v = xp.reshape(v, tuple(n for _, n in groups))  # neighbouring axes as one
-    for axis, (kept, _) in enumerate(groups):
-        v = v if kept else tree_sum(v, axis, layout)
+    neighbours = itertools.groupby(range(v.ndim), lambda axis: axis in layout.channel_axes)
+    merged = [(are_channels, math.prod(v.shape[i] for i in axes)) for are_channels, axes in neighbours]
+    v = xp.reshape(v, tuple(n for _, n in merged))
+    for axis, (are_channels, _) in enumerate(merged):
+        v = v if are_channels else tree_sum(v, axis, layout)
     return xp.reshape(v, layout.broadcast)
 
 
