@@ -54,7 +54,7 @@ def program(block):
 @pytest.fixture(autouse=True)
 def settings_of_a_reader(monkeypatch):
     """No kernels asked for; and those that a page adds are gone after it."""
-    from batchnorm import kernels
+    from batchnorm.backends import dispatch as kernels
 
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     kernels._from_environment.cache_clear()
@@ -182,12 +182,12 @@ TOOLS = {
 
 
 def test_own_kernels(tmp_path):
-    """The kernel set of the how-to passes the suite, as the how-to says."""
+    """The backend of the how-to passes the suite, as the how-to says."""
     page = ROOT / "docs" / "howto" / "backends.md"
     made = "\n".join([*blocks(page, "python"), "from numpy import __array_namespace_info__, zeros"])
-    (tmp_path / "my_kernels.py").write_text(made)
+    (tmp_path / "my_backend.py").write_text(made)
     command = [sys.executable, "-m", "pytest", "--pyargs", "batchnorm.testing", "-q", "-m", "not large"]
-    command += ["--array-library", "my_kernels", "-p", "no:cacheprovider", "-k", "float64"]
+    command += ["--array-library", "my_backend", "-p", "no:cacheprovider", "-k", "float64"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

@@ -1,4 +1,4 @@
-"""The kernel sets: which one runs and why, any strides, any number of threads, bad input."""
+"""The backends: which one runs and why, any strides, any number of threads, bad input."""
 
 import itertools
 import subprocess

@@ -42,7 +42,7 @@ def forward_coefficients(
 
 def backward_coefficients(
     layout: Layout, stats: Moments, gamma: Array | None, eps: float, sums: Sequence[Array]
-) -> tuple[tuple[Array, ...], Array, Array]:
+) -> tuple[Array, ...]:
     """Return m, a, b and c of dx = a·(dy + w·(b·(x − m) + c)), and dgamma and dbeta.
 
     `sums` are Σdy and Σdy·(x − mean); all vectors are (C).
@@ -54,7 +54,8 @@ def backward_coefficients(
     dgamma = rstd * sum_dy_d  # (C)
     b = -rstd * (dgamma / n)  # (C)
     c = -sum_dy / n - b * residual  # (C)
-    return (m, *(in_compute(layout, v) for v in (a, b, c))), dgamma, sum_dy
+    a, b, c = (in_compute(layout, v) for v in (a, b, c))
+    return m, a, b, c, dgamma, sum_dy
 
 
 def frozen_gradients(
@@ -67,10 +68,9 @@ def frozen_gradients(
     return in_compute(layout, a), rstd * sum_dy_d, sum_dy, -a * sum_dy, dvar
 
 
-def in_dtype_of(layout: Layout, given: Array | None, vectors: Sequence[Array]) -> list[Array]:
-    """Return gradients in the shape and dtype of a parameter; copies, as `out` may be dy."""
-    dtype = layout.compute if given is None else given.dtype
-    return [layout.xp.astype(layout.squeeze(v), dtype) for v in vectors]
+def in_dtype_of(layout: Layout, parameter: Array | None, v: Array) -> Array:
+    """Return a gradient in the shape and dtype of a parameter; a copy, as `out` may be dy."""
+    return layout.xp.astype(layout.squeeze(v), layout.compute if parameter is None else parameter.dtype)
 
 
 def in_compute(layout: Layout, v: Array) -> Array:

@@ -47,7 +47,7 @@ def batch_norm_jvp(
     eps: float = 1e-5,
     where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    r"""Tangents of `batch_norm`'s results along tangents of its arguments: forward mode.
+    r"""Return tangents of `batch_norm`'s results along tangents of its arguments: forward mode.
 
     .. math::
         \dot y = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left( \dot x
@@ -118,7 +118,7 @@ def batch_norm_double_backward(
     eps: float = 1e-5,
     where: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    r"""Gradients of `batch_norm_backward`: of a loss in its results, to its arguments.
+    r"""Return gradients of `batch_norm_backward`: of a loss in its results, to its arguments.
 
     With u for `ddx`, a for `ddgamma`, b for `ddbeta`, :math:`S_1 = \sum dy`,
     :math:`S_2 = \sum dy \hat x`, :math:`U_1 = \sum w u`, :math:`U_2 = \sum w u \hat x` and
@@ -250,7 +250,7 @@ def _checked(
 
 
 def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:
-    """Σv and Σv·x_hat of each channel; a value of x without weight and without v may be NaN."""
+    """Return Σv and Σv·x_hat of each channel; elements of zero weight and zero v may be NaN in x."""
     total, total_x = call.backend.grad_sums(v, call.x, call.m, w, call.layout)  # (C), (C)
     return total, call.rstd * (total_x - call.residual * total)
 
@@ -258,7 +258,7 @@ def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:
 def _along(
     call: _Call, u: Array, dgamma: Array | None, dbeta: Array | None
 ) -> tuple[Array, Array, Array]:
-    """The tangent of y along u, dgamma and dbeta, and Σw·u and Σw·u·x_hat."""
+    """Return the tangent of y along u, dgamma and dbeta, and Σw·u and Σw·u·x_hat."""
     layout, xp = call.layout, call.layout.xp
     u = weighted = in_compute(layout, u)  # (..., C, ...)
     x = finite = call.x  # (..., C, ...)
@@ -286,6 +286,6 @@ def _again(
 
 
 def _add(call: _Call, v: Array, x: Array, m: Array, b: Array, c: Array, w: Array | None) -> Array:
-    """V + w·(b·(x - m) + c), in the kernel that makes dx."""
+    """Return v + w·(b·(x − m) + c), by the kernel that makes dx."""
     one = call.layout.xp.ones_like(call.m)  # (C)
     return call.backend.grad_input(v, x, m, one, b, c, w, call.layout)

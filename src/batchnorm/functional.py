@@ -123,7 +123,7 @@ def batch_norm_backward(
     group: Any = None,
     out: Array | None = None,
 ) -> tuple[Array, ...]:
-    r"""Gradients of `batch_norm`, through its statistics.
+    r"""Return the gradients of `batch_norm`, through its statistics.
 
     .. math::
         \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad
@@ -254,7 +254,7 @@ def normalize_backward(
     out: Array | None = None,
     stats_grad: bool = False,
 ) -> tuple[Array, ...]:
-    r"""Gradients of `normalize`, whose statistics do not depend on `x`.
+    r"""Return the gradients of `normalize`, whose statistics do not depend on `x`.
 
     .. math::
         dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \, dy, \qquad
@@ -300,7 +300,7 @@ def normalize_backward(
 
 @traceable
 def moments(x: Array, *, axis: Axis = 1, where: Array | None = None) -> Moments:
-    r"""Count, mean and population variance of each channel.
+    r"""Return count, mean and population variance of each channel.
 
     .. math:: n = \sum w, \qquad \mu = \frac{1}{n} \sum w x, \qquad
               \sigma^2 = \frac{1}{n} \sum w (x - \mu)^2

@@ -193,7 +193,7 @@ class BatchNorm(groups.Shared):
             self._bind(self._cast(xp, device, dtype or xp.float32))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a file holds: not the group, nor of which transformation of JAX the layer is a part."""
+        """Return what is pickled: not the group, nor the transformation of JAX around the layer."""
         return {name: v for name, v in super().__getstate__().items() if name != "_trace"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -365,7 +365,7 @@ class BatchNorm(groups.Shared):
             self._commit(*self._updated(self._pending))
 
     def state_dict(self) -> dict[str, Any]:
-        """The arrays of the layer (not copies) and the number of committed batches, by name."""
+        """Return the arrays of the layer (not copies) and the number of committed batches, by name."""
         state = {name: v for name, v in self._arrays().items() if v is not None}
         return (
             {**state, "num_batches_tracked": self.num_batches_tracked}
@@ -431,7 +431,7 @@ class BatchNorm(groups.Shared):
         return layout, state
 
     def _moments(self, layout: Layout, x: Array, where: Array | None, group: Any) -> Moments:
-        """The moments of a batch, or of all members' batches."""
+        """Return the moments of a batch, or of all members' batches."""
         if group is None:
             return moments(x, axis=self.axis, where=where)
         with groups.call(group, "moments") as call:
@@ -442,7 +442,7 @@ class BatchNorm(groups.Shared):
         return {name: getattr(self, name) for name in PARAMETERS + RUNNING}
 
     def _cast(self, xp: ModuleType, device: Any, dtype: Any) -> dict[str, Array | None]:
-        """The layer's arrays in a library, on a device: parameters in `dtype`, statistics wide."""
+        """Return the layer's arrays in a library: parameters in `dtype`, statistics in its widest."""
         wide = xp.float64 if has_float64(xp, device) else xp.float32
         dtype = getattr(xp, validate_dtype("dtype", dtype), dtype)  # the library's own of that name
         moved: dict[str, Array | None] = {}
@@ -510,7 +510,7 @@ class BatchNorm(groups.Shared):
 
 
 def channels(num_features: Any) -> tuple[int, ...]:
-    """The shape of gamma."""
+    """Return the shape of gamma."""
     given = num_features if isinstance(num_features, tuple) else (num_features,)
     try:
         shape = tuple(operator.index(n) for n in given if not isinstance(n, bool))
@@ -523,7 +523,7 @@ def channels(num_features: Any) -> tuple[int, ...]:
 
 
 def _namespace(xp: Any, device: Any) -> ModuleType:
-    """The array API namespace that arrays of a module have; checks that it and the device are there."""
+    """Return the array API namespace of a module, and check that it knows the device."""
     try:
         found: ModuleType = compat.array_namespace(xp.zeros(()))
     except (AttributeError, TypeError):

@@ -50,7 +50,7 @@ def validate_real(argument: str, xp: ModuleType, a: Array) -> None:
 
 
 def _is_integral(xp: ModuleType, dtype: Any) -> bool:
-    """Whether a dtype is boolean or integral, as a mask or weights may be."""
+    """Return whether a dtype is boolean or integral, as a mask or weights may be."""
     try:
         return bool(xp.isdtype(dtype, ("bool", "integral")))
     except TypeError:  # a dtype that is none of the standard's
@@ -68,7 +68,7 @@ def validate_input(x: Array, axis: int | tuple[int, ...], argument: str = "x") -
 
 
 def call_key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> Any:
-    """What decides whether a call passes, or None where that is more than shapes, dtypes, devices."""
+    """Return what decides whether a call is valid; None where shapes, dtypes and devices do not."""
     if type(axis) is not int or not (out is None or any(out is a for a in arrays[:2])):
         return None
     parts: list[Any] = [call, axis, out is None or _writable(out)]
@@ -91,7 +91,7 @@ def call_key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> 
 
 
 def known_layout(key: Any) -> Layout | None:
-    """The layout of an earlier call that passed with the same key."""
+    """Return the layout of an earlier call of the same key."""
     return None if key is None else _passed.get(key)
 
 

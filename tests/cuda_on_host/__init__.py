@@ -95,7 +95,7 @@ def device(limits, source=None, options=()):
 def active(limits=LIMITS["small-tiles"], source=None, options=()):
     """NumPy arrays run on the CUDA kernels."""
     found = cuda.Cuda("on the host, for tests", device(limits, source, options))
-    candidate = dispatch.Candidate(("cupy",), lambda arrays: None, lambda arrays: found)
+    candidate = dispatch.Candidate(("cupy",), lambda arrays: found)
     table = dispatch._TABLE
     dispatch._TABLE = (("numpy", "ndarray", lambda: (candidate,)),)
     dispatch._candidates.cache_clear()

@@ -6,9 +6,8 @@ Notation: x, dy and other big arrays have shape (..., C, ...); a per-channel vec
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from batchnorm.coefficients import (
     backward_coefficients,
@@ -42,12 +41,6 @@ class Backend:
 
     def __repr__(self) -> str:
         return f"<backend {self.name}: {self.why or self.summary}>"
-
-    def because(self, why: str | None) -> Self:
-        """Return this backend with a reason for its choice."""
-        chosen = copy.copy(self)
-        chosen.why = f"{self.summary}: {why}"
-        return chosen
 
     def refuses(self, arrays: tuple[Array | None, ...]) -> str | None:
         """Return why it cannot run on the arrays of a call, or None.
@@ -178,8 +171,8 @@ class Backend:
         """Return dx, dgamma and dbeta from `centred_sums` over the whole batch."""
         dtype = x.dtype
         dy, x, inner = _in_one_dtype(layout, dy, x)
-        (m, a, b, c), *vectors = backward_coefficients(inner, stats, gamma, eps, sums)
-        dgamma, dbeta = in_dtype_of(layout, gamma, vectors)
+        m, a, b, c, *vectors = backward_coefficients(inner, stats, gamma, eps, sums)
+        dgamma, dbeta = (in_dtype_of(layout, gamma, v) for v in vectors)
         offer = out if x.dtype == dtype else None
         dx = self.grad_input(dy, x, m, a, b, c, w, inner, out=offer)
         return place(layout, dx, dtype, out), dgamma, dbeta
@@ -202,12 +195,9 @@ class Backend:
         a, *vectors = frozen_gradients(inner, stats, gamma, eps, sums)
         zero = inner.xp.zeros_like(a)  # (C)
         dx = self.scale_shift(dy, zero, a, zero, inner, out=out if dy.dtype == dtype else None)
-        dgamma, dbeta = in_dtype_of(layout, gamma, vectors[:2])
-        (dmean,), (dvar,) = (
-            in_dtype_of(layout, given, (v,))
-            for given, v in zip((stats.mean, stats.var), vectors[2:], strict=True)
-        )
-        return place(layout, dx, dtype, out), dgamma, dbeta, dmean, dvar
+        like = (gamma, gamma, stats.mean, stats.var)
+        grads = (in_dtype_of(layout, v, d) for v, d in zip(like, vectors, strict=True))
+        return place(layout, dx, dtype, out), *grads
 
     # Synchronized: the same with one all-reduce between the kernels.
 

@@ -124,13 +124,13 @@ class Dask(Backend):
 
 
 def _statistics(parts: Array) -> Array:
-    """The same array, under a name by which `_anew` knows it."""
+    """Return the same array, under a name by which `_anew` recognizes statistics."""
     name = f"{STATISTICS}-{dask.base.tokenize(parts.name)}"
     return parts.map_blocks(_value, name=name, meta=parts._meta)
 
 
 def _ready(big: Sequence[Array | None], vectors: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-    """The arguments of a kernel, in the chunks of the first.
+    """Return the arguments of a kernel, in the chunks of the first.
 
     Where the vectors come from the big arrays, as a batch's statistics do, these are read anew.
     """
@@ -142,7 +142,7 @@ def _ready(big: Sequence[Array | None], vectors: Sequence[Array]) -> tuple[list[
 
 
 def _cut(x: Array, a: Array | None) -> Array | None:
-    """An array in the chunks of another, which keeps its own in `blockwise` so."""
+    """Return an array in the chunks of another, so that `blockwise` need not rechunk that."""
     if a is None:
         return None
     chunks = [c if n == sum(c) else (n,) for n, c in zip(a.shape, x.chunks, strict=True)]
@@ -150,7 +150,7 @@ def _cut(x: Array, a: Array | None) -> Array | None:
 
 
 def _anew(arrays: list[Array], after: list[Array]) -> list[Array]:
-    """The same arrays, read or computed anew once some others are there that come from them.
+    """Return the same arrays, computed anew once others that depend on them are known.
 
     Otherwise their chunks would be kept from the first pass to the second. Statistics of earlier calls
     are not computed anew: they are small, and graphs would double with every layer. (Dask's own `bind`
@@ -191,7 +191,7 @@ def _anew(arrays: list[Array], after: list[Array]) -> list[Array]:
 
 
 def _leading_to(nodes: dict[Any, Any], outputs: Iterable[Any], but: tuple[str, ...]) -> set[Any]:
-    """Keys of what leads to some outputs, without data, and without what some names begin."""
+    """Return the keys of tasks that outputs depend on, without data and without tasks of some names."""
     found: set[Any] = set()
     rest = list(outputs)
     while rest:
@@ -204,7 +204,7 @@ def _leading_to(nodes: dict[Any, Any], outputs: Iterable[Any], but: tuple[str, .
 
 
 def _flat(keys: Any) -> list[Any]:
-    """The keys of an array's chunks."""
+    """Return the keys of an array's chunks."""
     return [key for part in keys for key in _flat(part)] if isinstance(keys, list) else [keys]
 
 
@@ -220,7 +220,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _along(axes: tuple[int, ...], *arrays: Array | None) -> list[Any]:
-    """Arguments of `blockwise`: arrays, and the axes that each goes along."""
+    """Return arguments of `blockwise`: arrays, each followed by its axes."""
     return [part for a in arrays for part in (a, None if a is None else axes)]
 
 

@@ -31,31 +31,37 @@ class Candidate(NamedTuple):
 
     names: tuple[str, ...]
     """The names by which users ask for it."""
-    refuses: Callable[[Arrays], str | None]
-    """Return why it cannot run on the arrays of a call, or None. See `Backend.refuses`."""
     backend: Callable[[Arrays], Backend]
     """Return the backend for arrays that it does not refuse."""
-    required: bool = False
-    """Whether it precedes what users add: PyTorch or torch.func has to see the operators of a call."""
+    refuses: Callable[[Arrays], str | None] = lambda arrays: None
+    """Return why it cannot run on the arrays of a call, or None. See `Backend.refuses`."""
+    required: Callable[[Arrays], str | None] | None = None
+    """Return why a call needs it before what users add, or None: PyTorch has to see some operators."""
 
 
 def backend_for(*arrays: Array | None) -> Backend:
     """Return the backend for the validated arrays of a call, of which the first is a big one."""
-    return _choose(arrays)[0]
+    return _choose(arrays)[0].backend(arrays)
 
 
-def _choose(arrays: Arrays) -> tuple[Backend, list[str]]:
-    """Return the first backend that can run, and why those before it cannot."""
+def _choose(arrays: Arrays) -> tuple[Candidate, list[str]]:
+    """Return the first candidate that can run, and why: because it is required, or others refuse."""
     asked = get_kernels()
     kind: Any = type(arrays[0])
     refusals: list[str] = []
     for candidate in _candidates(kind) if asked or not _added else _with_added(kind):
-        if asked is None or asked in candidate.names:
-            refusal = candidate.refuses(arrays)
-            if refusal is None:
-                return candidate.backend(arrays), refusals
-            if refusal:
-                refusals.append(refusal)
+        if asked is not None and asked not in candidate.names:
+            continue
+        if candidate.required is not None:
+            reason = candidate.required(arrays)
+            if reason is not None:
+                return candidate, [reason]
+            continue
+        refusal = candidate.refuses(arrays)
+        if refusal is None:
+            return candidate, ["it was asked for"] if asked else list(dict.fromkeys(refusals))
+        if refusal:
+            refusals.append(refusal)
     x: Any = arrays[0]
     own = f"x is an array of {library_name(namespace('x', x))} on the device {device_of(x)}"
     why = refusals[0] if refusals else own
@@ -89,11 +95,10 @@ def kernels_for(x: Array, *others: Array | None) -> Backend:
         if a is not None or i == 0:
             argument = f"others[{i - 1}]" if i else "x"
             validate_real(argument, namespace(argument, a), a)
-    backend, refusals = _choose((x, *others))
-    chosen = copy.copy(backend)
-    reasons = ["it was asked for"] if get_kernels() else list(dict.fromkeys(refusals))
-    chosen.why = "; ".join([backend.why or backend.summary, *reasons])
-    return chosen
+    candidate, reasons = _choose((x, *others))
+    backend = copy.copy(candidate.backend((x, *others)))
+    backend.why = "; ".join([backend.summary, *reasons])
+    return backend
 
 
 # The table. Functions import a backend when an array of its class first comes.
@@ -129,12 +134,12 @@ def _numpy_backend(arrays: Arrays) -> Backend:
 
 
 def _of(backend: Backend) -> Candidate:
-    return Candidate((backend.name,), backend.refuses, lambda arrays: backend)
+    return Candidate((backend.name,), lambda arrays: backend, backend.refuses)
 
 
 _ON_NUMPY = (
-    Candidate(("numba",), _numba_refuses, _numba_backend),
-    Candidate(("numpy",), lambda arrays: None, _numpy_backend),
+    Candidate(("numba",), _numba_backend, _numba_refuses),
+    Candidate(("numpy",), _numpy_backend),
 )
 
 
@@ -151,38 +156,28 @@ def _for_torch() -> tuple[Candidate, ...]:
             why = tensors.refuses(arrays)
             return host.refuses(tensors.views(arrays)) if why is None else why
 
-        return Candidate(
-            host.names,
-            refuses,
-            lambda arrays: tensors.on_tensors(host.backend(arrays)),
-        )
+        return Candidate(host.names, lambda arrays: tensors.on_tensors(host.backend(arrays)), refuses)
 
-    own = tensors.OWN_OPERATORS
+    def own_operators(arrays: Arrays) -> Backend:
+        return tensors.OWN_OPERATORS
+
+    def our_operators(arrays: Arrays) -> Backend:
+        backend: Backend = frameworks.load("torch.operators").OPERATORS
+        return backend
+
     return (
-        Candidate(
-            NAMES,
-            lambda arrays: None if tracing.transformed() else "",
-            lambda arrays: own.because(tracing.transformed()),
-            required=True,
-        ),
-        Candidate(
-            _BUT_GENERIC,
-            lambda arrays: None if tracing.recorded(arrays) else "",
-            lambda arrays: frameworks.load("torch.operators").OPERATORS.because(
-                tracing.recorded(arrays)
-            ),
-            required=True,
-        ),
-        Candidate(("cupy",), devices.refuses_tensors, devices.on_tensors),
+        Candidate(NAMES, own_operators, required=lambda arrays: tracing.transformed()),
+        Candidate(_BUT_GENERIC, our_operators, required=tracing.recorded),
+        Candidate(("cupy",), devices.on_tensors, devices.refuses_tensors),
         *map(on_tensors, _ON_NUMPY),
-        _of(own),
+        _of(tensors.OWN_OPERATORS),
     )
 
 
 def _for_cupy() -> tuple[Candidate, ...]:
     from batchnorm.backends.cuda import devices
 
-    return Candidate(("cupy",), devices.refuses_arrays, devices.on_arrays), _of(GENERIC)
+    return Candidate(("cupy",), devices.on_arrays, devices.refuses_arrays), _of(GENERIC)
 
 
 def _for_jax() -> tuple[Candidate, ...]:
@@ -193,7 +188,7 @@ def _for_dask() -> tuple[Candidate, ...]:
     from batchnorm.backends import dask
 
     chunks = dask.Dask(backend_for)  # what is asked for by name is asked of the chunks
-    return Candidate(_BUT_GENERIC, chunks.refuses, lambda arrays: chunks), _of(GENERIC)
+    return Candidate(_BUT_GENERIC, lambda arrays: chunks), _of(GENERIC)
 
 
 # Module and class of arrays, and their backends in order of preference. All others have `generic`.

@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def sentinel(dtype: Any) -> Any:
-    """What stands for a dtype in the compiled loops, or None."""
+    """Return what stands for a dtype in the compiled loops, or None."""
     try:
         return _sentinels[dtype]
     except KeyError:
@@ -84,7 +84,7 @@ _functions: list[Any] = []  # kept: compiled code goes when nothing refers to it
 
 
 def _function(loops: str, name: str, dtype: Any, weights: Any) -> int:
-    """The address of a loop for data of a dtype, and weights of one or None; compiled when needed."""
+    """Return the address of a loop for dtypes of data and weights; it is compiled when needed."""
     key = loops, name, dtype, weights
     if key not in _addresses:
         like, wlike = sentinel(dtype), None if weights is None else SENTINELS[weights.name]
@@ -101,7 +101,7 @@ _own = threading.local()
 
 
 def _scratch(size: int) -> int:
-    """The address of memory of the calling thread's, for one pass."""
+    """Return the address of memory of the calling thread, for one pass."""
     if size > getattr(_own, "size", 0):
         _own.memory = np.empty(size + outputs.ALIGNMENT, np.uint8)
         _own.size = size
@@ -114,7 +114,7 @@ _PLAIN = 0x101  # flags of an array in the order of its axes, and aligned
 
 
 def _parameter(v: Array | None) -> tuple[Array | None, int, int]:
-    """Gamma or beta as loops take it: an array to keep, its address and its kind."""
+    """Return gamma or beta as loops take it: an array to keep alive, its address and its kind."""
     if v is None:
         return None, 0, terms.NONE
     kind = _KINDS.get(v.dtype)
@@ -179,7 +179,7 @@ class Job:
         return bool(numbers[terms.AGAIN])
 
     def moments(self) -> None:
-        """Sums of all tiles, moments from them, and the vectors of an output pass."""
+        """Compute sums of all tiles, moments from them, and the vectors of an output pass."""
         self.run("moments", self.plan.grid)
         if self.join("moments"):  # a pivot was too far from the mean: now it is the mean
             self.given = 1
@@ -187,7 +187,7 @@ class Job:
             self.join("moments")
 
     def numbers(self, grid: Grid, helpers: int) -> Array:
-        """The job as the loops read it, in the order that `terms` gives."""
+        """Return the launch parameters as the loops read them, in the order that `terms` gives."""
         p = self.plan
         numbers: Any = np.zeros(terms.TILES + 2 * helpers + 1, np.int64)
         scratch = _scratch(p.scratch * (helpers + 1))
@@ -201,7 +201,7 @@ class Job:
 
 
 def _table(x: Array, *vectors: Array) -> Array:
-    """Per-channel vectors as the rows of a table, in the dtype that values of x are worked on in."""
+    """Return per-channel vectors as the rows of a table, in the dtype of arithmetic on x."""
     table = np.empty((4, vectors[0].size), np.float64 if x.dtype == np.float64 else np.float32)
     for row, v in zip(table, vectors, strict=False):
         row[:] = v.reshape(-1)
@@ -209,7 +209,7 @@ def _table(x: Array, *vectors: Array) -> Array:
 
 
 def _weights(w: Array | None, x: Array) -> Array | None:
-    """Weights as the loops take them: of the shape of x, bool or float64."""
+    """Return weights as the loops take them: of the shape of x, bool or float64."""
     if w is None:
         return None
     if w.dtype != np.bool_ or not w.flags.aligned:
@@ -218,7 +218,7 @@ def _weights(w: Array | None, x: Array) -> Array | None:
 
 
 def _split(vectors: Array, layout: Layout) -> Any:
-    """The rows of a table of vectors, each in the shape of gamma; 0-d arrays for no channel axis."""
+    """Return the rows of a table of vectors, in the shape of gamma; 0-d arrays for no channel axis."""
     if len(layout.channel_axes) == 1:
         return vectors
     shaped = vectors.reshape((-1, *layout.channels))

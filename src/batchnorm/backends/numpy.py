@@ -56,7 +56,7 @@ class NumPy(Backend):
 
         if x.size == 0:
             return GENERIC.moments(x, w, layout)
-        rows, back = _rows(of_block, 4, layout, x, x, w)
+        rows, back = _rows(of_block, 4, layout, x, x, _broadcast(w, x))
         n, mean, var, low = (back(v) for v in merge_rows(Moments(*rows)))
         return n, mean, low, var
 
@@ -89,7 +89,7 @@ class NumPy(Backend):
 
         if x.size == 0:
             return GENERIC.grad_sums(dy, x, m, w, layout)
-        rows, back = _rows(of_block, 2, layout, x, x, dy, m.astype(np.float64), w)
+        rows, back = _rows(of_block, 2, layout, x, x, dy, m.astype(np.float64), _broadcast(w, x))
         sum_dy, sum_dy_d = (back(_sum(v, (0,))[0]) for v in rows)
         return sum_dy, sum_dy_d
 
@@ -110,8 +110,7 @@ class NumPy(Backend):
         """Return dx = a·(dy + w·(b·(x − m) + c))."""
         dx = outputs.empty_like(x) if out is None else out
         plan = plan_of(x.shape, x.strides, layout.channel_axes)
-        w = None if w is None else np.broadcast_to(w, x.shape)
-        dy, x, m, a, b, c, w, target = plan.transposed(dy, x, m, a, b, c, w, dx)
+        dy, x, m, a, b, c, w, target = plan.transposed(dy, x, m, a, b, c, _broadcast(w, x), dx)
         for block in plan.blocks:
             d = np.subtract(x[block.place], m[block.channels], dtype=layout.compute)
             d *= b[block.channels]
@@ -128,16 +127,17 @@ class NumPy(Backend):
 NUMPY = NumPy()
 
 
+def _broadcast(w: Array | None, x: Array) -> Array | None:
+    """Return weights in the shape of x."""
+    return w if w is None or w.shape == x.shape else np.broadcast_to(w, x.shape)
+
+
 def _rows(
     of_block: Callable[..., tuple[Array, ...]], count: int, layout: Layout, x: Array, *arrays: Array
 ) -> tuple[Any, Callable[[Array], Array]]:
     """Return vectors of each block, (count, rows, C), and what restores the axes of a vector."""
     plan = plan_of(x.shape, x.strides, layout.channel_axes)
-    given = [
-        a if a is None or a.shape in (layout.broadcast, x.shape) else np.broadcast_to(a, x.shape)
-        for a in arrays
-    ]
-    given = plan.transposed(*given)
+    given = plan.transposed(*arrays)
     if len(plan.blocks) == 1:
         shape = (1, *(layout.broadcast[axis] for axis in plan.order))
         found = of_block(plan.blocks[0], *given)

@@ -81,7 +81,7 @@ def merged(
 
 
 def _copies(rows: list[Axis], chan: list[Axis]) -> int:
-    """How many rows to take for one: where they follow each other, as many as are wide enough."""
+    """Return how many rows to fold into one: rows that follow each other, until they are wide enough."""
     if len(rows) != 1 or any(step != chan[0][0] for step in rows[0][1]):
         return 1
     count = rows[0][0]
@@ -90,7 +90,7 @@ def _copies(rows: list[Axis], chan: list[Axis]) -> int:
 
 
 def merge(axes: list[Axis]) -> list[Axis]:
-    """Join neighbours that one step leads through; drop axes of length 1."""
+    """Merge neighbouring axes that one stride leads through; drop axes of length 1."""
     found: list[Axis] = []
     for n, steps in axes:
         if n == 1:
@@ -103,6 +103,6 @@ def merge(axes: list[Axis]) -> list[Axis]:
 
 
 def _table(axes: list[Axis], operands: int) -> npt.NDArray[np.int64]:
-    """A row of lengths, and a row of steps for each operand; at least one axis."""
+    """Return a row of lengths, and a row of strides for each operand; at least one axis."""
     axes = axes or [(1, (1,) * operands)]
     return np.array([[n for n, _ in axes], *zip(*(steps for _, steps in axes), strict=True)], np.int64)

@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """The library and device that a case runs on."""
+    """Return the library and device that a case runs on."""
     found: Target = request.param
     with found.active():
         if "dtype" in request.fixturenames:

@@ -28,20 +28,20 @@ IDS = [f"{'x'.join(map(str, shape))}-axis{axis}".replace(" ", "") for shape, axi
 
 
 def channels(shape: tuple[int, ...], axis: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of gamma."""
+    """Return the shape of gamma."""
     return tuple(shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
 
 
 def batch(
     shape: tuple[int, ...], dtype: str = "float32", mean: float = 0.0, std: float = 1.0, seed: int = 0
 ) -> Array:
-    """Normal values."""
+    """Return normal values."""
     rng = np.random.default_rng([seed, *shape])
     return (rng.standard_normal(shape) * std + mean).astype(numpy_dtype(dtype))
 
 
 def parameters(shape: tuple[int, ...], dtype: str = "float32", seed: int = 1) -> tuple[Array, Array]:
-    """A gamma that changes sign and is nowhere 0, and a beta."""
+    """Return a gamma that changes sign and is nowhere 0, and a beta."""
     rng = np.random.default_rng([seed, *shape])
     gamma = rng.uniform(0.5, 2.0, shape) * rng.choice([-1.0, 1.0], shape)
     beta = rng.uniform(-1.0, 1.0, shape)
@@ -49,14 +49,14 @@ def parameters(shape: tuple[int, ...], dtype: str = "float32", seed: int = 1) ->
 
 
 def statistics(shape: tuple[int, ...], seed: int = 2) -> tuple[Array, Array]:
-    """A running mean and variance."""
+    """Return a running mean and variance."""
     rng = np.random.default_rng([seed, *shape])
     mean, var = rng.standard_normal(shape), rng.uniform(0.3, 3.0, shape)
     return np.asarray(mean, np.float32), np.asarray(var, np.float32)
 
 
 def weights(shape: tuple[int, ...], kind: str, seed: int = 3) -> Array:
-    """A mask or weights of which at least half of each row are positive."""
+    """Return a mask or weights of which at least half of each row are positive."""
     rng = np.random.default_rng([seed, *shape])
     mask = rng.uniform(size=shape) < 0.6
     mask.reshape(-1)[::2] = True
@@ -79,12 +79,12 @@ def _reversed(a: Array) -> Array:
 
 
 def _permuted(a: Array) -> Array:
-    """The first axis innermost, the others in order: neither C nor Fortran order from three axes on."""
+    """Lay the first axis innermost: neither C nor Fortran order from three axes on."""
     return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 0, -1)), -1, 0)
 
 
 def _broadcast(a: Array) -> Array:
-    """Other values: the first along the last axis, with a stride of 0."""
+    """Return other values: the first along the last axis, with a stride of 0."""
     return np.broadcast_to(a[..., :1], a.shape)
 
 

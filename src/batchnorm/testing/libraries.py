@@ -120,7 +120,7 @@ class Target:
 
 @contextlib.contextmanager
 def kernels(name: str | None) -> Iterator[None]:
-    """Run on one kernel set: a case that it cannot run fails, instead of passing on another."""
+    """Run on one backend: a case that it cannot run fails, instead of passing on another."""
     asked = bn.get_kernels()
     bn.set_kernels(name)
     try:
@@ -130,7 +130,7 @@ def kernels(name: str | None) -> Iterator[None]:
 
 
 class OnKernels(Target):
-    """A device, perhaps with the kernel set that cases run on, as in "cpu-numba"."""
+    """A device, perhaps with the backend that cases run on, as in "cpu-numba"."""
 
     def __init__(self, library: str, module: str, device: str) -> None:
         super().__init__(library, module, device)
@@ -153,7 +153,7 @@ class OnKernels(Target):
 
 
 class NumPy(OnKernels):
-    """NumPy's arrays; the mode is a kernel set."""
+    """NumPy's arrays; the mode is a backend."""
 
     def __init__(self, library: str, module: str, device: str) -> None:
         super().__init__(library, module, device)
@@ -185,7 +185,7 @@ class Strict(Target):
 
 
 class Torch(OnKernels):
-    """PyTorch's tensors on a device, or on a kernel set for the CPU."""
+    """PyTorch's tensors on a device, or on a backend for the CPU."""
 
     @property
     def device(self) -> Any:
@@ -304,7 +304,7 @@ class Ndonnx(Target):
 
 
 class CuPy(NumPy):
-    """CuPy's arrays; the mode is a kernel set."""
+    """CuPy's arrays; the mode is a backend."""
 
     def asarray(self, a: Array) -> Array:
         """Bring an array over with its strides: the memory between its values comes along."""

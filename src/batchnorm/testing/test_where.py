@@ -39,7 +39,7 @@ def test_broadcasting(target, shape):
 
 
 def test_padding_may_hold_nan(target):
-    """A ragged batch: what weighs nothing may be anything, and gets no say in the rest."""
+    """A ragged batch: elements of zero weight may be anything, and change no other."""
     x, dy = data.batch((8, 3, 6)), data.batch((8, 3, 6), seed=5)
     where = np.ones((8, 1, 6), dtype=bool)
     where[4:, :, 3:] = False

@@ -68,7 +68,7 @@ def _close_or_rounded(
 
 
 def worst(actual: Array, expected: Array, size: Array | float, eps: float) -> float:
-    """The largest error in units of ``eps * size``; NaN counts as equal to NaN."""
+    """Return the largest error in units of ``eps * size``; NaN counts as equal to NaN."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     size = np.broadcast_to(np.asarray(size), expected.shape)

@@ -120,13 +120,13 @@ def _grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: An
 
 
 def _not_to_weights(ctx: Any, argument: int) -> None:
-    """The functions of this package leave these gradients to PyTorch's own operators."""
+    """Refuse gradients to weights, which the functions leave to PyTorch's own operators."""
     if ctx.needs_input_grad[argument]:
         fail(ValueError, "where", "weights that require gradients", "weights that do not")
 
 
 def _through_moments(ctx: Any, x: Any, where: Any, stats: Any, dmean: Any, dvar: Any) -> Any:
-    """The gradient to x of what depends on the mean and variance that were returned."""
+    """Return the gradient to x through the mean and variance that were returned."""
     layout = validate_input(x, plain_axis(ctx.axis))
     n, mean, mean_lo = (layout.vector(v) for v in stats)
     total: Any = 0 if dmean is None else layout.vector(dmean) / n
@@ -174,7 +174,7 @@ def _grad_normalize(ctx: Any, dy: Any) -> Any:
 def _grad_normalize_backward(
     ctx: Any, ddx: Any, ddgamma: Any, ddbeta: Any, ddmean: Any, ddvar: Any
 ) -> Any:
-    """By PyTorch's own operators: the formulas of `normalize_backward`, differentiated by it."""
+    """Differentiate the formulas of `normalize_backward`, by PyTorch's own operators."""
     dy, x, mean, var, gamma = ctx.saved_tensors
     given = [dy, x, mean, var] + ([] if gamma is None else [gamma])
 

@@ -50,9 +50,8 @@ class _Joined(torch.autograd.Function):
             sums = call.all_reduce(*own)
         dx, _, _ = backend.gradients(dy, x, w, moments, gamma, ctx.eps, layout, sums)
         rstd, _ = rstd_and_scale(layout, moments.var, gamma, ctx.eps)
-        grads = in_dtype_of(layout, gamma, (rstd * own[1], own[0]))
-        dgamma = None if gamma is None else grads[0]
-        dbeta = None if ctx.beta is None else grads[1].to(ctx.beta)
+        dgamma = None if gamma is None else in_dtype_of(layout, gamma, rstd * own[1])
+        dbeta = None if ctx.beta is None else layout.squeeze(own[0]).to(ctx.beta)
         return dx, None, dgamma, dbeta, None, None, None
 
 
