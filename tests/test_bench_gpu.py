@@ -1,4 +1,4 @@
-"""The GPU benchmark without a GPU: its contestants on a CPU, and its summary of known times."""
+"""The GPU benchmark without a GPU: contestants on a CPU, and the summary of given times."""
 
 import pytest
 
@@ -15,17 +15,17 @@ def test_contestants_compute_the_same(layout, which):
     for name in ("batchnorm on PyTorch", "PyTorch"):
         result = gpu.CONTESTANTS[name](case, which)()
         assert gpu.error(result, case, which) < 20
-    assert gpu.error(case.x, case, which) > 1e4, "a wrong result is seen"
+    assert gpu.error(case.x, case, which) > 1e4, "a wrong result has a large error"
 
 
-def test_arrays_lie_as_the_layout_says():
+def test_strides_follow_the_layout():
     (case,) = gpu.cases((6, 4, 5, 5), "last", "float16", "cpu", 1)
     assert case.x.shape == (6, 4, 5, 5)
     assert case.x.stride() == (100, 1, 20, 4)
 
 
 def test_the_summary():
-    """Ours takes 1 ms; PyTorch 2 ms, with cuDNN 1.5; a copy 0.6."""
+    """The package takes 1 ms, PyTorch 2 ms, cuDNN 1.5 ms and a copy 0.6 ms."""
     seconds = {"batchnorm on CuPy": 1e-3, "PyTorch": 2e-3, "PyTorch, cuDNN": 1.5e-3, "copy": 0.6e-3}
     results = [
         Result("8 x 4", layout, dtype, which, name, s, 100.0, 1.0)
@@ -40,7 +40,7 @@ def test_the_summary():
     assert len(lines) == 2 + 8
 
 
-def test_every_shape_is_there_at_both_batches():
+def test_shapes_have_both_batch_sizes():
     found = list(gpu.shapes())
     assert len(found) == len(set(found))
     assert (32, 64, 112, 112) in found
@@ -48,13 +48,13 @@ def test_every_shape_is_there_at_both_batches():
 
 
 @pytest.mark.skipif(kernels.unusable() is None, reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
+def test_without_a_gpu_there_is_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--gpu"])
     assert "argument --gpu: " in capsys.readouterr().err
 
 
-def test_its_output_is_a_table(capsys, tmp_path):
+def test_the_output_must_be_a_csv_file(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["bench", "--gpu", "--output", str(tmp_path / "a.png")])
     assert "expected a .csv file" in capsys.readouterr().err

@@ -9,13 +9,13 @@ from batchnorm.backends.cuda import launches
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
 
-# As CuPy calls it, and the compiler's word on registers.
+# As CuPy calls it; -v reports the registers.
 OPTIONS = ("-std=c++17", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
 TARGETS = {75: "T4", 80: "A100", 90: "H100 and H200", 100: "B200"}
 
 
 def compile_all(source, names, *options):
-    """The object file of some instances, what the compiler said, and the lowered names."""
+    """Return the object file of some instances, the compiler's log and the lowered names."""
 
     def done(result):
         code, *values = result
@@ -43,7 +43,7 @@ def compile_all(source, names, *options):
 @pytest.mark.parametrize("dtype", launches.TYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instance(target, dtype):
-    """Each is in the object file; and as many blocks as launches.py counts on fit on a processor."""
+    """The object file has each, and as many blocks as launches.py assumes fit on a multiprocessor."""
     names = [n for n in launches.instances() if f"<{launches.TYPES[dtype][0]}," in n]
     cubin, log, lowered = compile_all(cuda.source(), names, f"-arch=sm_{target}", *OPTIONS)
     for name, symbol in zip(names, lowered, strict=True):
@@ -53,12 +53,12 @@ def test_every_instance(target, dtype):
     assert len(registers) == len(names)
     assert max(registers) * launches.THREADS * launches.RESIDENT <= 65536
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-    assert max(spilled) <= 256, "a few values of rare instances, at the ends of tiles"
+    assert max(spilled) <= 256, "only rare instances spill, a few values at the ends of tiles"
     shared = [int(n) for n in re.findall(r"(\d+) bytes smem", log)]
     assert max(shared) * launches.RESIDENT <= 64 * 2**10
 
 
-def test_an_error_is_seen():
-    broken = cuda.source().replace("struct Job {", "struct Job { unknown x;", 1)
+def test_a_compilation_error_is_reported():
+    broken = cuda.source().replace("struct Params {", "struct Params { unknown x;", 1)
     with pytest.raises(RuntimeError, match="unknown"):
         compile_all(broken, launches.instances()[:1], "-arch=sm_90", *OPTIONS)

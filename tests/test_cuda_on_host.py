@@ -1,4 +1,4 @@
-"""What the CUDA kernels compute, executed on the host: no GPU is needed, only a C++ compiler."""
+"""The results of the CUDA kernels, run on the host: this needs a C++ compiler and no GPU."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from batchnorm.backends import dispatch
 from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
 from batchnorm.backends.cuda.backend import Arranged
-from batchnorm.backends.cuda.launches import GIVEN, WRITE, Form
+from batchnorm.backends.cuda.launches import GIVEN, WRITE, MemoryLayout
 from batchnorm.testing import data, verdict
 from batchnorm.testing.oracle import Problem
 
@@ -37,7 +37,7 @@ def test_the_conformance_suite_passes(tiles, tmp_path):
 
 
 def check(shape, axis, dtype="float32", weighted=None, start=0, seed=0):
-    """Forward and backward on arrays that begin `start` values into memory, against the oracle."""
+    """Compare both passes with the oracle, on arrays that begin at element `start` of their memory."""
     x, dy = (_displaced(data.batch(shape, dtype, mean=5.0, seed=s), start) for s in (seed, seed + 1))
     gamma, beta = data.parameters(data.channels(shape, axis), dtype)
     where = None if weighted is None else data.weights(shape, weighted)
@@ -66,9 +66,9 @@ def test_any_alignment(tiles, dtype, start):
 
 
 SHAPES = [
-    ((16, 300), 1),  # channels last, more of them than a slice has
-    ((700, 3), 1),  # few channels, last
-    ((2, 5, 777), 1),  # an odd plane
+    ((16, 300), 1),  # channels last, in several slices
+    ((700, 3), 1),  # channels last, few of them
+    ((2, 5, 777), 1),  # an odd number of contiguous elements
     ((150, 7, 3), 1),  # short rows
     ((2, 9, 31, 32), 1),
     ((41, 13, 24), -1),
@@ -84,8 +84,8 @@ def test_shapes(tiles, shape, axis, weighted):
         check(shape, axis, weighted=weighted)
 
 
-def test_results_do_not_depend_on_who_comes_first():
-    """Blocks run at the same time, in another order each time: the same bits each time."""
+def test_results_do_not_depend_on_the_order_of_blocks():
+    """Blocks run concurrently, in another order each time, and the results are bit-identical."""
     x, dy = data.batch((16, 9, 120)), data.batch((16, 9, 120), seed=1)
     found = set()
     with cuda_on_host.active():
@@ -97,7 +97,7 @@ def test_results_do_not_depend_on_who_comes_first():
 
 
 def test_an_outlier_at_a_thread_s_first_value():
-    """The pivot is an outlier: nothing that the spread holds is lost."""
+    """The pivot is an outlier, and the variance is still accurate."""
     for dtype in ("float32", "float64"):
         x = data.batch((4000, 3), dtype)
         x[0], x[256], x[-1] = 1e6, -1e7, 1e5
@@ -107,22 +107,28 @@ def test_an_outlier_at_a_thread_s_first_value():
         verdict.moments(stats, Problem(x))
 
 
-# What is broken, and how.
+# Faults by name: the right text, and a wrong one in its place.
 FAULTS = {
-    "no barrier before sums are read": ("    __syncthreads();\n    if (works) {", "    if (works) {"),
+    "no barrier before sums are read": ("    __syncthreads();\n    if (active) {", "    if (active) {"),
     "no barrier after sums are written": (
-        "    __syncthreads();\n    if (tile.lane < few) {",
-        "    if (tile.lane < few) {",
+        "    __syncthreads();\n    if (tile.lane < reducers) {",
+        "    if (tile.lane < reducers) {",
     ),
     "no barrier before factors are read": (
-        "        __syncthreads();\n        P::write(job, tile, room);",
-        "        P::write(job, tile, room);",
+        "        __syncthreads();\n        P::write(params, tile, shared);",
+        "        P::write(params, tile, shared);",
     ),
     "outputs do not wait for sums": ("while (atomicAdd(done, 0u) == 0) __nanosleep(64);", ";"),
     "the wrong part's sums": ("parent * FAN;", "parent * FAN + 1;"),
-    "a row's end missed": ("if (place >= row ||", "if (place > row ||"),
-    "one position too many": ("last < job.positions ? last :", "last < job.positions ? last + 1 :"),
-    "the neighbour's mean": ("int at = tile.column * CH + ch;", "int at = tile.column * CH;"),
+    "a row's end missed": ("if (in_row >= row ||", "if (in_row > row ||"),
+    "one position too many": (
+        "last < params.positions ? last :",
+        "last < params.positions ? last + 1 :",
+    ),
+    "the neighbour's mean": (
+        "int local = tile.bundle * CH + ch;\n            double mean =",
+        "int local = tile.bundle * CH;\n            double mean =",
+    ),
     "a tree's node done too early": ("== siblings;", "+ 1 == siblings;"),
 }
 
@@ -145,20 +151,20 @@ def check_often(source):
                 check((40, 3, 100), 1, seed=seed)
 
 
-def test_steps_of_more_than_32_bits():
-    """Rows 9 GB apart, of which only the first values are ever touched."""
+def test_strides_of_more_than_32_bits():
+    """Rows are 9 GB apart, and only their first elements are touched."""
     far = 2**31 + 64
-    memory = np.empty(far + 4096, np.float32)  # pages that nobody touches take no memory
-    given = Form(2, 4, 8, far, 8, 1)
+    memory = np.empty(far + 4096, np.float32)  # untouched pages take no memory
+    memory_layout = MemoryLayout(2, 4, 8, far, 8, 1)
     rows = [slice(0, 32), slice(far, far + 32)]
     for row in rows:
         memory[row] = data.batch((32,), seed=row.start % 7)
     before = [memory[row].copy() for row in rows]
     device = cuda_on_host.device(cuda_on_host.LIMITS["small-tiles"])
-    at = bn.validation.validate_input(np.empty((2, 4, 8), np.float32), 1)
+    layout = bn.validation.validate_input(np.empty((2, 4, 8), np.float32), 1)
     factors = tuple(np.full(4, v, np.float32) for v in (0.5, 2.0, 1.0))
-    laid = Arranged((memory,), None, given, None, (0, 1, 2))
-    cuda._run(device, at, "normalize", WRITE | GIVEN, laid, out=memory, factors=factors)
+    arranged = Arranged((memory,), None, memory_layout, None, (0, 1, 2))
+    cuda._run(device, layout, "normalize", WRITE | GIVEN, arranged, out=memory, factors=factors)
     for row, was in zip(rows, before, strict=True):
         np.testing.assert_array_equal(memory[row], 2 * (was - np.float32(0.5)) + 1)
 
@@ -170,7 +176,7 @@ import test_cuda_on_host as t
 options = ("-fsanitize=address", "--param=asan-stack=0")
 source = t.cuda.source()
 if len(sys.argv) > 1:
-    source = source.replace("there ? walk.at : 0", "walk.at")
+    source = source.replace("in_range ? cursor.offset : 0", "cursor.offset")
 with cuda_on_host.active(source=source, options=options):
     for shape, axis in (((5, 6, 9), 1), ((33, 12), 1), ((7, 4, 20), 1), ((3, 5, 7), -1)):
         for weighted in (None, "mask"):
@@ -180,7 +186,7 @@ print("within bounds")
 
 
 def test_no_access_outside_of_arrays():
-    """AddressSanitizer watches every load and store; and sees one that is out of bounds."""
+    """AddressSanitizer checks every load and store, and detects one that is out of bounds."""
     find = [cuda_on_host.COMPILER, "-print-file-name=libasan.so"]
     runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(runtime):
@@ -205,18 +211,18 @@ def test_no_access_outside_of_arrays():
     assert "ERROR: AddressSanitizer" in wrong.stderr
 
 
-# What surrounds the kernels: CuPy and PyTorch's CUDA tensors, with what they need of a GPU replaced.
+# CuPy arrays and PyTorch CUDA tensors, with a substitute for the GPU.
 
 
 class OnFakeGPU(np.ndarray):
-    """A NumPy array with what `backends/cuda/devices.py` looks at of CuPy's."""
+    """A NumPy array with the attributes of CuPy arrays that `backends/cuda/devices.py` uses."""
 
     @property
     def data(self):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
 
-class Nothing:
+class NullContext:
     def __enter__(self):
         return self
 
@@ -226,7 +232,7 @@ class Nothing:
 
 @pytest.fixture
 def fake_cupy(monkeypatch):
-    """A module that looks like CuPy and runs kernels on the host; `calls` says what it was asked."""
+    """Install a substitute for CuPy that runs kernels on the host, and yield the list of its calls."""
     import ctypes
 
     calls = []
@@ -243,10 +249,10 @@ def fake_cupy(monkeypatch):
 
             def launch(grid, block, arguments, stream):
                 assert block == (launches.THREADS,)
-                (job,) = arguments
-                assert job.size == 1, "CuPy passes an array of one value by value"
+                (params,) = arguments
+                assert params.size == 1, "CuPy passes an array of one element by value"
                 calls.append(f"{name} on stream {stream.ptr}")
-                host.launch(name, job.tobytes(), grid[0], 0, 0)
+                host.launch(name, params.tobytes(), grid[0], 0, 0)
 
             return launch
 
@@ -258,7 +264,7 @@ def fake_cupy(monkeypatch):
     def get_device():
         return 0
 
-    class Device(Nothing):
+    class Device(NullContext):
         def __init__(self, index):
             self.attributes = {"MultiProcessorCount": 2, "L2CacheSize": 6 * 2**10}
             calls.append(f"device {index}")
@@ -285,7 +291,7 @@ def fake_cupy(monkeypatch):
 
 
 class OnFakeGPUOnly:
-    """NumPy whose new arrays look like CuPy's."""
+    """NumPy, with new arrays that look like CuPy's."""
 
     def __getattr__(self, name):
         return getattr(np, name)
@@ -294,16 +300,16 @@ class OnFakeGPUOnly:
         return np.empty(*args, **{**kwargs, "device": None}).view(OnFakeGPU)
 
 
-def test_cupy_launches_what_was_laid_out(fake_cupy):
+def test_cupy_launches_the_kernels(fake_cupy):
     from batchnorm.backends.cuda import devices as module
 
     x = data.batch((40, 6, 1200))
     gamma, beta = data.parameters((6,))
-    at = bn.validation.validate_input(x, 1)._replace(xp=OnFakeGPUOnly(), device=None)
+    layout = bn.validation.validate_input(x, 1)._replace(xp=OnFakeGPUOnly(), device=None)
     found = module._on_arrays(0)
     assert found.name == "cupy"
     y, stats = found.forward(
-        *(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, at
+        *(a.view(OnFakeGPU) if a is not None else a for a in (x, None, gamma, beta)), 1e-5, layout
     )
     expected = Problem(x, gamma, beta)
     verdict.forward(np.asarray(y), expected, "float32")
@@ -324,11 +330,11 @@ def test_pytorch_s_stream_is_used(fake_cupy, monkeypatch):
     from batchnorm.backends.cuda import devices as module
 
     x = torch.from_numpy(data.batch((40, 6, 12)))
-    at = bn.validation.validate_input(x, 1)
-    y, stats = module._on_tensors(0).forward(x, None, None, None, 1e-5, at)
+    layout = bn.validation.validate_input(x, 1)
+    y, stats = module._on_tensors(0).forward(x, None, None, None, 1e-5, layout)
     verdict.forward(y.numpy(), Problem(x.numpy()), "float32")
     assert fake_cupy == ["device 0", "forward<float, 4, false, None> on stream 99"]
-    found = module._on_tensors(0).backward(y, x, None, stats, None, 1e-5, at)
+    found = module._on_tensors(0).backward(y, x, None, stats, None, 1e-5, layout)
     verdict.backward(
         tuple(v.numpy() for v in found), Problem(x.numpy()).backward(y.numpy()), "float32", "float32"
     )
@@ -336,7 +342,7 @@ def test_pytorch_s_stream_is_used(fake_cupy, monkeypatch):
 
 @pytest.fixture
 def cuda_tensor(monkeypatch):
-    """A tensor that the table takes for one on a GPU."""
+    """Yield a tensor that is dispatched as one on a GPU."""
     import torch
 
     from batchnorm.backends import tensors

@@ -1,4 +1,4 @@
-"""On a GPU only: graphs, streams, large arrays, and that it is the CUDA kernels that run."""
+"""Tests that need a GPU: graphs, streams, large arrays, and the choice of the CUDA kernels."""
 
 import math
 
@@ -63,7 +63,7 @@ def passes(x, dy, gamma, beta):
 
 @pytest.mark.parametrize("shape", [(64, 100), (16, 6, 30_000)], ids=["one launch", "ordered"])
 def test_a_captured_graph_of_cupy(cupy, shape):
-    """Captured once, replayed on new data; what others allocate in between is not touched."""
+    """A graph is captured once and replayed on new data. Memory allocated in between is not written."""
     given = problem(shape, 0)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
@@ -103,7 +103,7 @@ def test_a_captured_graph_of_pytorch(torch):
     check(given, (y.cpu().numpy(), [v.cpu().numpy() for v in stats], [v.cpu().numpy() for v in grads]))
 
 
-def test_a_mask_in_a_capture_is_not_looked_at(cupy):
+def test_a_mask_is_not_checked_during_a_capture(cupy):
     stream = cupy.cuda.Stream(non_blocking=True)
     x, mask = data.batch((40, 6)), data.weights((40, 6), "mask")
     with stream:
@@ -119,7 +119,7 @@ def test_a_mask_in_a_capture_is_not_looked_at(cupy):
 
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 def test_the_current_stream_is_used(library, cupy, torch):
-    """What was enqueued on it before comes first: a long copy into x."""
+    """The kernels run after earlier work on the stream: a long computation of x."""
     given = problem((64, 32, 4096), 1)
     if library == "cupy":
         with cupy.cuda.Stream(non_blocking=True) as stream:
@@ -146,7 +146,7 @@ def test_the_current_stream_is_used(library, cupy, torch):
     check(given, (y.cpu().numpy(), [v.cpu().numpy() for v in stats], [v.cpu().numpy() for v in grads]))
 
 
-def test_the_same_bits_each_time(torch):
+def test_results_are_bit_identical_each_time(torch):
     x, dy = (torch.randn((32, 64, 56, 56), device="cuda") for _ in range(2))
     found = []
     for _ in range(20):
@@ -162,11 +162,11 @@ def test_nine_gigabytes(torch, which):
         pytest.skip("needs 110 GB of free device memory")
     (case,) = gpu.cases(LARGE, "second", "float32", "cuda", 1)
     result = gpu.package(lambda a: a)(case, which)()
-    for first in range(0, LARGE[1], 16):  # the oracle in float64 takes several times as much: in parts
+    for first in range(0, LARGE[1], 16):  # in parts: the oracle needs much more memory
         channels = slice(first, first + 16)
         part = gpu.Case(*(a[:, channels] if a.ndim > 1 else a[channels] for a in case))
-        off = gpu.error(result[:, channels], part, which)
-        assert off <= (verdict.FORWARD if which == "forward" else verdict.BACKWARD)
+        largest = gpu.error(result[:, channels], part, which)
+        assert largest <= (verdict.FORWARD if which == "forward" else verdict.BACKWARD)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4, 1e6])
@@ -179,7 +179,7 @@ def test_errors_with_large_means(torch, mean, layout):
 
 
 def test_subnormals_are_flushed(cupy):
-    """Compiled with -ftz=true, as CuPy compiles: subnormal float32 counts as 0, in and out."""
+    """CuPy compiles with -ftz=true, so subnormal float32 inputs and results count as 0."""
     x = np.float32([[1e-39], [-1e-39], [1.0], [-1.0]])
     y = bn.normalize(cupy.asarray(x), cupy.zeros(1), cupy.ones(1), eps=0.0).get()
     np.testing.assert_array_equal(y, np.float32([[0], [0], [1], [-1]]))

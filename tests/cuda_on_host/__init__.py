@@ -21,8 +21,7 @@ from batchnorm.backends.cuda import launches
 
 HERE = pathlib.Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-# Tiles as on a GPU; and so small that small arrays meet what large ones meet there: many parts, whose
-# sums meet in a tree, and several groups.
+# Tiles as on a GPU; and tiles so small that small arrays have many parts, trees of sums, several groups.
 LIMITS = {
     "large-tiles": launches.Limits(processors=2, cache=24 * 2**10),
     "small-tiles": launches.Limits(processors=2, cache=6 * 2**10, tile=256),
@@ -31,12 +30,12 @@ _seed = itertools.count()
 
 
 def library(names, source=None, options=()):
-    """A shared library with a function for each kernel; kept from run to run."""
+    """Return a shared library with a function for each kernel. It is cached between runs."""
     lines = ['#include "gpu.h"', source or cuda.source()]
     for i, name in enumerate(names):
         lines.append(
-            f'extern "C" int launch_{i}(const Job* job, unsigned blocks, unsigned seed) {{\n'
-            f"    return gpu::launch([=] {{ {name}(*job); }}, blocks, THREADS, seed);\n}}"
+            f'extern "C" int launch_{i}(const Params* params, unsigned blocks, unsigned seed) {{\n'
+            f"    return gpu::launch([=] {{ {name}(*params); }}, blocks, THREADS, seed);\n}}"
         )
     command = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
     command += ["-Wall", "-Wno-unknown-pragmas", "-Werror", "-Wno-maybe-uninitialized", *options]
@@ -57,7 +56,7 @@ def library(names, source=None, options=()):
 
 @functools.cache
 def functions(dtype, kernel, source=None, options=()):
-    """The kernels of a dtype, by name."""
+    """Return the instances of a kernel for a dtype, by name."""
     wanted = f"{kernel}<{launches.TYPES[dtype][0]},"
     names = [n for n in launches.instances() if n.startswith(wanted)]
     built = library(names, source, options)
@@ -65,35 +64,35 @@ def functions(dtype, kernel, source=None, options=()):
 
 
 class BarrierError(AssertionError):
-    """Some threads of a block ended while others waited for them."""
+    """Some threads of a block ended while others waited at a barrier."""
 
 
 def device(limits, source=None, options=()):
-    """The host as a device of `backends/cuda`."""
+    """Return the host as a `Device` of `backends/cuda`."""
     dtypes = {name: dtype for dtype, (name, _, _) in launches.TYPES.items()}
 
-    def launch(name, job, blocks, zero_at, zero_bytes):
+    def launch(name, params, blocks, zero_address, zero_bytes):
         if zero_bytes:
-            ctypes.memset(zero_at, 0, zero_bytes)
-        kernel, _, rest = name.partition("<")
-        run = functions(dtypes[rest.partition(",")[0]], kernel, source, options)[name]
-        if run(job, blocks, next(_seed)):
+            ctypes.memset(zero_address, 0, zero_bytes)
+        kernel, _, arguments = name.partition("<")
+        run = functions(dtypes[arguments.partition(",")[0]], kernel, source, options)[name]
+        if run(params, blocks, next(_seed)):
             raise BarrierError(name)
 
     return cuda.Device(
         limits,
         active=contextlib.nullcontext,
         address=lambda a: a.ctypes.data,
-        steps=lambda a: tuple(step // a.itemsize for step in a.strides),
+        strides=lambda a: tuple(stride // a.itemsize for stride in a.strides),
         contiguous=np.ascontiguousarray,
-        capturing=lambda: next(_seed) % 2 == 0,  # both ways
+        capturing=lambda: next(_seed) % 2 == 0,  # both cases
         launch=launch,
     )
 
 
 @contextlib.contextmanager
 def active(limits=LIMITS["small-tiles"], source=None, options=()):
-    """NumPy arrays run on the CUDA kernels."""
+    """Run NumPy arrays on the CUDA kernels within this context."""
     found = cuda.Cuda("on the host, for tests", device(limits, source, options))
     candidate = dispatch.Candidate(("cupy",), lambda arrays: found)
     table = dispatch._TABLE

@@ -1,9 +1,9 @@
-// As much of a GPU as the kernels need, on a CPU: so that their semantics run where no GPU is.
+// The CUDA features that the kernels need, emulated on a CPU.
 //
-// A block is a thread of the host, so that blocks run at the same time; its threads are fibers of it,
-// which run one after the other, each up to the next barrier, in an order that is drawn anew after
-// every barrier. What one writes and another reads without a barrier between is then read too early
-// in one order or the other.
+// Each block runs in a thread of the host, so that blocks run concurrently. The threads of a block are
+// fibers, which run one after the other up to the next barrier, in an order that is drawn again after
+// every barrier. If a thread reads what another one writes, without a barrier in between, then some
+// orders read it before it is written.
 #pragma once
 
 #include <math.h>
@@ -27,10 +27,10 @@
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 
-struct Place {
+struct Index {
     unsigned x;
 };
-static thread_local Place threadIdx, blockIdx, gridDim;
+static thread_local Index threadIdx, blockIdx, gridDim;
 
 struct alignas(8) uint2 {
     unsigned x, y;
@@ -82,7 +82,7 @@ namespace gpu {
 struct Fiber {
     std::unique_ptr<char[]> stack{new char[SIZE]};
     static const size_t SIZE = 48 * 1024;
-    jmp_buf here;
+    jmp_buf context;
     bool started, ended;
 };
 
@@ -93,10 +93,10 @@ struct Block {
     Fiber* running;
 };
 static thread_local Block* block;
-static std::atomic<int> astray;  // barriers that some threads of a block never reached
+static std::atomic<int> unmet_barriers;  // which some threads of a block never reached
 
-inline void to_scheduler() {
-    if (!_setjmp(block->running->here)) _longjmp(block->scheduler, 1);
+inline void yield_to_scheduler() {
+    if (!_setjmp(block->running->context)) _longjmp(block->scheduler, 1);
 }
 
 inline void start() {
@@ -105,18 +105,18 @@ inline void start() {
     _longjmp(block->scheduler, 1);
 }
 
-inline void go_on(Fiber& fiber) {
+inline void resume(Fiber& fiber) {
     if (_setjmp(block->scheduler)) return;
     block->running = &fiber;
-    if (fiber.started) _longjmp(fiber.here, 1);
+    if (fiber.started) _longjmp(fiber.context, 1);
     fiber.started = true;
-    ucontext_t context, unused;
-    getcontext(&context);
-    context.uc_stack.ss_sp = fiber.stack.get();
-    context.uc_stack.ss_size = Fiber::SIZE;
-    context.uc_link = nullptr;
-    makecontext(&context, start, 0);
-    swapcontext(&unused, &context);
+    ucontext_t started, unused;
+    getcontext(&started);
+    started.uc_stack.ss_sp = fiber.stack.get();
+    started.uc_stack.ss_size = Fiber::SIZE;
+    started.uc_link = nullptr;
+    makecontext(&started, start, 0);
+    swapcontext(&unused, &started);
 }
 
 inline void run_block(Block& mine, std::mt19937& random) {
@@ -128,23 +128,23 @@ inline void run_block(Block& mine, std::mt19937& random) {
         std::shuffle(order.begin(), order.end(), random);
         for (int i : order) {
             threadIdx.x = i;
-            go_on(mine.fibers[i]);
+            resume(mine.fibers[i]);
         }
         size_t ended = 0;
         for (Fiber& fiber : mine.fibers) ended += fiber.ended;
         if (ended == order.size()) return;
         if (ended) {
-            ++astray;
+            ++unmet_barriers;
             return;
         }
     }
 }
 
-// Run a kernel; the number of blocks whose threads did not meet at their barriers.
+// Run a kernel and return the number of blocks in which some threads ended while others waited.
 inline int launch(const std::function<void()>& kernel, unsigned blocks, int threads, unsigned seed) {
     const unsigned at_once = std::min(blocks, 3u);
     std::atomic<unsigned> next{0};
-    astray = 0;
+    unmet_barriers = 0;
     auto work = [&](unsigned worker) {
         std::mt19937 random(seed * 97 + worker);
         static thread_local Block mine;
@@ -159,9 +159,9 @@ inline int launch(const std::function<void()>& kernel, unsigned blocks, int thre
     std::vector<std::thread> workers;
     for (unsigned i = 0; i < at_once; ++i) workers.emplace_back(work, i);
     for (std::thread& worker : workers) worker.join();
-    return astray;
+    return unmet_barriers;
 }
 
 }  // namespace gpu
 
-__attribute__((noinline)) inline void __syncthreads() { gpu::to_scheduler(); }
+__attribute__((noinline)) inline void __syncthreads() { gpu::yield_to_scheduler(); }

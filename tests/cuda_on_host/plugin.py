@@ -1,4 +1,4 @@
-"""For `pytest -p cuda_on_host.plugin`: the conformance suite on NumPy arrays and the CUDA kernels."""
+"""The conformance suite on NumPy arrays and the CUDA kernels: `pytest -p cuda_on_host.plugin`."""
 
 import contextlib
 

@@ -1,4 +1,7 @@
-"""Measured on a GPU, by its own clock: this package on CuPy and PyTorch, PyTorch's own paths, a copy."""
+"""GPU benchmark: this package on CuPy and PyTorch, PyTorch's own kernels, cuDNN's, and a copy.
+
+Times are measured by device events.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,17 @@ Timed = Callable[[], Any]
 EPS = 1e-5
 DTYPES = ("float32", "float16")
 BATCHES = (32, 256)
-# Copies of the device memory's traffic that each pass cannot do without: x is read twice and y written
-# once; dy and x are read twice and dx written once; x is read and y written.
+# The least memory traffic of each pass, in copies of x: x is read twice and y written once; dy and x are
+# read twice and dx written once; x is read and y written.
 FLOOR = {"forward": 1.5, "backward": 2.5, "inference": 1.0}
-# A contestant has this many rounds, of so many seconds.
+# Each contestant is timed in this many rounds, of this many seconds.
 ROUNDS, ROUND_SECONDS = 5, 4e-3
-# Arrays that take turns, so that none is in the cache from the call before: at most so many.
+# At most so many arrays are used in turn, so that none is in the cache from the previous call.
 SETS = 12
 
 
 class Case(NamedTuple):
-    """Tensors of one problem, in the shape that PyTorch has it (channels second)."""
+    """Tensors of one problem, with channels second as in PyTorch."""
 
     x: Array
     dy: Array
@@ -52,18 +55,18 @@ class Result(NamedTuple):
     seconds: float
     megabytes: float
     error: float
-    """The largest error of y or dx in eps of its dtype, against float64; NaN where not looked at."""
+    """The largest error of y or dx against float64, in eps of its dtype; NaN for a copy."""
 
 
 def shapes() -> Iterator[tuple[int, ...]]:
-    """The shapes of the table for a CPU, at a batch of 32 and of 256."""
+    """Yield the shapes of the CPU benchmark, at batch sizes of 32 and 256."""
     yield from SHAPES.values()
     larger = ((256, *shape[1:]) for shape in SHAPES.values() if shape[0] == 32)
     yield from itertools.filterfalse(set(SHAPES.values()).__contains__, larger)
 
 
 def cases(shape: tuple[int, ...], layout: str, dtype: str, device: str, count: int) -> list[Case]:
-    """Normal data around a mean of 3, several times."""
+    """Return problems of normally distributed data, with a mean of 3 for x."""
     torch = importlib.import_module("torch")
     torch.manual_seed(0)
     stored = shape if layout == "second" else (shape[0], *shape[2:], shape[1])
@@ -83,15 +86,15 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def sets(shape: tuple[int, ...], dtype: str, cache: int) -> int:
-    """How many arrays it takes so that none is in the cache from the call before."""
+    """Return how many arrays to use in turn, so that none is in the cache from the previous call."""
     return min(SETS, -(-3 * cache // _bytes(shape, dtype)))
 
 
-# Contestants: each prepares one pass and returns what to time, or None where it has no such pass.
+# Contestants: each prepares one pass and returns the function to time.
 
 
 def package(convert: Callable[[Array], Array]) -> Callable[[Case, str], Timed]:
-    """Run this package on tensors, or on what they are converted to."""
+    """Return a contestant that runs this package on converted tensors."""
 
     def prepare(case: Case, which: str) -> Timed:
         x, dy, gamma, beta, mean, var = (convert(a) for a in case)
@@ -110,7 +113,7 @@ def _to_cupy(a: Array) -> Array:
 
 
 def _native(case: Case, which: str) -> Timed:
-    """PyTorch's own kernels."""
+    """Prepare PyTorch's own kernels."""
     aten = importlib.import_module("torch").ops.aten
     x, dy, gamma, beta, mean, var = case
     if which == "inference":
@@ -125,7 +128,7 @@ def _native(case: Case, which: str) -> Timed:
 
 
 def _cudnn(case: Case, which: str) -> Timed:
-    """The same by cuDNN."""
+    """Prepare PyTorch's call of cuDNN."""
     aten = importlib.import_module("torch").ops.aten
     x, dy, gamma, beta, mean, var = case
     if which == "inference":
@@ -137,7 +140,7 @@ def _cudnn(case: Case, which: str) -> Timed:
 
 
 def _copy(case: Case, which: str) -> Timed:
-    """The limit: x copied, by the device."""
+    """Prepare a copy of x on the device, which bounds the speed of every pass."""
     target = case.x.clone()
     return lambda: target.copy_(case.x)
 
@@ -153,7 +156,7 @@ OURS, PEERS = tuple(CONTESTANTS)[:2], tuple(CONTESTANTS)[2:4]
 
 
 def missing() -> str | None:
-    """Why nothing can be measured here, or None."""
+    """Return why nothing can be measured here, or None."""
     for name in ("torch", "cupy"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
@@ -165,7 +168,7 @@ def missing() -> str | None:
 
 
 def device_seconds(calls: list[Timed]) -> float:
-    """Median seconds of a call by the device's events, the calls taking turns."""
+    """Return the median seconds per call by device events, with the calls made in turn."""
     torch = importlib.import_module("torch")
     turn = itertools.cycle(calls)
 
@@ -184,7 +187,7 @@ def device_seconds(calls: list[Timed]) -> float:
 
 
 def expected(case: Case, which: str) -> tuple[Array, Array]:
-    """Y or dx in float64, and what its error is measured against: the size of its terms."""
+    """Return y or dx in float64, and the magnitude of its terms, to which errors are relative."""
     torch = importlib.import_module("torch")
     x, dy, gamma, beta, mean, var = (a.double() for a in case)
     shape = (1, -1, *(1 for _ in x.shape[2:]))
@@ -203,17 +206,17 @@ def expected(case: Case, which: str) -> tuple[Array, Array]:
 
 
 def error(result: Array, case: Case, which: str) -> float:
-    """The largest error in eps of the dtype."""
+    """Return the largest error, in eps of the dtype."""
     torch = importlib.import_module("torch")
     result = torch.from_dlpack(result)
-    right, size = expected(case, which)
-    worst: float = ((result.double() - right).abs() / size).max().item()
+    reference, size = expected(case, which)
+    worst: float = ((result.double() - reference).abs() / size).max().item()
     eps: float = torch.finfo(result.dtype).eps
     return worst / eps
 
 
 def measure(shape: tuple[int, ...], layout: str, dtype: str, cache: int) -> Iterator[Result]:
-    """Every contestant's passes at one shape."""
+    """Yield the results of all contestants and passes at one shape."""
     torch = importlib.import_module("torch")
     given = cases(shape, layout, dtype, "cuda", sets(shape, dtype, cache))
     megabytes = _bytes(shape, dtype) / 1e6
@@ -226,10 +229,10 @@ def measure(shape: tuple[int, ...], layout: str, dtype: str, cache: int) -> Iter
                 if name in OURS or isinstance(problem, torch.cuda.OutOfMemoryError):
                     raise
                 continue
-            off = math.nan if name == "copy" else error(first, given[0], which)
+            largest = math.nan if name == "copy" else error(first, given[0], which)
             del first
             seconds = device_seconds(calls)
-            yield Result(_text(shape), layout, dtype, which, name, seconds, megabytes, off)
+            yield Result(_text(shape), layout, dtype, which, name, seconds, megabytes, largest)
     torch.cuda.empty_cache()
 
 
@@ -238,7 +241,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 def run(everything: bool, output: Path) -> int:
-    """Measure, write the full table to a file and print a short one; returns the exit status."""
+    """Measure, write all results to a file, print a summary and return the exit status."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -249,7 +252,7 @@ def run(everything: bool, output: Path) -> int:
     todo = list(itertools.product(wanted, LAYOUTS, DTYPES))
     results: list[Result] = []
     stopped = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: what there is, is said
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: report the results so far
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(todo))
@@ -270,7 +273,7 @@ def run(everything: bool, output: Path) -> int:
 
 
 def summary(results: list[Result], cache: float) -> list[str]:
-    """A line for each of our contestants, passes, dtypes and layouts."""
+    """Return a table with a line for each contestant of this package, pass, dtype and layout."""
     rows: dict[tuple[str, ...], dict[str, Result]] = {}
     for r in results:
         rows.setdefault((r.shape, r.layout, r.dtype, r.which), {})[r.contestant] = r
@@ -292,10 +295,10 @@ def summary(results: list[Result], cache: float) -> list[str]:
         ]
         if not raced:
             continue
-        worst, at = min(raced)
+        worst, megabytes = min(raced)
         errors = [max(row[n].error for row in chosen if n in row) for n in (name, PEERS[0])]
         text = f"{name:22}{which:10} {dtype:9} {layout:8}"
-        mean = f"{geometric([r for r, _ in raced]):.2f} ({worst:.2f}, {at:.1f})"
+        mean = f"{geometric([r for r, _ in raced]):.2f} ({worst:.2f}, {megabytes:.1f})"
         floor = f"{geometric(shares):.2f} ({min(shares):.2f})" if shares else "-"
         lines.append(f"{text:52}{mean:30}{floor:26}{errors[0]:.2f}, {errors[1]:.2g}")
     return lines

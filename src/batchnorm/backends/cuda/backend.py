@@ -1,8 +1,8 @@
-"""The four kernels, and forward and backward passes fused, in CUDA C++: on any library's GPU arrays.
+"""The four kernels, and the forward and backward passes fused, in CUDA C++ for any array library.
 
-`cuda/*.cu` has the kernels, `launches.py` the launch arithmetic. Here is what surrounds a launch: how
-the arrays lie, memory for results, and which vectors go where. A `Device` is all that a library has to
-bring; `cupy.py` has those of CuPy and PyTorch.
+The kernels are in the `.cu` files, the launch arithmetic in `launches.py`. This module prepares the
+launches: it brings arrays into one memory layout, allocates results and packs the parameters. A `Device`
+has the operations that depend on the array library; `devices.py` makes those of CuPy and PyTorch.
 """
 
 from __future__ import annotations
@@ -14,65 +14,79 @@ from typing import Any, NamedTuple
 
 from batchnorm.backends.base import Backend, place
 from batchnorm.backends.cuda import launches
-from batchnorm.backends.cuda.launches import GIVEN, RAW, SUM, WRITE, Form, Limits, Vector, Vectors
+from batchnorm.backends.cuda.launches import (
+    GIVEN,
+    RAW,
+    SUM,
+    WRITE,
+    Limits,
+    MemoryLayout,
+    Vector,
+    Vectors,
+)
 from batchnorm.backends.generic import GENERIC
 from batchnorm.layout import Layout, float_name
 from batchnorm.moments import Moments
 
 Array = Any
 
-FILES = ("numbers", "lanes", "moments", "tasks", "forward", "backward")
+FILES = ("values", "tiling", "moments", "tasks", "forward", "backward")
 
 
 class Device(NamedTuple):
-    """A device, and what only its arrays' library knows how to do."""
+    """A device, and the operations on it that depend on the array library."""
 
     limits: Limits
     active: Callable[[], Any]
-    """A context in which work goes to the device, in the caller's order."""
+    """Return a context in which the device is the current one."""
     address: Callable[[Array], int]
-    steps: Callable[[Array], tuple[int, ...]]
-    """Strides, counted in values."""
+    strides: Callable[[Array], tuple[int, ...]]
+    """Return the strides in elements."""
     contiguous: Callable[[Array], Array]
-    """An array with its values in the order of its axes: itself where they are so."""
+    """Return the array itself if it is C-contiguous, else a C-contiguous copy."""
     capturing: Callable[[], bool]
-    """Whether a graph is captured whose memory nobody keeps for it."""
+    """Return whether a graph is being captured whose memory the library does not keep."""
     launch: Callable[[str, bytes, int, int, int], None]
-    """Zero some bytes at an address, then run a kernel: its name, job, blocks, the address, bytes."""
+    """Set memory to zero and run a kernel: its name, parameters, blocks; the address, bytes to zero."""
 
 
 @functools.cache
 def source() -> str:
-    """The CUDA C++ source of all kernels, in one text: a compiler's cache then sees every change."""
+    """Return the CUDA C++ source of all kernels as one text, so that a compiler's cache sees changes."""
     folder = importlib.resources.files("batchnorm.backends") / "cuda"
     return "\n".join((folder / f"{name}.cu").read_text() for name in FILES)
 
 
-# How arrays lie.
+# Memory layouts.
 
 
 class Arranged(NamedTuple):
-    """Big arrays that lie alike, and weights that the same walk leads through."""
+    """Big arrays of one memory layout, and weights with the same lengths and their own strides."""
 
     arrays: tuple[Array, ...]
     weights: Array | None
-    form: Form
-    weights_form: Form | None
+    memory_layout: MemoryLayout
+    weights_layout: MemoryLayout | None
     order: tuple[int, ...]
     """The axes, from the outermost in memory to the innermost."""
 
 
 def arrange(device: Device, layout: Layout, w: Array | None, *arrays: Array) -> Arranged:
-    """Bring big arrays into one order, that of the first: most are, what is not is copied."""
+    """Return big arrays in the memory layout of the first; those with another layout are copied."""
     xp, (first, *others) = layout.xp, arrays
-    shape, steps = tuple(first.shape), device.steps(first)
-    order = tuple(sorted(range(len(shape)), key=lambda i: (-steps[i], i)))
-    if not launches.dense(shape, steps) or launches.forms(shape, layout.channel_axes, (steps,)) is None:
-        order = (*layout.channel_axes, *layout.reduced_axes)
-        first = _copied(device, xp, first, order)
-        steps = device.steps(first)
-    laid = [
-        a if _alike(shape, device.steps(a), steps) else _copied(device, xp, a, order) for a in others
+    shape, strides = tuple(first.shape), device.strides(first)
+    order = tuple(sorted(range(len(shape)), key=lambda i: (-strides[i], i)))
+    channel_axes = layout.channel_axes
+    if (
+        not launches.dense(shape, strides)
+        or launches.memory_layouts(shape, channel_axes, (strides,)) is None
+    ):
+        order = (*channel_axes, *layout.reduced_axes)
+        first = _copy(device, xp, first, order)
+        strides = device.strides(first)
+    arranged = [
+        a if _same_strides(shape, device.strides(a), strides) else _copy(device, xp, a, order)
+        for a in others
     ]
 
     found = None
@@ -80,21 +94,21 @@ def arrange(device: Device, layout: Layout, w: Array | None, *arrays: Array) -> 
         if float_name(xp, w.dtype) != "float64" and w.dtype != xp.bool:
             w = xp.astype(w, layout.wide)
         w = xp.broadcast_to(w, shape)
-        found = launches.forms(shape, layout.channel_axes, (steps, device.steps(w)))
+        found = launches.memory_layouts(shape, channel_axes, (strides, device.strides(w)))
         if found is None:
-            w = _copied(device, xp, w, order)
-            found = launches.forms(shape, layout.channel_axes, (steps, device.steps(w)))
-    found = found or launches.forms(shape, layout.channel_axes, (steps,))
+            w = _copy(device, xp, w, order)
+            found = launches.memory_layouts(shape, channel_axes, (strides, device.strides(w)))
+    found = found or launches.memory_layouts(shape, channel_axes, (strides,))
     assert found is not None
-    return Arranged((first, *laid), w, found[0], None if w is None else found[1], order)
+    return Arranged((first, *arranged), w, found[0], None if w is None else found[1], order)
 
 
-def _alike(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def _same_strides(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(n == 1 or i == j for n, i, j in zip(shape, a, b, strict=True))
 
 
-def _copied(device: Device, xp: Any, a: Array, order: tuple[int, ...]) -> Array:
-    """An array whose axes lie in this order, of the same shape."""
+def _copy(device: Device, xp: Any, a: Array, order: tuple[int, ...]) -> Array:
+    """Return a contiguous copy of the same shape, with its axes in memory in this order."""
     return xp.permute_dims(device.contiguous(xp.permute_dims(a, order)), _inverse(order))
 
 
@@ -102,14 +116,14 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(i) for i in range(len(order)))
 
 
-def _output(device: Device, layout: Layout, laid: Arranged, out: Array | None) -> Array:
-    """An array for the result: the caller's, where it lies as the others do."""
-    x = laid.arrays[0]
-    if out is not None and _alike(x.shape, device.steps(out), device.steps(x)):
+def _output(device: Device, layout: Layout, arranged: Arranged, out: Array | None) -> Array:
+    """Return an array for the result: `out`, if it has the strides of the inputs, or a new one."""
+    x = arranged.arrays[0]
+    if out is not None and _same_strides(x.shape, device.strides(out), device.strides(x)):
         return out
-    shape = tuple(x.shape[i] for i in laid.order)
+    shape = tuple(x.shape[i] for i in arranged.order)
     fresh = layout.xp.empty(shape, dtype=x.dtype, device=layout.device)
-    return layout.xp.permute_dims(fresh, _inverse(laid.order))
+    return layout.xp.permute_dims(fresh, _inverse(arranged.order))
 
 
 # Launches.
@@ -121,17 +135,20 @@ def _dtype(layout: Layout, dtype: Any) -> str:
     return name
 
 
-def _vector(device: Device, layout: Layout, v: Any, kept: list[Array]) -> Vector:
-    """A per-channel vector, or one number for all channels, as a kernel takes it."""
+def _vector(device: Device, layout: Layout, v: Any, referenced: list[Array]) -> Vector:
+    """Return the address, dtype and stride of a per-channel vector, or of one value for all channels.
+
+    The array is appended to `referenced`, which keeps it until the launch.
+    """
     if v is None:
         return launches.NOTHING
     if not hasattr(v, "dtype"):
         v = layout.xp.full((1,), float(v), dtype=layout.wide, device=layout.device)
     if v.ndim != 1:
         v = layout.xp.reshape(v, (-1,))
-    kept.append(v)  # until the launch
-    step = device.steps(v)[0] if v.shape[0] > 1 else 0
-    return Vector(device.address(v), launches.KINDS[_dtype(layout, v.dtype)], step)
+    referenced.append(v)
+    stride = device.strides(v)[0] if v.shape[0] > 1 else 0
+    return Vector(device.address(v), launches.DTYPE_TAGS[_dtype(layout, v.dtype)], stride)
 
 
 def _run(
@@ -139,7 +156,7 @@ def _run(
     layout: Layout,
     kernel: str,
     phases: int,
-    laid: Arranged,
+    arranged: Arranged,
     *,
     out: Array | None = None,
     vectors: dict[str, Any] | None = None,
@@ -147,63 +164,83 @@ def _run(
     eps: float = 0.0,
     table: tuple[int, Any] | None = None,
 ) -> Array:
-    """Lay out a pass and launch it; returns a table of the vectors that it finds.
+    """Launch a kernel and return a table of its per-channel results, or None.
 
-    `vectors` and `factors` are given for each channel; `table` says how many vectors are found, and
-    their dtype.
+    Parameters
+    ----------
+    device : Device
+        Where it runs.
+    layout : Layout
+        Of the call.
+    kernel : str
+        One of `launches.KERNELS`.
+    phases : int
+        What the launch does: `SUM`, `WRITE` or both, with `GIVEN` or `RAW`.
+    arranged : Arranged
+        The big arrays and the weights.
+    out : array, optional
+        The big array that is written.
+    vectors : dict, optional
+        Per-channel inputs by their names in `launches.Vectors`.
+    factors : tuple of arrays
+        Per-channel factors, where they are given instead of the vectors.
+    eps : float
+        Added to the variance.
+    table : tuple of int and dtype, optional
+        The number of per-channel results, and their dtype.
     """
-    x, *dy = laid.arrays
-    xp, address, channels = layout.xp, device.address, laid.form.channels
-    dtype, weights = _dtype(layout, x.dtype), laid.weights
+    x, *dy = arranged.arrays
+    xp, address, channels = layout.xp, device.address, arranged.memory_layout.channels
+    dtype, weights = _dtype(layout, x.dtype), arranged.weights
     arrays = (address(x), address(dy[0]) if dy else 0, 0 if out is None else address(out))
-    plan = launches.launch(
-        laid.form,
+    launch = launches.launch(
+        arranged.memory_layout,
         dtype,
         launches.alignment(*arrays),
         weights is not None,
-        len(laid.arrays),
+        len(arranged.arrays),
         phases,
         device.limits,
     )
-    room = launches.scratch(plan, kernel, dtype)
-    found, start, memory = _table(device, layout, table, channels, room.total)
-    kept: list[Array] = [memory]
-    given = {name: _vector(device, layout, v, kept) for name, v in (vectors or {}).items()}
-    if kernel == "backward" and not phases & RAW and found is not None:
-        given.update(
-            zip(("dgamma", "dbeta"), (_vector(device, layout, v, kept) for v in found), strict=True)
-        )
-    coef = launches.quarters(start, room.factors)
-    if factors:  # in order, and in what values are worked on in
+    scratch = launches.scratch(launch, kernel, dtype)
+    results, start, memory = _allocate(device, layout, table, channels, scratch.total)
+    partial, counters = start + scratch.factors, start + scratch.factors + scratch.partial
+    referenced: list[Array] = [memory]
+    given = {name: _vector(device, layout, v, referenced) for name, v in (vectors or {}).items()}
+    if kernel == "backward" and not phases & RAW and results is not None:
+        gradients = (_vector(device, layout, v, referenced) for v in results)
+        given.update(zip(("dgamma", "dbeta"), gradients, strict=True))
+    factor_addresses = launches.quarters(start, scratch.factors)
+    if factors:  # contiguous, and in the dtype of the arithmetic
         flat = [xp.reshape(xp.astype(v, layout.compute, copy=False), (-1,)) for v in factors]
-        kept += [device.contiguous(v) for v in flat]
-        coef = tuple(address(v) for v in kept[-len(factors) :])
-    job = launches.job(
-        plan,
+        referenced += [device.contiguous(v) for v in flat]
+        factor_addresses = tuple(address(v) for v in referenced[-len(factors) :])
+    params = launches.pack_params(
+        launch,
         launches.Operands(*arrays, 0 if weights is None else address(weights)),
-        laid.weights_form,
+        arranged.weights_layout,
         Vectors(**given),
-        0 if found is None else address(found),
-        coef,
-        start + room.factors,
-        start + room.factors + room.partial,
+        0 if results is None else address(results),
+        factor_addresses,
+        partial,
+        counters,
         eps,
     )
     kind = None if weights is None else "bool" if weights.dtype == xp.bool else "float64"
-    name = launches.instance(kernel, plan, dtype, kind)
-    blocks = launches.blocks(plan, device.limits)
-    device.launch(name, job, blocks, start + room.factors + room.partial, room.counters)
-    return found
+    name = launches.instance(kernel, launch, dtype, kind)
+    blocks = launches.blocks(launch, device.limits)
+    device.launch(name, params, blocks, counters, scratch.counters)
+    return results
 
 
-def _table(
+def _allocate(
     device: Device, layout: Layout, wanted: tuple[int, Any] | None, channels: int, scratch: int
 ) -> tuple[Array, int, Array]:
-    """A table of vectors, and an address where there are bytes to work with, and what holds these.
+    """Return a table of vectors, the address of working memory, and the array that owns the latter.
 
-    The latter is free for others when the call returns: what follows on the stream comes later. Not so
-    where a graph is captured, which may run at any time while its results are there: it is then part
-    of the memory of these.
+    The working memory may be reused as soon as the call returns, because later work on the stream runs
+    after the launch. A captured graph may be replayed at any time while its results exist, so the
+    working memory is then part of the memory of the results.
     """
     if wanted is None:
         return None, 0, None
@@ -224,14 +261,14 @@ def _table(
 
 
 def _rows(layout: Layout, table: Array, shape: tuple[int, ...]) -> list[Array]:
-    """The rows of a table of vectors, in some shape."""
+    """Return the rows of a table of vectors, each in the given shape."""
     if len(shape) != 1:
         table = layout.xp.reshape(table, (-1, *shape))
     return [table[i, ...] for i in range(table.shape[0])]
 
 
 def _active(pass_: Callable[..., Any]) -> Any:
-    """Make a method that runs with its device current."""
+    """Return the method, called with its device as the current one."""
 
     @functools.wraps(pass_)
     def call(self: Cuda, *arguments: Any, **named: Any) -> Any:
@@ -242,7 +279,7 @@ def _active(pass_: Callable[..., Any]) -> Any:
 
 
 class Cuda(Backend):
-    """CUDA kernels on the arrays of one device."""
+    """The CUDA kernels on the arrays of one device."""
 
     name = "cupy"
 
@@ -261,19 +298,19 @@ class Cuda(Backend):
         *,
         out: Array | None = None,
     ) -> tuple[Array, Moments]:
-        """Return y and the batch's moments."""
-        if w is not None:  # whose counts are looked at before y is written
+        """Return y and the moments of the batch."""
+        if w is not None:  # the counts are checked before y is written
             return super().forward(x, w, gamma, beta, eps, layout, out=out)
         device = self.device
-        laid = arrange(device, layout, w, x)
-        y = _output(device, layout, laid, out)
+        arranged = arrange(device, layout, w, x)
+        y = _output(device, layout, arranged, out)
         given = {"gamma": gamma, "beta": beta}
         table = _run(
             device,
             layout,
             "forward",
             SUM | WRITE,
-            laid,
+            arranged,
             out=y,
             vectors=given,
             eps=eps,
@@ -298,8 +335,8 @@ class Cuda(Backend):
         if dy.dtype != x.dtype:
             return super().backward(dy, x, w, stats, gamma, eps, layout, out=out)
         device = self.device
-        laid = arrange(device, layout, w, x, dy)
-        dx = _output(device, layout, laid, out)
+        arranged = arrange(device, layout, w, x, dy)
+        dx = _output(device, layout, arranged, out)
         given = dict(zip(("n", "mean", "var", "low"), stats, strict=True), gamma=gamma)
         dtype = layout.compute if gamma is None else gamma.dtype
         table = _run(
@@ -307,7 +344,7 @@ class Cuda(Backend):
             layout,
             "backward",
             SUM | WRITE,
-            laid,
+            arranged,
             out=dx,
             vectors=given,
             eps=eps,
@@ -328,15 +365,15 @@ class Cuda(Backend):
         *,
         out: Array | None = None,
     ) -> Array:
-        """Return y from statistics that are given."""
+        """Return y, normalized by given statistics."""
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
-        if stats.mean_lo is not None:  # which the kernel does not take
+        if stats.mean_lo is not None:  # the kernel takes no residual of the mean
             return super().inference(x, stats, gamma, beta, eps, layout, out=out)
-        laid = arrange(self.device, layout, None, x)
-        y = _output(self.device, layout, laid, out)
+        arranged = arrange(self.device, layout, None, x)
+        y = _output(self.device, layout, arranged, out)
         given = {"mean": stats.mean, "var": stats.var, "gamma": gamma, "beta": beta}
-        _run(self.device, layout, "normalize", WRITE, laid, out=y, vectors=given, eps=eps)
+        _run(self.device, layout, "normalize", WRITE, arranged, out=y, vectors=given, eps=eps)
         return place(layout, y, x.dtype, out)
 
     @_active
@@ -344,8 +381,8 @@ class Cuda(Backend):
         """Return count, mean as a high and a low part, and population variance of each channel."""
         if 0 in x.shape:
             return GENERIC.moments(x, w, layout)
-        laid = arrange(self.device, layout, w, x)
-        table = _run(self.device, layout, "forward", SUM, laid, table=(4, layout.wide))
+        arranged = arrange(self.device, layout, w, x)
+        table = _run(self.device, layout, "forward", SUM, arranged, table=(4, layout.wide))
         count, mean, var, low = _rows(layout, table, layout.broadcast)
         return count, mean, low, var
 
@@ -356,9 +393,9 @@ class Cuda(Backend):
         """Return y = a·(x − m) + b."""
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
-        laid = arrange(self.device, layout, None, x)
-        y = _output(self.device, layout, laid, out)
-        _run(self.device, layout, "normalize", WRITE | GIVEN, laid, out=y, factors=(m, a, b))
+        arranged = arrange(self.device, layout, None, x)
+        y = _output(self.device, layout, arranged, out)
+        _run(self.device, layout, "normalize", WRITE | GIVEN, arranged, out=y, factors=(m, a, b))
         return y
 
     @_active
@@ -368,13 +405,13 @@ class Cuda(Backend):
         """Return Σdy and Σdy·(x − m) of each channel."""
         if 0 in x.shape:
             return GENERIC.grad_sums(dy, x, m, w, layout)
-        laid = arrange(self.device, layout, w, x, dy)
+        arranged = arrange(self.device, layout, w, x, dy)
         table = _run(
             self.device,
             layout,
             "backward",
             SUM | RAW | GIVEN,
-            laid,
+            arranged,
             factors=(m,),
             table=(2, layout.wide),
         )
@@ -398,7 +435,7 @@ class Cuda(Backend):
         """Return dx = a·(dy + w·(b·(x − m) + c))."""
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
-        laid = arrange(self.device, layout, w, x, dy)
-        dx = _output(self.device, layout, laid, out)
-        _run(self.device, layout, "backward", WRITE | GIVEN, laid, out=dx, factors=(m, a, b, c))
+        arranged = arrange(self.device, layout, w, x, dy)
+        dx = _output(self.device, layout, arranged, out)
+        _run(self.device, layout, "backward", WRITE | GIVEN, arranged, out=dx, factors=(m, a, b, c))
         return dx

@@ -1,138 +1,144 @@
 // The backward pass: sums of dy and of dy (x - m), then dx = a (dy + w (b (x - m) + c)).
 
-template <typename T, int V, bool COLUMNS, typename W> struct Backward {
+template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Backward {
     typedef typename Number<T>::Compute A;
     typedef typename Weight<W, A>::Type U;
-    static const bool WEIGHTED = Weight<W, A>::THERE;
-    static const int CH = COLUMNS ? V : 1;  // channels of a thread
-    static const int SUMS = 2;              // doubles of a partial result
-    static const int FACTORS = 4;           // m, a, b, c
-    static const int DEPTH = COLUMNS || WEIGHTED || V > 1 ? 4 : 8;
-    typedef Room<A, CH> Shared;
+    static const bool WEIGHTED = Weight<W, A>::PRESENT;
+    static const int CH = ACROSS_CHANNELS ? V : 1;  // channels of a bundle
+    static const int SUMS = 2;  // doubles of a partial result
+    static const int FACTORS = 4;  // m, a, b, c
+    static const int DEPTH = ACROSS_CHANNELS || WEIGHTED || V > 1 ? 4 : 8;
+    typedef SharedMemory<A, CH> Shared;
 
-    static __device__ void prepare(const Job& job, const Tile& tile, Shared& room) {
-        fetch(job, tile, room);
+    static __device__ void prepare(const Params& params, const Tile& tile, Shared& shared) {
+        load_inputs(params, tile, shared);
         __syncthreads();
     }
 
-    static __device__ void sum(const Job& job, const Tile& tile, Shared& room, double (&m)[CH][SUMS]) {
+    static __device__ void sum(
+        const Params& params, const Tile& tile, Shared& shared, double (&m)[CH][SUMS]) {
         A mean[CH];
         for (int ch = 0; ch < CH; ++ch) {
             m[ch][0] = m[ch][1] = 0;
-            if (tile.begin < tile.end)  // the mean, as a number of x's kind
-                mean[ch] = job.phases & GIVEN ? ((const A*)job.coef[0])[tile.c + ch]
-                                              : (A)room.given[GIVEN_MEAN][tile.column * CH + ch];
+            if (tile.begin < tile.end)  // the mean, rounded to the type of the arithmetic
+                mean[ch] = params.phases & GIVEN ? ((const A*)params.factors[0])[tile.channel + ch]
+                                                 : (A)shared.inputs[INPUT_MEAN][tile.bundle * CH + ch];
         }
-        Walk<V, WEIGHTED> walk(job, tile);
-        for (long long i = tile.begin; i < tile.end; i += DEPTH * job.lanes) {
-            const int L = COLUMNS ? DEPTH : DEPTH * V;  // values of a channel
+        Cursor<V, WEIGHTED> cursor(params, tile);
+        for (long long i = tile.begin; i < tile.end; i += DEPTH * params.lanes) {
+            const int L = ACROSS_CHANNELS ? DEPTH : DEPTH * V;  // elements of a channel
             Pack<T, V> dy[DEPTH], x[DEPTH];
-            bool counts[DEPTH];
+            bool used[DEPTH];
 #pragma unroll
             for (int k = 0; k < DEPTH; ++k) {
-                bool there = i + k * job.lanes < tile.end;
-                dy[k] = load<T, V>(job.dy, there ? walk.at : 0);
-                x[k] = load<T, V>(job.x, there ? walk.at : 0);
-                counts[k] = there;
-                if (WEIGHTED && there)  // without weight and without gradient, x may be NaN
-                    counts[k] = value(dy[k].item[0]) != 0
-                                || Weight<W, A>::read(job.weights, walk.w_at) > 0;
-                walk.next(job);
+                bool in_range = i + k * params.lanes < tile.end;
+                dy[k] = load<T, V>(params.dy, in_range ? cursor.offset : 0);
+                x[k] = load<T, V>(params.x, in_range ? cursor.offset : 0);
+                used[k] = in_range;
+                if (WEIGHTED && in_range)  // elements of zero weight and gradient may be NaN
+                    used[k] = value(dy[k].item[0]) != 0
+                                || Weight<W, A>::read(params.weights, cursor.w_offset) > 0;
+                cursor.next(params);
             }
 #pragma unroll
             for (int ch = 0; ch < CH; ++ch) {
                 A g[L], gd[L];
 #pragma unroll
                 for (int j = 0; j < L; ++j) {
-                    int k = COLUMNS ? j : j / V, item = COLUMNS ? ch : j % V;
-                    g[j] = counts[k] ? value(dy[k].item[item]) : A(0);
-                    gd[j] = counts[k] ? g[j] * (value(x[k].item[item]) - mean[ch]) : A(0);
+                    int k = ACROSS_CHANNELS ? j : j / V, item = ACROSS_CHANNELS ? ch : j % V;
+                    g[j] = used[k] ? value(dy[k].item[item]) : A(0);
+                    gd[j] = used[k] ? g[j] * (value(x[k].item[item]) - mean[ch]) : A(0);
                 }
-                m[ch][0] += tree<L>(g);
-                m[ch][1] += tree<L>(gd);
+                m[ch][0] += pairwise_sum<L>(g);
+                m[ch][1] += pairwise_sum<L>(gd);
             }
         }
     }
 
-    static __device__ void combine(double (&m)[CH][SUMS], Shared& room, const Job& job, const Tile& tile) {
+    static __device__ void combine(
+        double (&m)[CH][SUMS], Shared& shared, const Params& params, const Tile& tile) {
         double v[2 * CH];
         for (int ch = 0; ch < CH; ++ch) v[2 * ch] = m[ch][0], v[2 * ch + 1] = m[ch][1];
-        total(v, room, job, tile);
+        sum_over_lanes(v, shared, params, tile);
         for (int ch = 0; ch < CH; ++ch) m[ch][0] = v[2 * ch], m[ch][1] = v[2 * ch + 1];
     }
 
     static __device__ void gather(
-        const Job& job, const Tile& tile, const double* sums, long long count, double (&m)[CH][SUMS]) {
+        const Params& params, const Tile& tile, const double* sums, long long count,
+        double (&m)[CH][SUMS]) {
         for (int ch = 0; ch < CH; ++ch) m[ch][0] = m[ch][1] = 0;
 #pragma unroll 4
-        for (long long i = tile.lane; i < (tile.end > 0 ? count : 0); i += job.lanes)
+        for (long long i = tile.lane; i < (tile.end > 0 ? count : 0); i += params.lanes)
 #pragma unroll
             for (int ch = 0; ch < CH; ++ch)
 #pragma unroll
                 for (int k = 0; k < SUMS; ++k)
-                    m[ch][k] += __ldcg(sums + i * job.channels * SUMS + ch * SUMS + k);
+                    m[ch][k] += __ldcg(sums + i * params.channels * SUMS + ch * SUMS + k);
     }
 
-    // Gradients of the parameters, and the factors of dx, as functional.py has them.
-    static __device__ void finish(const Job& job, const Tile& tile, Shared& room, double (&m)[CH][SUMS]) {
+    // Gradients of the parameters, and the factors of dx as in coefficients.py.
+    static __device__ void finish(
+        const Params& params, const Tile& tile, Shared& shared, double (&m)[CH][SUMS]) {
         for (int ch = 0; ch < CH; ++ch) {
-            long long c = tile.c + ch;
-            if (job.phases & RAW) {
-                job.stats[c] = m[ch][0];
-                job.stats[job.channels + c] = m[ch][1];
+            long long c = tile.channel + ch;
+            if (params.phases & RAW) {
+                params.stats[c] = m[ch][0];
+                params.stats[params.channels + c] = m[ch][1];
                 continue;
             }
-            int at = tile.column * CH + ch;
-            double mean = room.given[GIVEN_MEAN][at], n = room.given[N][at];
-            A nearest = (A)mean;
-            double rest = (mean - nearest) + room.given[GIVEN_LOW][at];
-            double rstd = 1 / sqrt(room.given[VAR][at] + job.eps);
-            double sum_dy = m[ch][0], dgamma = rstd * (m[ch][1] - rest * sum_dy);
+            int local = tile.bundle * CH + ch;
+            double mean = shared.inputs[INPUT_MEAN][local], n = shared.inputs[N][local];
+            A rounded_mean = (A)mean;
+            double residual = (mean - rounded_mean) + shared.inputs[INPUT_LOW][local];
+            double rstd = 1 / sqrt(shared.inputs[VAR][local] + params.eps);
+            double sum_dy = m[ch][0], dgamma = rstd * (m[ch][1] - residual * sum_dy);
             if (!(n > 0)) n = 1;
             double b = -rstd * (dgamma / n);
-            double f[4] = {nearest, room.given[GAMMA][at] * rstd, b, -sum_dy / n - b * rest};
-            give(job.dgamma, c, dgamma);
-            give(job.dbeta, c, sum_dy);
-            publish<Backward>(f, job, tile, room, ch);
+            double f[4] = {
+                rounded_mean, shared.inputs[GAMMA][local] * rstd, b, -sum_dy / n - b * residual};
+            store_channel(params.dgamma, c, dgamma);
+            store_channel(params.dbeta, c, sum_dy);
+            store_factors<Backward>(f, params, tile, shared, ch);
         }
     }
 
-    static __device__ void write(const Job& job, const Tile& tile, const Shared& room) {
+    static __device__ void write(const Params& params, const Tile& tile, const Shared& shared) {
         A f[CH][4];
-        factors<Backward>(f, job, tile, room);
-        Walk<V, WEIGHTED> walk(job, tile);
-        const int AHEAD = V * sizeof(T) >= 8 ? 4 : 8;  // vectors on their way, of dy and of x
-        for (long long i = tile.begin; i < tile.end; i += AHEAD * job.lanes) {
-            Pack<T, V> dy[AHEAD], x[AHEAD];
-            long long at[AHEAD];
-            U w[AHEAD];
+        load_factors<Backward>(f, params, tile, shared);
+        Cursor<V, WEIGHTED> cursor(params, tile);
+        const int IN_FLIGHT = V * sizeof(T) >= 8 ? 4 : 8;  // vectors of dy and of x in flight
+        for (long long i = tile.begin; i < tile.end; i += IN_FLIGHT * params.lanes) {
+            Pack<T, V> dy[IN_FLIGHT], x[IN_FLIGHT];
+            long long offset[IN_FLIGHT];
+            U w[IN_FLIGHT];
 #pragma unroll
-            for (int k = 0; k < AHEAD; ++k) {
-                at[k] = i + k * job.lanes < tile.end ? walk.at : -1;
-                if (at[k] >= 0) {
-                    dy[k] = load_last<T, V>(job.dy, at[k]);
-                    x[k] = load_last<T, V>(job.x, at[k]);
-                    w[k] = Weight<W, A>::read(job.weights, walk.w_at);
+            for (int k = 0; k < IN_FLIGHT; ++k) {
+                offset[k] = i + k * params.lanes < tile.end ? cursor.offset : -1;
+                if (offset[k] >= 0) {
+                    dy[k] = load_streaming<T, V>(params.dy, offset[k]);
+                    x[k] = load_streaming<T, V>(params.x, offset[k]);
+                    w[k] = Weight<W, A>::read(params.weights, cursor.w_offset);
                 }
-                walk.next(job);
+                cursor.next(params);
             }
 #pragma unroll
-            for (int k = 0; k < AHEAD; ++k) {
-                if (at[k] < 0) continue;
+            for (int k = 0; k < IN_FLIGHT; ++k) {
+                if (offset[k] < 0) continue;
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
-                    const A* h = f[COLUMNS ? j : 0];
-                    A through = h[2] * (value(x[k].item[j]) - h[0]) + h[3];  // the statistics
-                    if (WEIGHTED) through = w[k] > 0 ? A(w[k] * through) : A(0);
-                    set(x[k].item[j], h[1] * (value(dy[k].item[j]) + through));
+                    const A* h = f[ACROSS_CHANNELS ? j : 0];
+                    // The gradient through the statistics.
+                    A via_stats = h[2] * (value(x[k].item[j]) - h[0]) + h[3];
+                    if (WEIGHTED) via_stats = w[k] > 0 ? A(w[k] * via_stats) : A(0);
+                    set(x[k].item[j], h[1] * (value(dy[k].item[j]) + via_stats));
                 }
-                store<T, V>(job.out, at[k], x[k]);
+                store_streaming<T, V>(params.out, offset[k], x[k]);
             }
         }
     }
 };
 
-template <typename T, int V, bool COLUMNS, typename W>
-__global__ void __launch_bounds__(THREADS, 2) backward(const Job job) {
-    run<Backward<T, V, COLUMNS, W>>(job);
+template <typename T, int V, bool ACROSS_CHANNELS, typename W>
+__global__ void __launch_bounds__(THREADS, 2) backward(const Params params) {
+    run_tasks<Backward<T, V, ACROSS_CHANNELS, W>>(params);
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernels on CuPy's arrays and on PyTorch's CUDA tensors, compiled and launched by CuPy."""
+"""The CUDA kernels on CuPy arrays and PyTorch CUDA tensors, compiled and launched by CuPy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = tuple[Array | None, ...]
 
 @functools.cache
 def unusable() -> str | None:
-    """Why CuPy cannot run kernels here, or None."""
+    """Return why CuPy cannot run the kernels here, or None."""
     try:
         cupy = importlib.import_module("cupy")
         if cupy.cuda.runtime.is_hip:
@@ -29,18 +29,18 @@ def unusable() -> str | None:
         cupy.cuda.runtime.getDeviceCount()
     except ImportError:
         return "CuPy is not installed: pip install 'batchnorm[cupy-cuda13x]'"
-    except Exception as error:  # an installation without a driver, say
+    except Exception as error:  # for example an installation without a driver
         return f"CuPy cannot be used: {type(error).__name__}: {error}"
     return None
 
 
 def refuses_arrays(arrays: Arrays) -> str | None:
-    """Return why the kernels cannot run on CuPy's arrays, or None."""
+    """Return why the kernels cannot run on CuPy arrays, or None."""
     return unusable()
 
 
 def refuses_tensors(arrays: Arrays) -> str | None:
-    """Return why the kernels cannot run on PyTorch's tensors, or None."""
+    """Return why the kernels cannot run on PyTorch tensors, or None."""
     torch = sys.modules["torch"]
     for a in arrays:
         if a is None:
@@ -51,18 +51,18 @@ def refuses_tensors(arrays: Arrays) -> str | None:
             return f"the tensors include {describe_type(a)}"
         if a.layout is not torch.strided:
             return "the tensors are not strided memory"
-        if a.is_neg():  # a view whose sign PyTorch changes as it reads
+        if a.is_neg():  # a view that PyTorch negates when it reads the values
             return "the tensors include a negated view"
     return unusable()
 
 
 def on_arrays(arrays: Arrays) -> Cuda:
-    """Return the kernels for CuPy's arrays on their device, on CuPy's current stream."""
+    """Return the backend for CuPy arrays, on their device and CuPy's current stream."""
     return _on_arrays(arrays[0].device.id)  # type: ignore[union-attr]
 
 
 def on_tensors(arrays: Arrays) -> Cuda:
-    """Return the kernels for PyTorch's tensors on their device, on PyTorch's current stream."""
+    """Return the backend for PyTorch tensors, on their device and PyTorch's current stream."""
     return _on_tensors(arrays[0].device.index)  # type: ignore[union-attr]
 
 
@@ -71,14 +71,14 @@ def _on_arrays(index: int) -> Cuda:
     cupy = importlib.import_module("cupy")
 
     def active() -> Any:
-        on_it = cupy.cuda.runtime.getDevice() == index
-        return contextlib.nullcontext() if on_it else cupy.cuda.Device(index)
+        is_current = cupy.cuda.runtime.getDevice() == index
+        return contextlib.nullcontext() if is_current else cupy.cuda.Device(index)
 
     device = Device(
         _limits(index),
         active,
         address=lambda a: int(a.data.ptr),
-        steps=lambda a: tuple(step // a.itemsize for step in a.strides),
+        strides=lambda a: tuple(stride // a.itemsize for stride in a.strides),
         contiguous=cupy.ascontiguousarray,
         capturing=lambda: bool(cupy.cuda.get_current_stream().is_capturing()),
         launch=functools.partial(_launch, cupy.cuda.get_current_stream),
@@ -91,8 +91,8 @@ def _on_tensors(index: int) -> Cuda:
     torch = sys.modules["torch"]
 
     def active() -> Any:
-        on_it = torch.cuda.current_device() == index
-        return contextlib.nullcontext() if on_it else torch.cuda.device(index)
+        is_current = torch.cuda.current_device() == index
+        return contextlib.nullcontext() if is_current else torch.cuda.device(index)
 
     def stream() -> Any:
         return _Stream(torch.cuda.current_stream(index).cuda_stream)
@@ -101,9 +101,9 @@ def _on_tensors(index: int) -> Cuda:
         _limits(index),
         active,
         address=lambda a: int(a.data_ptr()),
-        steps=lambda a: tuple(a.stride()),
+        strides=lambda a: tuple(a.stride()),
         contiguous=lambda a: a.contiguous(),
-        capturing=lambda: False,  # PyTorch keeps the memory of a graph for it
+        capturing=lambda: False,  # PyTorch keeps the memory of its graphs
         launch=functools.partial(_launch, stream),
     )
     return Cuda("CUDA kernels, launched by CuPy on PyTorch's stream", device)
@@ -116,7 +116,7 @@ def _limits(index: int) -> Limits:
 
 @functools.cache
 def _kernel(name: str) -> Any:
-    """A kernel by its name in C++, compiled by CuPy for each device at its first launch there."""
+    """Return a kernel by its name in C++. CuPy compiles it at its first launch on each device."""
     module = importlib.import_module("cupy").RawModule(
         code=source(), options=("-std=c++17",), name_expressions=(name,)
     )
@@ -124,17 +124,23 @@ def _kernel(name: str) -> Any:
 
 
 class _Stream(NamedTuple):
-    """Another library's stream, as CuPy's launches take one."""
+    """The stream of another library, in the form that CuPy's launches take."""
 
     ptr: int
 
 
 def _launch(
-    stream: Callable[[], Any], name: str, job: bytes, blocks: int, zero_at: int, zero_bytes: int
+    stream: Callable[[], Any],
+    name: str,
+    params: bytes,
+    blocks: int,
+    zero_address: int,
+    zero_bytes: int,
 ) -> None:
-    """Zero some bytes and run a kernel."""
-    on = stream()
+    """Set memory to zero and run a kernel, both on the current stream."""
+    current = stream()
     if zero_bytes:
-        sys.modules["cupy"].cuda.runtime.memsetAsync(zero_at, 0, zero_bytes, on.ptr)
-    # CuPy passes an array of one value by value: the struct.
-    _kernel(name)((blocks,), (THREADS,), (np.frombuffer(job, f"V{len(job)}"),), stream=on)
+        sys.modules["cupy"].cuda.runtime.memsetAsync(zero_address, 0, zero_bytes, current.ptr)
+    # CuPy passes an array of one element by value, as a kernel takes a struct.
+    argument = np.frombuffer(params, f"V{len(params)}")
+    _kernel(name)((blocks,), (THREADS,), (argument,), stream=current)

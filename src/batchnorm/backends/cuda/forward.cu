@@ -1,80 +1,84 @@
 // The forward pass: moments of each channel, then y = a (x - m) + b.
 
-// y = gamma (x - mean) / std + beta, with the mean as m, a number of x's kind, and the rest of it.
-template <typename A, int N_GIVEN>
-__device__ inline void factor(
-    double (&f)[4], const Job& job, const double (&given)[VECTORS][N_GIVEN], int c, double mean, double low,
-    double var) {
+// Factors of y = gamma (x - mean) / std + beta = a (x - m) + b: m is the mean, rounded to the type of
+// the arithmetic; b includes the residual of the mean.
+template <typename A, int LENGTH>
+__device__ inline void forward_factors(
+    double (&f)[4], const Params& params, const double (&inputs)[INPUTS][LENGTH], int c, double mean,
+    double low, double var) {
     A m = (A)mean;
     f[0] = m;
-    f[1] = given[GAMMA][c] * (1 / sqrt(var + job.eps));
-    f[2] = given[BETA][c] - f[1] * ((mean - m) + low);
+    f[1] = inputs[GAMMA][c] * (1 / sqrt(var + params.eps));
+    f[2] = inputs[BETA][c] - f[1] * ((mean - m) + low);
     f[3] = 0;
 }
 
-template <typename T, int V, bool COLUMNS, typename A, int CH>
-__device__ inline void output(const Job& job, const Tile& tile, const A (&f)[CH][4]) {
-    const int AHEAD = V * sizeof(T) >= 8 ? 4 : 8;  // vectors on their way
-    Walk<V, false> walk(job, tile);
-    for (long long i = tile.begin; i < tile.end; i += AHEAD * job.lanes) {
-        Pack<T, V> x[AHEAD];
-        long long at[AHEAD];
+template <typename T, int V, bool ACROSS_CHANNELS, typename A, int CH>
+__device__ inline void output(const Params& params, const Tile& tile, const A (&f)[CH][4]) {
+    const int IN_FLIGHT = V * sizeof(T) >= 8 ? 4 : 8;  // vectors in flight
+    Cursor<V, false> cursor(params, tile);
+    for (long long i = tile.begin; i < tile.end; i += IN_FLIGHT * params.lanes) {
+        Pack<T, V> x[IN_FLIGHT];
+        long long offset[IN_FLIGHT];
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
-            at[k] = i + k * job.lanes < tile.end ? walk.at : -1;
-            if (at[k] >= 0) x[k] = load_last<T, V>(job.x, at[k]);
-            walk.next(job);
+        for (int k = 0; k < IN_FLIGHT; ++k) {
+            offset[k] = i + k * params.lanes < tile.end ? cursor.offset : -1;
+            if (offset[k] >= 0) x[k] = load_streaming<T, V>(params.x, offset[k]);
+            cursor.next(params);
         }
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
+        for (int k = 0; k < IN_FLIGHT; ++k) {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                const A* g = f[COLUMNS ? j : 0];
+                const A* g = f[ACROSS_CHANNELS ? j : 0];
                 set(x[k].item[j], g[1] * (value(x[k].item[j]) - g[0]) + g[2]);
             }
-            if (at[k] >= 0) store<T, V>(job.out, at[k], x[k]);
+            if (offset[k] >= 0) store_streaming<T, V>(params.out, offset[k], x[k]);
         }
     }
 }
 
-template <typename T, int V, bool COLUMNS, typename W> struct Forward {
+template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Forward {
     typedef typename Number<T>::Compute A;
     typedef typename Weight<W, A>::Type U;
-    static const bool WEIGHTED = Weight<W, A>::THERE;
-    static const int CH = COLUMNS ? V : 1;  // channels of a thread
-    static const int SUMS = 4;              // doubles of a partial result: the moments
-    static const int FACTORS = 3;           // m, a, b
-    // Loads in flight: as many as registers allow.
-    static const int DEPTH = COLUMNS ? (sizeof(T) == 2 ? 6 : 4)
+    static const bool WEIGHTED = Weight<W, A>::PRESENT;
+    static const int CH = ACROSS_CHANNELS ? V : 1;  // channels of a bundle
+    static const int SUMS = 4;  // doubles of a partial result: the moments
+    static const int FACTORS = 3;  // m, a, b
+    // Vectors in flight: as many as the registers allow.
+    static const int DEPTH = ACROSS_CHANNELS ? (sizeof(T) == 2 ? 6 : 4)
                               : V == 1 && sizeof(A) == 4 && !WEIGHTED ? 16 : V == 8 ? 6 : 8;
-    typedef Room<A, CH> Shared;
+    typedef SharedMemory<A, CH> Shared;
 
-    static __device__ void prepare(const Job& job, const Tile& tile, Shared& room) { fetch(job, tile, room); }
-
-    static __device__ void sum(const Job& job, const Tile& tile, Shared&, double (&m)[CH][SUMS]) {
-        Running running[CH];
-        Walk<V, WEIGHTED> walk(job, tile);
-        for (long long i = tile.begin; i < tile.end; i += DEPTH * job.lanes)
-            if (i + (DEPTH - 1) * job.lanes < tile.end)
-                chunk<true>(job, walk, i, tile.end, running);
-            else
-                chunk<false>(job, walk, i, tile.end, running);
-        for (int ch = 0; ch < CH; ++ch) running[ch].result(m[ch]);
+    static __device__ void prepare(const Params& params, const Tile& tile, Shared& shared) {
+        load_inputs(params, tile, shared);
     }
 
-    // DEPTH positions, loaded before the first is used.
+    static __device__ void sum(const Params& params, const Tile& tile, Shared&, double (&m)[CH][SUMS]) {
+        Accumulator accumulators[CH];
+        Cursor<V, WEIGHTED> cursor(params, tile);
+        for (long long i = tile.begin; i < tile.end; i += DEPTH * params.lanes)
+            if (i + (DEPTH - 1) * params.lanes < tile.end)
+                chunk<true>(params, cursor, i, tile.end, accumulators);
+            else
+                chunk<false>(params, cursor, i, tile.end, accumulators);
+        for (int ch = 0; ch < CH; ++ch) accumulators[ch].result(m[ch]);
+    }
+
+    // Add DEPTH positions; all are loaded before the first is used.
     template <bool FULL>
     static __device__ void chunk(
-        const Job& job, Walk<V, WEIGHTED>& walk, long long i, long long end, Running (&running)[CH]) {
-        const int L = COLUMNS ? DEPTH : DEPTH * V;  // values of a channel
+        const Params& params, Cursor<V, WEIGHTED>& cursor, long long i, long long end,
+        Accumulator (&accumulators)[CH]) {
+        const int L = ACROSS_CHANNELS ? DEPTH : DEPTH * V;  // elements of a channel
         Pack<T, V> x[DEPTH];
         U weight[DEPTH];
 #pragma unroll
         for (int k = 0; k < DEPTH; ++k) {
-            bool there = FULL || i + k * job.lanes < end;
-            x[k] = load<T, V>(job.x, there ? walk.at : 0);
-            weight[k] = there ? Weight<W, A>::read(job.weights, walk.w_at) : U(0);
-            walk.next(job);
+            bool in_range = FULL || i + k * params.lanes < end;
+            x[k] = load<T, V>(params.x, in_range ? cursor.offset : 0);
+            weight[k] = in_range ? Weight<W, A>::read(params.weights, cursor.w_offset) : U(0);
+            cursor.next(params);
         }
 #pragma unroll
         for (int ch = 0; ch < CH; ++ch) {
@@ -82,22 +86,24 @@ template <typename T, int V, bool COLUMNS, typename W> struct Forward {
             U w[L];
 #pragma unroll
             for (int j = 0; j < L; ++j) {
-                v[j] = value(x[COLUMNS ? j : j / V].item[COLUMNS ? ch : j % V]);
-                w[j] = weight[COLUMNS ? j : j / V];
+                v[j] = value(x[ACROSS_CHANNELS ? j : j / V].item[ACROSS_CHANNELS ? ch : j % V]);
+                w[j] = weight[ACROSS_CHANNELS ? j : j / V];
             }
-            running[ch].add(v, w);
+            accumulators[ch].add(v, w);
         }
     }
 
-    static __device__ void combine(double (&m)[CH][SUMS], Shared& room, const Job& job, const Tile& tile) {
-        pool(m, room, job, tile);
+    static __device__ void combine(
+        double (&m)[CH][SUMS], Shared& shared, const Params& params, const Tile& tile) {
+        merge_moments(m, shared, params, tile);
     }
 
     static __device__ void gather(
-        const Job& job, const Tile& tile, const double* sums, long long count, double (&m)[CH][SUMS]) {
+        const Params& params, const Tile& tile, const double* sums, long long count,
+        double (&m)[CH][SUMS]) {
         const int AT_ONCE = CH == 1 ? 4 : 1;
-        Running running[CH];
-        for (long long i = tile.lane; tile.end > 0 && i < count; i += AT_ONCE * job.lanes) {
+        Accumulator accumulators[CH];
+        for (long long i = tile.lane; tile.end > 0 && i < count; i += AT_ONCE * params.lanes) {
             double part[AT_ONCE][CH][SUMS];
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j)
@@ -105,66 +111,72 @@ template <typename T, int V, bool COLUMNS, typename W> struct Forward {
                 for (int ch = 0; ch < CH; ++ch)
 #pragma unroll
                     for (int k = 0; k < SUMS; ++k) {
-                        long long at = i + j * job.lanes;
-                        const double* from = sums + at * job.channels * SUMS + ch * SUMS + k;
-                        part[j][ch][k] = at < count ? __ldcg(from) : 0;
+                        long long index = i + j * params.lanes;
+                        const double* from = sums + index * params.channels * SUMS + ch * SUMS + k;
+                        part[j][ch][k] = index < count ? __ldcg(from) : 0;
                     }
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j)
 #pragma unroll
-                for (int ch = 0; ch < CH; ++ch) running[ch].add(part[j][ch]);
+                for (int ch = 0; ch < CH; ++ch) accumulators[ch].add(part[j][ch]);
         }
-        for (int ch = 0; ch < CH; ++ch) running[ch].result(m[ch]);
+        for (int ch = 0; ch < CH; ++ch) accumulators[ch].result(m[ch]);
     }
 
-    // Statistics, and y = gamma (x - mean) / std + beta as factors.
-    static __device__ void finish(const Job& job, const Tile& tile, Shared& room, double (&m)[CH][SUMS]) {
+    // Statistics, and the factors of y.
+    static __device__ void finish(
+        const Params& params, const Tile& tile, Shared& shared, double (&m)[CH][SUMS]) {
         for (int ch = 0; ch < CH; ++ch) {
-            long long c = tile.c + ch;
+            long long c = tile.channel + ch;
             double var = m[ch][SQUARES] / (m[ch][COUNT] > 0 ? m[ch][COUNT] : 1);
-            job.stats[c] = m[ch][COUNT];
-            job.stats[job.channels + c] = m[ch][MEAN];
-            job.stats[2 * job.channels + c] = var;
-            job.stats[3 * job.channels + c] = m[ch][LOW];
+            params.stats[c] = m[ch][COUNT];
+            params.stats[params.channels + c] = m[ch][MEAN];
+            params.stats[2 * params.channels + c] = var;
+            params.stats[3 * params.channels + c] = m[ch][LOW];
             double f[4];
-            factor<A>(f, job, room.given, tile.column * CH + ch, m[ch][MEAN], m[ch][LOW], var);
-            publish<Forward>(f, job, tile, room, ch);
+            int local = tile.bundle * CH + ch;
+            forward_factors<A>(f, params, shared.inputs, local, m[ch][MEAN], m[ch][LOW], var);
+            store_factors<Forward>(f, params, tile, shared, ch);
         }
     }
 
-    static __device__ void write(const Job& job, const Tile& tile, const Shared& room) {
+    static __device__ void write(const Params& params, const Tile& tile, const Shared& shared) {
         A f[CH][4];
-        factors<Forward>(f, job, tile, room);
-        output<T, V, COLUMNS>(job, tile, f);
+        load_factors<Forward>(f, params, tile, shared);
+        output<T, V, ACROSS_CHANNELS>(params, tile, f);
     }
 };
 
-template <typename T, int V, bool COLUMNS, typename W>
-__global__ void __launch_bounds__(THREADS, 2) forward(const Job job) {
-    run<Forward<T, V, COLUMNS, W>>(job);
+template <typename T, int V, bool ACROSS_CHANNELS, typename W>
+__global__ void __launch_bounds__(THREADS, 2) forward(const Params params) {
+    run_tasks<Forward<T, V, ACROSS_CHANNELS, W>>(params);
 }
 
-// Outputs alone, from statistics or factors that are given: more blocks at a time, as registers allow.
-template <typename T, int V, bool COLUMNS, typename W>
-__global__ void __launch_bounds__(THREADS, 4) normalize(const Job job) {
+// Outputs alone, from given statistics or factors. Fewer registers are needed, so that more blocks run
+// at a time.
+template <typename T, int V, bool ACROSS_CHANNELS, typename W>
+__global__ void __launch_bounds__(THREADS, 4) normalize(const Params params) {
     typedef typename Number<T>::Compute A;
-    const int CH = COLUMNS ? V : 1;
-    __shared__ Room<A, CH> room;
-    for (long long i = blockIdx.x; i < job.slices * job.parts; i += gridDim.x) {
-        Tile tile = tile_of<CH>(job, i % job.slices, i / job.slices);
+    const int CH = ACROSS_CHANNELS ? V : 1;
+    __shared__ SharedMemory<A, CH> shared;
+    for (long long i = blockIdx.x; i < params.slices * params.parts; i += gridDim.x) {
+        Tile tile = tile_of<CH>(params, i % params.slices, i / params.slices);
         A f[CH][4];
-        if (!(job.phases & GIVEN)) {
-            fetch(job, tile, room);
+        if (!(params.phases & GIVEN)) {
+            load_inputs(params, tile, shared);
             __syncthreads();
         }
         for (int ch = 0; ch < CH && tile.begin < tile.end; ++ch) {
             double g[4];
-            int c = tile.column * CH + ch;
-            if (!(job.phases & GIVEN))
-                factor<A>(g, job, room.given, c, room.given[GIVEN_MEAN][c], 0, room.given[VAR][c]);
+            int local = tile.bundle * CH + ch;
+            if (!(params.phases & GIVEN))
+                forward_factors<A>(
+                    g, params, shared.inputs, local, shared.inputs[INPUT_MEAN][local], 0,
+                    shared.inputs[VAR][local]);
             for (int k = 0; k < 3; ++k)
-                f[ch][k] = job.phases & GIVEN ? ((const A*)job.coef[k])[tile.c + ch] : (A)g[k];
+                f[ch][k] = params.phases & GIVEN ? ((const A*)params.factors[k])[tile.channel + ch]
+                                                 : (A)g[k];
         }
-        output<T, V, COLUMNS>(job, tile, f);
+        output<T, V, ACROSS_CHANNELS>(params, tile, f);
     }
 }

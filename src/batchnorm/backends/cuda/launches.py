@@ -1,7 +1,7 @@
-"""Launch arithmetic of the CUDA kernels: which instance, which tiles, how many blocks.
+"""Launch arithmetic of the CUDA kernels: template instances, tiles and numbers of blocks.
 
-Plain Python: nothing here touches a device. Lengths and steps count values, positions count vectors;
-`cuda/lanes.cu` says what a position, a lane, a slice, a part and a tile are.
+This is plain Python, and nothing here touches a device. Lengths and strides count elements, positions
+count vectors. `tiling.cu` defines position, bundle, slice, part, tile and lane.
 """
 
 from __future__ import annotations
@@ -14,78 +14,80 @@ from typing import NamedTuple
 from batchnorm.backends.strides import merge
 from batchnorm.errors import fail
 
-Steps = tuple[int, ...]
+Strides = tuple[int, ...]
 
 THREADS = 256  # of a block
-MOST = 32  # lanes beside each other that have channels of their own, at most
+MAX_BUNDLES = 32  # of a slice
 
-FAN = 32  # parts whose sums one block puts together
+FAN = 32  # partial sums that one block merges
 
-# Phases of a job, as lanes.cu numbers them.
+# What a launch does: the enum Phase of tiling.cu.
 SUM, WRITE, ORDERED, GIVEN, RAW = 1, 2, 4, 8, 16
 
-# A dtype's name in C++, its bytes, and the vectors of values that there are kernels for.
+# For each dtype its name in C++, its size in bytes, and the lengths of vectors that have kernels.
 TYPES = {
     "float16": ("Half", 2, (8, 4, 1)),
     "bfloat16": ("BFloat16", 2, (8, 4, 1)),
     "float32": ("float", 4, (4, 1)),
     "float64": ("double", 8, (2, 1)),
 }
-# Neighbouring channels that one thread takes, at most: each costs it three doubles.
-BUNDLE = 4
+# Channels of a bundle, at most: each needs registers for three doubles.
+MAX_BUNDLE = 4
 WEIGHTS = {None: "None", "bool": "Mask", "float64": "double"}
-KINDS = {None: 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
+# The enum DtypeTag of values.cu: the dtypes of per-channel vectors.
+DTYPE_TAGS = {None: 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 KERNELS = ("forward", "backward", "normalize")
 
-# Tiles' worth of a slice that one block sums and then writes. More blocks on less each would be faster
-# only by what drawing tickets and waiting for each other cost: some 5 us.
-ALONE = 2
-# The smallest tile, as a share of the largest: one round of loads.
-LEAST = 1 / 4
-# Bytes of a row that a block reads together: below, memory is read in pieces that it does not like.
-LINE = 128
-# Of the L2 cache, what one group may take: two are in it, and what is written passes through.
-SHARE = 1 / 6
-# Blocks of a processor that run at a time: as many as their registers allow.
+# The size of a slice, in largest tiles, up to which one block sums it and then writes its outputs. More
+# blocks for it would cost sequence numbers and waiting, some 5 us, and gain less.
+FUSED_TILES = 2
+# The smallest tile, as a fraction of the largest: one round of loads.
+MIN_TILE = 1 / 4
+# Contiguous bytes that a block reads together: shorter accesses do not reach the memory's bandwidth.
+LINE_BYTES = 128
+# The fraction of the L2 cache for one group: it holds two groups, and the outputs that are written.
+CACHE_SHARE = 1 / 6
+# Blocks that run at a time on a multiprocessor: as many as their registers allow.
 RESIDENT = 2
-# Tiles of each block that runs, at most: the last ones then take little of the time.
+# Tiles of each running block, at most: the last tiles then take a small part of the time.
 ROUNDS = 8
-# Bytes of all channels, channels last, that are cut into more slices than whole lines allow, and the
-# bytes of a row that are then read together: a sector of the cache.
-CUT, SECTOR = 16 * 2**20, 32
+# A channels-last array of at most so many bytes has more slices than whole lines allow: then a sector of
+# the cache is read together.
+SPLIT_BYTES, SECTOR_BYTES = 16 * 2**20, 32
 
 
 class Limits(NamedTuple):
-    """What there is of a device."""
+    """The properties of a device that decide about tiles."""
 
     processors: int
+    """Its multiprocessors."""
     cache: int
     """Bytes of its L2 cache."""
     tile: int = 64 * 2**10
-    """Bytes of a tile, at most: so many that what it costs at its ends is little."""
+    """Bytes of a tile, at most: large enough that the overhead per tile is small."""
 
 
-class Form(NamedTuple):
-    """How a big array lies in memory: (outer, C, inner), or channels last (outer, C)."""
+class MemoryLayout(NamedTuple):
+    """The shape and strides of a big array: (outer, C, inner), or channels last (outer, C)."""
 
     outer: int
     channels: int
     inner: int
-    outer_step: int
-    channel_step: int
-    inner_step: int
+    outer_stride: int
+    channel_stride: int
+    inner_stride: int
 
 
 class Launch(NamedTuple):
-    """The tiles of a pass, in the order in which a job packs their numbers."""
+    """The tiles of a launch, and what it does; `tiling.cu` describes the fields."""
 
     vector: int
-    columns: bool
-    form: Form
+    across_channels: bool
+    memory_layout: MemoryLayout
     row: int
     positions: int
-    lane_run: int
-    lane_channels: int
+    adjacent_lanes: int
+    slice_bundles: int
     lanes: int
     slices: int
     parts: int
@@ -94,63 +96,71 @@ class Launch(NamedTuple):
     phases: int
 
 
-def dense(shape: tuple[int, ...], steps: Steps) -> bool:
-    """Whether an array has its values in one piece of memory, in whatever order of its axes."""
+def dense(shape: tuple[int, ...], strides: Strides) -> bool:
+    """Return whether an array occupies one contiguous span of memory, with its axes in any order."""
     expected = 1
-    for step, n in sorted((s, n) for s, n in zip(steps, shape, strict=True) if n != 1):
-        if step != expected:
+    for stride, n in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
             return False
         expected *= n
     return True
 
 
 @functools.lru_cache(maxsize=1024)
-def forms(shape: tuple[int, ...], kept: tuple[int, ...], steps: tuple[Steps, ...]) -> list[Form] | None:
-    """The form of each of several arrays of one shape; None where they have none in common.
+def memory_layouts(
+    shape: tuple[int, ...], channel_axes: tuple[int, ...], strides: tuple[Strides, ...]
+) -> list[MemoryLayout] | None:
+    """Return the memory layout of each of several arrays of one shape, or None.
 
-    The first array's steps decide which reduced axes are the outer ones.
+    The layouts have the same lengths. The result is None where the strides allow no such lengths. The
+    strides of the first array decide which reduced axes are the outer ones.
     """
-    count = len(steps)
-    chan = merge([(shape[i], tuple(s[i] for s in steps)) for i in kept])
-    reduced = [(n, tuple(s[i] for s in steps)) for i, n in enumerate(shape) if i not in kept]
+    count = len(strides)
+    channels = merge([(shape[i], tuple(s[i] for s in strides)) for i in channel_axes])
+    reduced = [(n, tuple(s[i] for s in strides)) for i, n in enumerate(shape) if i not in channel_axes]
     rows = merge(sorted(reduced, key=lambda axis: -abs(axis[1][0])))
-    if len(chan) > 1 or len(rows) > 2:
+    if len(channels) > 1 or len(rows) > 2:
         return None
     one = (1, (0,) * count)
-    (c, c_steps), *_ = chan or [one]
+    (c, c_strides), *_ = channels or [one]
     if len(rows) == 2:
-        (outer, outer_steps), (inner, inner_steps) = rows
+        (outer, outer_strides), (inner, inner_strides) = rows
     elif rows and rows[0][1][0] == 1:
-        (outer, outer_steps), (inner, inner_steps) = one, rows[0]
+        (outer, outer_strides), (inner, inner_strides) = one, rows[0]
     else:
-        (outer, outer_steps), (inner, inner_steps) = rows[0] if rows else one, one
-    return [Form(outer, c, inner, outer_steps[i], c_steps[i], inner_steps[i]) for i in range(count)]
+        (outer, outer_strides), (inner, inner_strides) = rows[0] if rows else one, one
+    return [
+        MemoryLayout(outer, c, inner, outer_strides[i], c_strides[i], inner_strides[i])
+        for i in range(count)
+    ]
 
 
-def vector(form: Form, dtype: str, alignment: int, weighted: bool) -> tuple[int, bool]:
-    """How many values are loaded at once, and whether they belong to as many channels.
+def vector(memory_layout: MemoryLayout, dtype: str, alignment: int, weighted: bool) -> tuple[int, bool]:
+    """Return the length of vectors, and whether their elements belong to neighbouring channels.
 
-    As many as divide every step and start: there are no tails within vectors.
+    The length divides every stride, and the alignment every vector, so no vector is incomplete.
     """
     _, size, widths = TYPES[dtype]
+    outer, channels, inner, outer_stride, channel_stride, inner_stride = memory_layout
     if weighted:
         return 1, False
-    columns = form.channel_step == 1 and form.channels > 1
-    along = form.channels if columns else form.inner
-    if not columns and (form.inner == 1 or form.inner_step != 1):
+    across_channels = channel_stride == 1 and channels > 1
+    contiguous = channels if across_channels else inner
+    if not across_channels and (inner == 1 or inner_stride != 1):
         return 1, False
-    across = (form.inner, form.inner_step) if columns else (form.channels, form.channel_step)
-    others = [step for n, step in ((form.outer, form.outer_step), across) if n > 1]
+    other = (inner, inner_stride) if across_channels else (channels, channel_stride)
+    strides = [stride for n, stride in ((outer, outer_stride), other) if n > 1]
     for width in widths:
-        divides = along % width == 0 and all(step % width == 0 for step in others)
-        if divides and alignment % (width * size) == 0 and not (columns and width > BUNDLE):
-            return width, columns and width > 1
+        divides = contiguous % width == 0 and all(stride % width == 0 for stride in strides)
+        aligned = alignment % (width * size) == 0
+        if divides and aligned and not (across_channels and width > MAX_BUNDLE):
+            return width, across_channels and width > 1
     return 1, False
 
 
 @functools.lru_cache(maxsize=1024)
 def launch(
-    form: Form,
+    memory_layout: MemoryLayout,
     dtype: str,
     alignment: int,
     weighted: bool,
@@ -158,125 +168,145 @@ def launch(
     phases: int,
     limits: Limits,
 ) -> Launch:
-    """Lay out a pass.
+    """Return the tiles of a launch.
 
     Parameters
     ----------
-    form : Form
+    memory_layout : MemoryLayout
         Of the big arrays, which all have the same.
     dtype : str
         Of the big arrays.
     alignment : int
-        The largest power of two that divides all their addresses, in bytes; 16 or more are alike.
+        The largest power of two, up to 16, that divides all their addresses in bytes.
     weighted : bool
         Whether there are weights.
     reads : int
-        Big arrays that are read.
+        Number of big arrays that are read.
     phases : int
         `SUM`, `WRITE` or both.
     limits : Limits
         Of the device.
+
+    Returns
+    -------
+    Launch
+        Its phases include `ORDERED` where the outputs of a slice are tasks of their own.
     """
-    width, columns = vector(form, dtype, alignment, weighted)
+    width, across_channels = vector(memory_layout, dtype, alignment, weighted)
     size = TYPES[dtype][1]
-    row = max(1, form.inner // (1 if columns else width))
-    positions = form.outer * row
-    beside = row if form.inner_step == 1 else 1  # positions of a channel that lie beside each other
-    bundle = width if columns else 1  # channels of a thread
-    bundles = -(-form.channels // bundle)
+    row = max(1, memory_layout.inner // (1 if across_channels else width))
+    positions = memory_layout.outer * row
+    contiguous = row if memory_layout.inner_stride == 1 else 1  # positions of a channel
+    bundle = width if across_channels else 1
+    bundles = -(-memory_layout.channels // bundle)
     if row >= 2**32:
         fail(ValueError, "x", f"{row} values in a row of a channel", "less than 2**32")
-    bytes_of = positions * width * size * reads  # of the channels of a thread
+    bundle_bytes = positions * width * size * reads
 
-    def laid(lane_channels: int, parts: int, group: int, phases: int) -> Launch:
-        run, lanes = lanes_of(beside, positions, lane_channels)
+    def tiled(slice_bundles: int, parts: int, group: int, phases: int) -> Launch:
+        adjacent_lanes, lanes = lane_counts(contiguous, positions, slice_bundles)
         length = -(-positions // parts)
-        slices = -(-bundles // lane_channels)
-        # fmt: off
+        slices = -(-bundles // slice_bundles)
         return Launch(
-            width, columns, form, row, positions, run, lane_channels, lanes, slices,
-            -(-positions // length) if positions else 1, length, min(group, slices), phases,
+            width,
+            across_channels,
+            memory_layout,
+            row,
+            positions,
+            adjacent_lanes,
+            slice_bundles,
+            lanes,
+            slices,
+            -(-positions // length) if positions else 1,
+            length,
+            min(group, slices),
+            phases,
         )
-        # fmt: on
 
-    # Lanes beside each other read memory that is: as many channels as it takes for whole lines.
-    most = min(bundles, MOST)
-    run = min(beside, THREADS) * width * size
-    narrow = min(most, -(-LINE // run)) if run < LINE // 2 else 1
-    fill = min(most, max(narrow, THREADS // max(1, positions)))  # few positions: more channels
-    slice_bytes = bytes_of * fill
+    # Adjacent threads read adjacent memory: a slice has as many bundles as it takes for whole lines, and
+    # more where a bundle has fewer positions than a block has threads.
+    most = min(bundles, MAX_BUNDLES)
+    span = min(contiguous, THREADS) * width * size  # contiguous bytes of a bundle
+    line_bundles = min(most, -(-LINE_BYTES // span)) if span < LINE_BYTES // 2 else 1
+    slice_bundles = min(most, max(line_bundles, THREADS // max(1, positions)))
+    slice_bytes = bundle_bytes * slice_bundles
     if phases & SUM and phases & WRITE:
-        if beside == 1 and bytes_of * bundles <= CUT:  # so little that the number of blocks counts
-            least = -(-SECTOR // run)
-            fill = min(fill, max(least, 2 ** (bundles // limits.processors).bit_length() // 2))
-            slice_bytes = bytes_of * fill
-        at_once = min(-(-bundles // fill), RESIDENT * limits.processors) * slice_bytes
-        enough = -(-bundles // fill) >= 1.5 * limits.processors and at_once <= limits.cache / 2
-        if slice_bytes <= ALONE * limits.tile or enough:
-            return laid(fill, 1, 1, phases)
+        if contiguous == 1 and bundle_bytes * bundles <= SPLIT_BYTES:
+            # So small an array takes less time with more blocks, if they read less than lines.
+            least = -(-SECTOR_BYTES // span)
+            balanced = 2 ** (bundles // limits.processors).bit_length() // 2
+            slice_bundles = min(slice_bundles, max(least, balanced))
+            slice_bytes = bundle_bytes * slice_bundles
+        slices = -(-bundles // slice_bundles)
+        at_once = min(slices, RESIDENT * limits.processors) * slice_bytes
+        enough = slices >= 1.5 * limits.processors and at_once <= limits.cache / 2
+        if slice_bytes <= FUSED_TILES * limits.tile or enough:
+            return tiled(slice_bundles, 1, 1, phases)
         phases |= ORDERED
 
-    # Groups that the cache holds; channels last, all slices where it does not hold one: pieces of a row
-    # are then read at about the same time, and longer ones.
-    share = int(limits.cache * SHARE)
-    lane_channels = fill
-    if beside == 1:
-        fits = bytes_of * narrow <= share and phases & ORDERED
-        lane_channels = narrow if fits else min(most, -(-2 * LINE // run))
-    slice_bytes = bytes_of * lane_channels
-    slices = -(-bundles // lane_channels)
+    # A group fits its share of the cache. If no slice of a channels-last array fits, one group has all
+    # slices: adjacent slices are then read at about the same time, and in longer contiguous spans.
+    share = int(limits.cache * CACHE_SHARE)
+    if contiguous == 1:
+        fits = bundle_bytes * line_bundles <= share and phases & ORDERED
+        slice_bundles = line_bundles if fits else min(most, -(-2 * LINE_BYTES // span))
+    slice_bytes = bundle_bytes * slice_bundles
+    slices = -(-bundles // slice_bundles)
     group = slices
-    if phases & ORDERED and (beside > 1 or fits):
+    if phases & ORDERED and (contiguous > 1 or fits):
         group = min(slices, max(1, share // slice_bytes))
-    at_once = slice_bytes * group  # a tile of it for each block that runs, or several
+    at_once = slice_bytes * group  # one tile or several for each block that runs
     running = RESIDENT * limits.processors
     rounds = min(ROUNDS, -(-at_once // (running * limits.tile)))
-    tile = max(int(LEAST * limits.tile), -(-at_once // (running * rounds)))
+    tile = max(int(MIN_TILE * limits.tile), -(-at_once // (running * rounds)))
     parts = max(1, min(slice_bytes // tile, positions))
-    return laid(lane_channels, parts, group, phases)
+    return tiled(slice_bundles, parts, group, phases)
 
 
-def lanes_of(beside: int, positions: int, lane_channels: int) -> tuple[int, int]:
-    """Neighbouring lanes of a channel, and all of its lanes in a block of so many channels."""
-    share = THREADS // lane_channels
-    if lane_channels == 1:
+def lane_counts(contiguous: int, positions: int, slice_bundles: int) -> tuple[int, int]:
+    """Return the number of adjacent lanes of a bundle, and of all its lanes.
+
+    `contiguous` of the `positions` of a bundle are contiguous in memory.
+    """
+    share = THREADS // slice_bundles
+    if slice_bundles == 1:
         lanes = max(1, min(share, positions))
         return lanes, lanes
-    run = min(beside, share)
-    return run, run * max(1, min(share // run, -(-positions // run)))
+    adjacent = min(contiguous, share)
+    return adjacent, adjacent * max(1, min(share // adjacent, -(-positions // adjacent)))
 
 
 def instance(kernel: str, launch: Launch, dtype: str, weights: str | None) -> str:
-    """The name of a kernel in C++."""
-    columns = str(launch.columns).lower()
-    return f"{kernel}<{TYPES[dtype][0]}, {launch.vector}, {columns}, {WEIGHTS[weights]}>"
+    """Return the name of a template instance in C++."""
+    across_channels = str(launch.across_channels).lower()
+    return f"{kernel}<{TYPES[dtype][0]}, {launch.vector}, {across_channels}, {WEIGHTS[weights]}>"
 
 
 def instances() -> list[str]:
-    """Every kernel that can be asked for."""
+    """Return the names of all template instances that a launch can need."""
     found = []
     for name, _, widths in TYPES.values():
         plain = [f"<{name}, {w}, false, None>" for w in widths]
-        bundles = [f"<{name}, {w}, true, None>" for w in widths if 1 < w <= BUNDLE]
+        across_channels = [f"<{name}, {w}, true, None>" for w in widths if 1 < w <= MAX_BUNDLE]
         weighted = [f"<{name}, 1, false, {w}>" for w in ("Mask", "double")]
-        found += [k + i for k in KERNELS[:2] for i in plain + bundles[:1] + weighted]
-        found += [KERNELS[2] + i for i in plain + bundles[:1]]
+        found += [k + i for k in KERNELS[:2] for i in plain + across_channels[:1] + weighted]
+        found += [KERNELS[2] + i for i in plain + across_channels[:1]]
     return found
 
 
 class Vector(NamedTuple):
-    """A number for each channel, as a kernel takes it: an address, a dtype, a step in values."""
+    """A per-channel vector: the struct Vector of `values.cu`. The stride counts elements."""
 
     address: int = 0
-    kind: int = 0
-    step: int = 0
+    dtype_tag: int = 0
+    stride: int = 0
 
 
 NOTHING = Vector()
 
 
 class Operands(NamedTuple):
-    """Addresses of a pass, 0 for what it does not have, in the order in which a job packs them."""
+    """Addresses of the big arrays and the weights, 0 for absent ones, in the order of the parameters."""
 
     x: int
     dy: int = 0
@@ -285,7 +315,7 @@ class Operands(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Per-channel vectors of a pass, in the order in which a job packs them."""
+    """The per-channel vectors of a pass, in the order of the parameters."""
 
     gamma: Vector = NOTHING
     beta: Vector = NOTHING
@@ -300,47 +330,50 @@ class Vectors(NamedTuple):
 VECTORS = Vectors()
 
 
-# The struct Job of lanes.cu: 4 addresses; 3 + 3 steps; 3 lengths; 4 of lanes; 5 of walks; 4 of tiles;
-# the group and the phases; 8 vectors; 7 addresses; eps.
-_JOB = struct.Struct("=4Q 6q 3q 4q 5q 4q 2q 24q 7Q d")
-JOB_BYTES = _JOB.size
+# The struct Params of tiling.cu: 4 addresses; 3 + 3 strides; 3 lengths; 4 about lanes; 5 of cursors;
+# 4 of tiles; the group and the phases; 8 vectors; 7 addresses; eps.
+_PARAMS = struct.Struct("=4Q 6q 3q 4q 5q 4q 2q 24q 7Q d")
+PARAMS_BYTES = _PARAMS.size
 
 
-def job(
-    at: Launch,
+def pack_params(
+    launch: Launch,
     operands: Operands,
-    weights: Form | None,
+    weights: MemoryLayout | None,
     vectors: Vectors,
     stats: int,
-    coef: tuple[int, ...],
+    factors: tuple[int, ...],
     partial: int,
     counters: int,
     eps: float,
 ) -> bytes:
-    """Pack a job for `cuda/lanes.cu`."""
-    form = at.form
-    inner = form.inner_step * (1 if at.columns else at.vector)
-    rows, rest = divmod(at.lanes, at.row)
-    w = weights or Form(0, 0, 0, 0, 0, 0)
-    few = math.isqrt(max(0, at.lanes - 1)) + 1
+    """Return the launch parameters, packed as the struct Params of `tiling.cu`."""
+    layout = launch.memory_layout
+    inner = layout.inner_stride * (1 if launch.across_channels else launch.vector)
+    rows, row_advance = divmod(launch.lanes, launch.row)
+    w = weights or MemoryLayout(0, 0, 0, 0, 0, 0)
+    reducers = math.isqrt(max(0, launch.lanes - 1)) + 1
     # fmt: off
-    return _JOB.pack(
+    return _PARAMS.pack(
         *operands,
-        form.outer_step, form.channel_step, inner, w.outer_step, w.channel_step, w.inner_step,
-        form.channels, at.row, at.positions,
-        at.lane_run, at.lane_channels, at.lanes, few,
-        rest,
-        rows * form.outer_step + rest * inner, form.outer_step - at.row * inner,
-        rows * w.outer_step + rest * w.inner_step, w.outer_step - at.row * w.inner_step,
-        at.slices, at.parts, at.length, sum(_levels(at.parts)[1:]), at.group, at.phases,
-        *(number for v in vectors for number in v),
-        stats, *(*coef, 0, 0, 0, 0)[:4], partial, counters, eps,
+        layout.outer_stride, layout.channel_stride, inner,
+        w.outer_stride, w.channel_stride, w.inner_stride,
+        layout.channels, launch.row, launch.positions,
+        launch.adjacent_lanes, launch.slice_bundles, launch.lanes, reducers,
+        row_advance,
+        rows * layout.outer_stride + row_advance * inner, layout.outer_stride - launch.row * inner,
+        rows * w.outer_stride + row_advance * w.inner_stride,
+        w.outer_stride - launch.row * w.inner_stride,
+        launch.slices, launch.parts, launch.length, sum(_levels(launch.parts)[1:]),
+        launch.group, launch.phases,
+        *(field for v in vectors for field in v),
+        stats, *(*factors, 0, 0, 0, 0)[:4], partial, counters, eps,
     )
     # fmt: on
 
 
 def _levels(parts: int) -> list[int]:
-    """Sums at each level of the tree in which those of a slice's parts meet."""
+    """Return the number of sums at each level of the tree in which the parts of a slice are merged."""
     levels = [parts]
     while levels[-1] > 1:
         levels.append(-(-levels[-1] // FAN))
@@ -348,7 +381,7 @@ def _levels(parts: int) -> list[int]:
 
 
 class Scratch(NamedTuple):
-    """Bytes that a launch needs to work with, each a multiple of 8."""
+    """Bytes of working memory that a launch needs, each a multiple of 8."""
 
     factors: int
     partial: int
@@ -356,7 +389,7 @@ class Scratch(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Their sum."""
         return sum(self)
 
 
@@ -364,28 +397,32 @@ class Scratch(NamedTuple):
 SUMS = {"forward": 4, "backward": 2, "normalize": 0}
 
 
-def scratch(at: Launch, kernel: str, dtype: str) -> Scratch:
-    """The bytes that a launch needs: factors of each channel, sums of parts, counters."""
-    ordered, parts = bool(at.phases & ORDERED), at.phases & SUM and at.parts > 1
+def scratch(launch: Launch, kernel: str, dtype: str) -> Scratch:
+    """Return the bytes that a launch needs for factors, partial sums and counters."""
+    channels, ordered = launch.memory_layout.channels, bool(launch.phases & ORDERED)
+    parts = launch.phases & SUM and launch.parts > 1
     size = 8 if dtype == "float64" else 4
-    levels = _levels(at.parts) if parts else [1]
-    factors = 4 * at.form.channels * size if ordered else 0
-    partial = at.form.channels * sum(levels[:-1]) * SUMS[kernel] * 8
-    counters = 4 * (1 + at.slices * (1 + sum(levels[1:]))) if parts or ordered else 0
+    levels = _levels(launch.parts) if parts else [1]
+    factors = 4 * channels * size if ordered else 0
+    partial = channels * sum(levels[:-1]) * SUMS[kernel] * 8
+    counters = 4 * (1 + launch.slices * (1 + sum(levels[1:]))) if parts or ordered else 0
     return Scratch(-(-factors // 8) * 8, partial, -(-counters // 8) * 8)
 
 
 def quarters(start: int, size: int) -> tuple[int, ...]:
-    """The addresses of four vectors of the same length that follow each other; none where size is 0."""
+    """Return the addresses of four consecutive vectors of one length, or () where the size is 0."""
     return tuple(start + i * size // 4 for i in range(4)) if size else ()
 
 
-def blocks(at: Launch, limits: Limits) -> int:
-    """Blocks to launch: one for each tile; as many as can run at a time where they draw tickets."""
-    most = RESIDENT * limits.processors if at.phases & ORDERED else 2**31 - 1
-    return max(1, min(at.slices * at.parts, most))
+def blocks(launch: Launch, limits: Limits) -> int:
+    """Return the number of blocks.
+
+    It is one for each tile, but no more than can run at a time where they take sequence numbers.
+    """
+    most = RESIDENT * limits.processors if launch.phases & ORDERED else 2**31 - 1
+    return max(1, min(launch.slices * launch.parts, most))
 
 
 def alignment(*addresses: int) -> int:
-    """The largest power of two, up to 16, that divides all addresses."""
+    """Return the largest power of two, up to 16, that divides all addresses."""
     return math.gcd(16, *addresses)

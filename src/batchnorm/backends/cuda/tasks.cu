@@ -1,20 +1,21 @@
-// How blocks share a pass: in one launch, and with each array read from device memory once where the
-// cache can hold what lies between its two readings.
+// How blocks share a pass, in one launch. Each array is read from device memory once, where the L2 cache
+// holds what is read between the sums of a slice and its outputs.
 //
-// A task is a tile and what to do with it: SUM, WRITE or, where a block has all of a slice, both.
-// Where a slice has several parts, their sums meet in a tree: of every FAN neighbours, the block that
-// comes last puts them together and goes on to the next level, and the last of all finishes the slice.
-// Where the outputs of a slice are tasks of their own (ORDERED), blocks draw tickets for
+// A task is a tile and a phase: SUM, WRITE or, where a slice is one tile, both. Where a slice has
+// several parts, their sums are merged in a tree: of every FAN siblings, the block that arrives last
+// merges the sums and continues at the next level; the last at the root finishes the slice. Where the
+// outputs of a slice are separate tasks (ORDERED), blocks take sequence numbers from a counter, in the
+// following order of tasks, whose stages are separated by bars,
 //
-//     SUM group 0 | SUM group 1, WRITE group 0 | SUM group 2, WRITE group 1 | ... | WRITE last group
+//     SUM group 0 | SUM group 1 | WRITE group 0 | SUM group 2 | WRITE group 1 | ... | WRITE last group
 //
-// so that sums are done when their outputs come to be written, while the group is still in the L2
-// cache. A WRITE waits only for tasks with earlier tickets, which blocks that run already have drawn,
-// and a SUM waits for nothing: some block can always go on, however few run at a time.
+// so that the sums of a group are done when its outputs are written, and the group is still in the L2
+// cache. A WRITE waits only for tasks with lower sequence numbers, which running blocks have taken, and
+// a SUM waits for nothing. So at least one block can always proceed, however few run at a time.
 
 const int FAN = 32;
 
-// Count an arrival, after which all that the block has written is seen by whoever counts a later one.
+// Count an arrival. All that the block has written is visible to the blocks that count later ones.
 __device__ inline unsigned arrive(unsigned* counter) {
     __threadfence();
     unsigned before = atomicAdd(counter, 1u);
@@ -23,110 +24,116 @@ __device__ inline unsigned arrive(unsigned* counter) {
 }
 
 template <class P>
-__device__ void task(const Job& job, long long slice, long long part, int what, typename P::Shared& room) {
-    Tile tile = tile_of<P::CH>(job, slice, part);
-    unsigned* done = job.counters + 1 + slice;
-    if (what & SUM) {
+__device__ void run_task(
+    const Params& params, long long slice, long long part, int phases, typename P::Shared& shared) {
+    Tile tile = tile_of<P::CH>(params, slice, part);
+    unsigned* done = params.counters + 1 + slice;
+    if (phases & SUM) {
         double m[P::CH][P::SUMS];
-        P::prepare(job, tile, room);
-        P::sum(job, tile, room, m);
-        P::combine(m, room, job, tile);
-        double* level = job.partial;  // (count, C, SUMS)
-        unsigned* arrived = job.counters + 1 + job.slices + slice * job.nodes;
-        for (long long count = job.parts, node = part; count > 1;) {
-            if (tile.leads)
+        P::prepare(params, tile, shared);
+        P::sum(params, tile, shared, m);
+        P::combine(m, shared, params, tile);
+        double* level = params.partial;  // (count, C, SUMS)
+        unsigned* arrived = params.counters + 1 + params.slices + slice * params.nodes;
+        for (long long count = params.parts, node = part; count > 1;) {
+            if (tile.leader)
                 for (int i = 0; i < P::CH; ++i)
                     for (int k = 0; k < P::SUMS; ++k)
-                        level[(node * job.channels + tile.c + i) * P::SUMS + k] = m[i][k];
+                        level[(node * params.channels + tile.channel + i) * P::SUMS + k] = m[i][k];
             long long parent = node / FAN, first = parent * FAN;
             long long siblings = count - first < FAN ? count - first : FAN;
             __syncthreads();
-            if (threadIdx.x == 0) room.last = arrive(arrived + parent) == siblings;
+            if (threadIdx.x == 0) shared.last = arrive(arrived + parent) == siblings;
             __syncthreads();
-            if (!room.last) return;
-            P::gather(job, tile, level + (first * job.channels + tile.c) * P::SUMS, siblings, m);
-            P::combine(m, room, job, tile);
-            level += job.channels * count * P::SUMS;
+            if (!shared.last) return;
+            const double* sums = level + (first * params.channels + tile.channel) * P::SUMS;
+            P::gather(params, tile, sums, siblings, m);
+            P::combine(m, shared, params, tile);
+            level += params.channels * count * P::SUMS;
             count = (count + FAN - 1) / FAN;
             arrived += count;
             node = parent;
         }
-        if (tile.leads) P::finish(job, tile, room, m);
-        if (job.phases & ORDERED) {
+        if (tile.leader) P::finish(params, tile, shared, m);
+        if (params.phases & ORDERED) {
             __syncthreads();
             if (threadIdx.x == 0) arrive(done);
         }
     }
-    if (what & WRITE) {
-        if (job.phases & ORDERED) {
+    if (phases & WRITE) {
+        if (params.phases & ORDERED) {
             if (threadIdx.x == 0) {
                 while (atomicAdd(done, 0u) == 0) __nanosleep(64);
                 __threadfence();
             }
         }
         __syncthreads();
-        P::write(job, tile, room);
+        P::write(params, tile, shared);
     }
 }
 
-// The factors of a thread's channels: from the block that found them, or from memory.
+// Load the factors of a bundle: from shared memory, or from device memory where another block or the
+// caller computed them.
 template <class P>
-__device__ inline void factors(
-    typename P::A (&f)[P::CH][4], const Job& job, const Tile& tile, const typename P::Shared& room) {
+__device__ inline void load_factors(
+    typename P::A (&f)[P::CH][4], const Params& params, const Tile& tile,
+    const typename P::Shared& shared) {
     if (tile.begin >= tile.end) return;
     for (int k = 0; k < P::FACTORS; ++k)
         for (int i = 0; i < P::CH; ++i)
-            if (job.phases & (ORDERED | GIVEN))  // past the L1 cache, which may hold what was there before
-                f[i][k] = __ldcg((const typename P::A*)job.coef[k] + tile.c + i);
+            if (params.phases & (ORDERED | GIVEN))  // not from the L1 cache, which may be stale
+                f[i][k] = __ldcg((const typename P::A*)params.factors[k] + tile.channel + i);
             else
-                f[i][k] = room.coef[k][tile.column * P::CH + i];
+                f[i][k] = shared.factors[k][tile.bundle * P::CH + i];
 }
 
-// Hand factors on: to this block, and to others.
+// Store factors for this block and, where outputs are separate tasks, for the blocks that write them.
 template <class P>
-__device__ inline void publish(
-    const double (&f)[4], const Job& job, const Tile& tile, typename P::Shared& room, int i) {
+__device__ inline void store_factors(
+    const double (&f)[4], const Params& params, const Tile& tile, typename P::Shared& shared, int i) {
     for (int k = 0; k < P::FACTORS; ++k) {
-        room.coef[k][tile.column * P::CH + i] = (typename P::A)f[k];
-        if (job.phases & ORDERED) ((typename P::A*)job.coef[k])[tile.c + i] = (typename P::A)f[k];
+        shared.factors[k][tile.bundle * P::CH + i] = (typename P::A)f[k];
+        if (params.phases & ORDERED)
+            ((typename P::A*)params.factors[k])[tile.channel + i] = (typename P::A)f[k];
     }
 }
 
-template <class P> __device__ void run(const Job& job) {
-    __shared__ typename P::Shared room;
-    const bool ordered = job.phases & ORDERED;
-    const unsigned slices = job.slices, parts = job.parts, in_group = job.group;
-    const unsigned step = in_group * parts, groups = (slices + in_group - 1) / in_group;
-    const unsigned tasks = ordered ? 2 * groups * step : slices * parts;
+template <class P> __device__ void run_tasks(const Params& params) {
+    __shared__ typename P::Shared shared;
+    const bool ordered = params.phases & ORDERED;
+    const unsigned slices = params.slices, parts = params.parts, group_slices = params.group;
+    const unsigned stage_tasks = group_slices * parts;
+    const unsigned groups = (slices + group_slices - 1) / group_slices;
+    const unsigned tasks = ordered ? 2 * groups * stage_tasks : slices * parts;
     unsigned next = blockIdx.x;
-    if (ordered && threadIdx.x == 0) next = atomicAdd(job.counters, 1u);
+    if (ordered && threadIdx.x == 0) next = atomicAdd(params.counters, 1u);
     for (;;) {
-        unsigned at = next;
+        unsigned number = next;
         if (ordered) {
             __syncthreads();
-            if (threadIdx.x == 0) room.ticket = next;
+            if (threadIdx.x == 0) shared.sequence_number = next;
             __syncthreads();
-            at = room.ticket;
+            number = shared.sequence_number;
         }
-        if (at >= tasks) return;
+        if (number >= tasks) return;
         if (!ordered)
             next += gridDim.x;
         else if (threadIdx.x == 0)
-            next = atomicAdd(job.counters, 1u);  // known when this task is through
+            next = atomicAdd(params.counters, 1u);  // the result arrives during this task
 
-        unsigned slice = at % slices, part = at / slices;
-        int what = job.phases & (SUM | WRITE);
-        if (ordered) {  // the steps above: sums of group 0, of group 1, outputs of group 0, ...
-            unsigned block = at / step, place = at % step, group = (block + 1) / 2;
-            bool sums = block == 0 || (block % 2 == 1 && group < groups);
+        unsigned slice = number % slices, part = number / slices;
+        int phases = params.phases & (SUM | WRITE);
+        if (ordered) {  // the stages above: sums of group 0, of group 1, outputs of group 0, ...
+            unsigned stage = number / stage_tasks, index = number % stage_tasks, group = (stage + 1) / 2;
+            bool sums = stage == 0 || (stage % 2 == 1 && group < groups);
             if (!sums) {
                 group -= 1;
-                place = step - 1 - place;  // the last that was read is most likely still in the cache
+                index = stage_tasks - 1 - index;  // what was read last is most likely still in the cache
             }
-            slice = group * in_group + place % in_group;
-            part = place / in_group;
-            what = sums ? SUM : WRITE;
+            slice = group * group_slices + index % group_slices;
+            part = index / group_slices;
+            phases = sums ? SUM : WRITE;
         }
-        if (slice < slices) task<P>(job, slice, part, what, room);
+        if (slice < slices) run_task<P>(params, slice, part, phases, shared);
     }
 }
