@@ -112,9 +112,8 @@ def allreduce_moments(group: Any, own: Moments) -> Moments:
         return merge_vectors([own], lambda *sums: all_reduce(group, *sums))
     size = group.size
     ranks = xp.reshape(xp.arange(size, device=device(own.mean)), (size,) + (1,) * packed.ndim)
-    vector = xp.where(
-        ranks == group.rank, packed[None, ...], xp.zeros_like(packed)[None, ...]
-    )  # (size, 4, C)
+    own_row = ranks == group.rank
+    vector = xp.where(own_row, packed[None, ...], xp.zeros_like(packed)[None, ...])  # (size, 4, C)
     summed = _all_reduce(group, vector)
     return merge_rows(Moments(*(summed[:, i, ...] for i in range(4))))
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.arguments import validate_int
-from batchnorm.checkpoints import FORMATS, from_state, to_state
+from batchnorm.checkpoints import from_state, to_state
 from batchnorm.errors import describe, describe_type, fail
+from batchnorm.formats import FORMATS
 from batchnorm.functional import batch_norm, normalize
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import update_running

@@ -14,8 +14,8 @@ from batchnorm.arrays import on_host
 from batchnorm.errors import describe_type, fail, fail_on_all_members
 from batchnorm.layer import BatchNorm, channels
 from batchnorm.moments import Moments, update_running
-from batchnorm.progress import shown
-from batchnorm.state import taken
+from batchnorm.progress import with_progress
+from batchnorm.state import cast_like
 
 Array = Any
 
@@ -118,7 +118,7 @@ def _collected(
     """Run all batches; their number, and what each layer's inputs were."""
     stacks: list[list[tuple[int, Moments]]] = [[] for _ in layers]
     count = 0
-    for batch in shown(batches, "recalibrating") if progress else batches:
+    for batch in with_progress(batches, "recalibrating") if progress else batches:
         forward(batch)
         count += 1
         for layer, stack in zip(layers, stacks, strict=True):
@@ -161,7 +161,7 @@ def _joined(
             group,
             nothing if total is None else Moments(*(np.asarray(on_host(v), np.float64) for v in total)),
         )
-        found.append(Moments(*(taken("batches", v, layer.running_mean) for v in joined)))
+        found.append(Moments(*(cast_like("batches", v, layer.running_mean) for v in joined)))
     (batches,) = groups.all_reduce(group, np.asarray([float(count)]))
     return int(batches[0]), found
 
