@@ -95,7 +95,7 @@ def traceable(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         torch: Any = sys.modules.get("torch")
         if torch is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            return frameworks.load("torch.graph").follow(name, *args, **kwargs)  # type: ignore[no-any-return]
+            return frameworks.load("torch.graph").call_in_graph(name, *args, **kwargs)  # type: ignore[no-any-return]
         return function(*args, **kwargs)
 
     return call
