@@ -19,7 +19,7 @@ import numpy as np
 import batchnorm as bn
 from batchnorm.testing import data, verdict
 from batchnorm.testing.libraries import numpy_dtype, targets
-from batchnorm.testing.oracle import Problem, decimals
+from batchnorm.testing.oracle import Problem, decimals, precise
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 OFFSETS = {"float16": 8.0, "bfloat16": 2.0, "float32": 1e6, "float64": 1e8}
@@ -422,7 +422,7 @@ def run(number, target):
     """One case on a target; raises where something is wrong."""
     draw = Draw(number, target)
     function = FUNCTIONS[number % len(FUNCTIONS)]
-    with target.active(), np.errstate(all="ignore"):
+    with target.active(), precise(), np.errstate(all="ignore"):
         function(draw)
 
 

@@ -145,7 +145,7 @@ def test_random_faults(engine, size, tmp_path):
         assert len({said == "right" for said in found}) == 1, (which, found)
         outcomes["right" if found[0] == "right" else "wrong"] += 1
         if found[0] == "right":
-            assert which in (None, "pool")
+            assert which in (None, "merge")
     assert min(outcomes.values()) > 20
 
 
@@ -213,8 +213,8 @@ def test_autograd_over_a_group(tmp_path):
         for mine, other in zip(own, members[0][0][1], strict=True):
             assert torch.equal(mine, other)
         assert "trying to differentiate twice" in refused[0]
-        assert "group: got tensors to add up, and PyTorch differentiates" in refused[1]
-        assert "group: got tensors to add up, and torch.func transforms" in refused[2]
+        assert "group: got tensors to sum, and PyTorch differentiates" in refused[1]
+        assert "group: got tensors to sum, and torch.func transforms" in refused[2]
         torch.testing.assert_close(y, net.eval()(in_torch.batches()[0][0]), rtol=1e-9, atol=1e-9)
 
 

@@ -78,10 +78,10 @@ def test_the_newest_opset_that_the_runtime_runs(monkeypatch):
 
     newest = onnx.defs.onnx_opset_version()
     try:
-        module._newest.cache_clear()
+        module._newest_opset.cache_clear()
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         assert to_onnx(trained()).opset_import[0].version == newest
-        module._newest.cache_clear()
+        module._newest_opset.cache_clear()
 
         class Old:
             """A runtime that knows nothing after opset 19."""
@@ -92,7 +92,7 @@ def test_the_newest_opset_that_the_runtime_runs(monkeypatch):
         monkeypatch.setitem(sys.modules, "onnxruntime", Old())
         assert to_onnx(trained()).opset_import[0].version == 19
     finally:
-        module._newest.cache_clear()
+        module._newest_opset.cache_clear()
 
 
 def test_parameters_behind_identity_and_cast():

@@ -1,12 +1,14 @@
 """The oracle is right: against NumPy's own functions, and against finite differences in 50 digits."""
 
 import decimal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from batchnorm.testing import data, verdict
-from batchnorm.testing.oracle import Problem, decimals
+from batchnorm.testing.oracle import Problem, decimals, precise
 
 H = decimal.Decimal("1e-15")
 
@@ -19,7 +21,36 @@ def test_forward_is_the_textbook_formula():
     np.testing.assert_allclose(Problem(x, gamma, beta).y.astype(float), expected, rtol=1e-12)
 
 
+def test_the_import_leaves_the_decimal_context_alone():
+    program = """
+import decimal
+before = repr(decimal.getcontext()), repr(decimal.DefaultContext)
+import batchnorm.testing.oracle
+assert (repr(decimal.getcontext()), repr(decimal.DefaultContext)) == before
+assert decimal.getcontext().prec == 28
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+@pytest.mark.parametrize("digits", [5, 28, 80])
+def test_digits_do_not_depend_on_the_decimal_context(digits):
+    def digits_of(problem):
+        gradients = problem.backward(data.batch((5, 3), seed=5))
+        found = (problem.y, problem.mean, problem.var, problem.size, *gradients)
+        return [str(v) for array in found for v in np.ravel(array)]
+
+    x, where = data.batch((5, 3), mean=1e4), data.weights((5, 3), "weights")
+    with decimal.localcontext(decimal.Context(prec=50)):
+        expected = digits_of(Problem(x, where=where))
+    with decimal.localcontext(decimal.Context(prec=digits)) as context:
+        assert digits_of(Problem(x, where=where)) == expected
+        assert decimal.getcontext() is context
+        assert context.prec == digits
+    assert max(map(len, expected)) > 50
+
+
 @pytest.mark.parametrize("kind", ["plain", "mask", "weights", "given"])
+@precise()
 def test_gradients_are_slopes(kind):
     shape = (5, 3, 2)
     x, dy = data.batch(shape, "float64"), data.batch(shape, "float64", mean=0.5, seed=5)

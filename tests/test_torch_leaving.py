@@ -287,10 +287,10 @@ def test_what_was_left_alone_and_why():
         convert(made)
     said = str(warned[0].message)
     for text in (
-        "1, a Act (a subclass of torch.nn.BatchNorm2d, which may do more or otherwise)",
-        "2, a SyncBatchNorm (it joins batches by itself: convert(model, group) does on",
-        "3, a FrozenBatchNorm2d (none of torch.nn's classes)",
-        "4, a LazyBatchNorm2d (it has seen no input yet: convert the model after the first one)",
+        "1, a Act (a subclass of torch.nn.BatchNorm2d, which may behave differently)",
+        "2, a SyncBatchNorm (it joins batches itself: use torch.nn's BatchNorm1d to 3d",
+        "3, a FrozenBatchNorm2d (not a class of torch.nn)",
+        "4, a LazyBatchNorm2d (it has had no input yet: convert the model after the first one)",
     ):
         assert text in said
     assert named(report(made))["0"] == ("BatchNorm2d", True)

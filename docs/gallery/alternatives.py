@@ -30,7 +30,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.digits import WIDTH, learn, reader
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 
 class Penalty:
@@ -163,7 +163,7 @@ WIDTHS = (32, 64, 128, 256)
 def measure(seed):
     """Each method at its best rate; times of whitening and batch norm, over the number of channels."""
     return {
-        "methods": {name: best(seed, make) for name, make in shown(METHODS.items(), "training")},
+        "methods": {name: best(seed, make) for name, make in with_progress(METHODS.items(), "training")},
         "costs": np.asarray([cost(width) for width in WIDTHS]).T,
     }
 

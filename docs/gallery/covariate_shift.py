@@ -35,7 +35,7 @@ from scipy.stats import wasserstein_distance
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, cross_entropy
 from batchnorm.demo.digits import WIDTH, batches, digits, reader
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 HIDDEN, SCALE, RATE, STEPS, EVERY = 4, 3.0, 1.0, 200, 10
 
@@ -124,7 +124,7 @@ def train(seed, norm):
 
 def measure(seed):
     """Losses, shifts and turns of the three networks."""
-    return {name: train(seed, norm) for name, norm in shown(NETWORKS.items(), "training")}
+    return {name: train(seed, norm) for name, norm in with_progress(NETWORKS.items(), "training")}
 
 
 # %%

@@ -36,7 +36,7 @@ from scipy.special import comb
 
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, Linear
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 
 def orders(depth, weight, rate):
@@ -109,7 +109,7 @@ def largest_rate(change, slope):
 def measure(seed):
     """Ratios at one rate, promises and usable rates, by batch norm, scale and depth."""
     found = {"ratios": {}, "promises": {}, "rates": {}}
-    for case in shown([(n, s) for n in (False, True) for s in SCALES], "chains"):
+    for case in with_progress([(n, s) for n in (False, True) for s in SCALES], "chains"):
         chains = [chain(seed, *case, depth) for depth in DEPTHS]
         promises = np.asarray([ONE_RATE * slope for _, slope in chains])
         found["promises"][case] = promises

@@ -30,7 +30,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.digits import WIDTH, learn, reader
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 STEPS, RATE = 300, 0.1
 UNIT = np.ones(1)
@@ -103,7 +103,7 @@ def measure(seed):
         "bias": {through: drift(seed, through) for through in (False, True)},
         "network": {
             (through, rate): train(seed, norms[through], rate)
-            for through, rate in shown(cases, "training")
+            for through, rate in with_progress(cases, "training")
         },
     }
 

@@ -29,7 +29,7 @@ import numpy as np
 import batchnorm as bn
 from batchnorm.demo.chain import Activation, accuracy, cross_entropy
 from batchnorm.demo.digits import WIDTH, digits, learn, reader
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 DATA = digits()
 SCALES = (0.3, 1.0, 3.0, 10.0)
@@ -104,7 +104,7 @@ def measure(seed):
         "flat": {(n, s): flat(seed, n, s) for n in (False, True) for s in SCALES},
         "accuracies": {
             case: np.asarray([train(seed, *case, rate) for rate in RATES])
-            for case in shown(cases, "training")
+            for case in with_progress(cases, "training")
         },
     }
 

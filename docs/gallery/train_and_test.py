@@ -30,7 +30,7 @@ import numpy as np
 import batchnorm as bn
 from batchnorm.demo.chain import cross_entropy
 from batchnorm.demo.digits import WIDTH, digits, learn, reader
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 DATA = digits()
 SIZES = (2, 4, 8, 20, 60, 180, 360)
@@ -108,7 +108,7 @@ def measure(seed):
     """The three ways after training on batches of three sizes; momenta, the cumulative one as None."""
     return {
         "ways": {batch: three_ways(seed, batch) for batch in (4, 8, 60)},
-        "momenta": {m: behind(seed, m) for m in shown((*MOMENTA, None), "training")},
+        "momenta": {m: behind(seed, m) for m in with_progress((*MOMENTA, None), "training")},
     }
 
 

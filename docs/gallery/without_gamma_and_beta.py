@@ -24,7 +24,7 @@ import numpy as np
 import batchnorm as bn
 from batchnorm.demo.chain import Chain, Linear, sigmoid
 from batchnorm.demo.digits import WIDTH, learn, reader
-from batchnorm.progress import shown
+from batchnorm.progress import with_progress
 
 GAMMAS = (1.0, 2.0, 5.0, 10.0)
 
@@ -89,7 +89,7 @@ def measure(seed):
     rng = np.random.default_rng(seed)
     return {
         "straightness": {gamma: straightness(rng, gamma, 0.0) for gamma in GAMMAS},
-        "fits": {name: fit(seed, *how) for name, how in shown(FITS.items(), "fitting")},
+        "fits": {name: fit(seed, *how) for name, how in with_progress(FITS.items(), "fitting")},
         "bound": best_of_one_sigmoid(),
         "digits": {affine: read_digits(seed, affine) for affine in (False, True)},
     }

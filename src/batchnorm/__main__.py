@@ -1,4 +1,4 @@
-"""``python -m batchnorm``: the demonstration, and what runs on this machine."""
+"""The command ``python -m batchnorm``: demonstration, benchmark, and list of array libraries."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and exit with status 2."""
+        """Print the message, and exit with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command, and return its exit status."""
     parser = OneLineParser(prog="python -m batchnorm", description="Batch norm for any array library.")
     parser.add_argument("--version", action="version", version=f"batchnorm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,info}")
@@ -74,16 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.output.suffix.lower() not in suffixes:
         expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
         command.error(f"argument --output: got {chosen.output}, expected a {expected} file")
-    why_not = _unwritable(chosen.output)
-    if why_not is not None:
-        command.error(f"argument --output: {chosen.output} cannot be written ({why_not})")
+    problem = _write_error(chosen.output)
+    if problem is not None:
+        command.error(f"argument --output: {chosen.output} cannot be written ({problem})")
 
     if on_gpu:
         from batchnorm.bench import gpu
 
-        why_not = gpu.missing()
-        if why_not is not None:
-            command.error(f"argument --gpu: {why_not}")
+        problem = gpu.missing()
+        if problem is not None:
+            command.error(f"argument --gpu: {problem}")
         return gpu.run(chosen.all, chosen.output)
     if command is bench:
         from batchnorm.bench import run as measure
@@ -117,14 +117,14 @@ def info() -> int:
 
 
 def _positive(text: str) -> int:
-    return _whole(text, 1)
+    return _integer(text, 1)
 
 
 def _natural(text: str) -> int:
-    return _whole(text, 0)
+    return _integer(text, 0)
 
 
-def _whole(text: str, low: int) -> int:
+def _integer(text: str, low: int) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -134,25 +134,25 @@ def _whole(text: str, low: int) -> int:
     return value
 
 
-def _unwritable(path: Path) -> str | None:
-    """Why a file cannot be written, found out before the work that it is to hold; or None."""
-    path = path.resolve()  # of a link, what it leads to
-    there = path.exists()
+def _write_error(path: Path) -> str | None:
+    """Return why a file cannot be written, or None; the file is not changed."""
+    path = path.resolve()  # the target of a link
+    existed = path.exists()
     try:
         with path.open("ab"):
             pass
     except OSError as error:
         return error.strerror or type(error).__name__
-    if not there:
+    if not existed:
         path.unlink()
     return None
 
 
 def interrupted(number: int, frame: Any) -> NoReturn:
-    """End at once, in one line: libraries' threads and compilers have dozens to say otherwise."""
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, which progress bars hide
+    """Exit immediately after one line: threads and compilers of libraries would print many more."""
+    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # shows the cursor, which progress bars hide
     sys.stdout.flush()
-    os.write(2, f"{shown}\npython -m batchnorm: interrupted\n".encode())
+    os.write(2, f"{cursor}\npython -m batchnorm: interrupted\n".encode())
     os._exit(130)
 
 

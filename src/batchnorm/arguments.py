@@ -1,4 +1,4 @@
-"""Checks of arguments that are not arrays: numbers, switches, names, axes, paths, callables."""
+"""Validation of arguments other than arrays: numbers, switches, names, axes, paths, callables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def validate_group(group: Any) -> None:
 
 
 def validate_number(argument: str, value: Any, low: float, high: float = float("inf")) -> Any:
-    """Check a number with bounds, and return it as a float; or a 0-d array (a traced one, say)."""
+    """Check a number with bounds; return it as a float, or as it is if it is a 0-d array."""
     if type(value) is float and low <= value <= high and value != float("inf"):
         return value
     interval = f"a number >= {low:g}" if high == float("inf") else f"a number in [{low:g}, {high:g}]"
@@ -49,7 +49,7 @@ def validate_number(argument: str, value: Any, low: float, high: float = float("
 
 
 def validate_int(argument: str, value: Any, low: int) -> int:
-    """Check a whole number with a lower bound."""
+    """Check an integer with a lower bound, and return it as an int."""
     expected = f"a whole number >= {low}"
     try:
         number = operator.index(value)
@@ -68,7 +68,7 @@ def validate_bool(argument: str, value: Any) -> bool:
 
 
 def validate_choice(argument: str, value: Any, names: Iterable[str], more: str = "") -> str:
-    """Check a name."""
+    """Check a name that must be one of several."""
     expected = f"one of {', '.join(map(repr, names))}{more}"
     if not isinstance(value, str):
         fail(TypeError, argument, describe(value), expected)
@@ -78,26 +78,26 @@ def validate_choice(argument: str, value: Any, names: Iterable[str], more: str =
 
 
 def validate_callable(argument: str, value: Any, what: str = "a function") -> None:
-    """Check something that is called."""
+    """Check that a value is callable."""
     if not callable(value):
         fail(TypeError, argument, describe(value), what)
 
 
 def validate_iterable(argument: str, value: Any, what: str) -> None:
-    """Check something that is gone through."""
+    """Check that a value is iterable."""
     if not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
         fail(TypeError, argument, describe(value), what)
 
 
 def validate_path(argument: str, value: Any) -> Path:
-    """Check a path."""
+    """Check a path, and return it as a `Path`."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         fail(TypeError, argument, describe(value), "a path")
     return Path(value)
 
 
 def validate_axis(axis: Any, expected: str = "an int, or a tuple of ints") -> tuple[int, ...]:
-    """Check that an axis is one, or a tuple of them, as far as that goes without an array."""
+    """Check an axis, or a tuple of axes, without the array that it belongs to."""
     given = axis if isinstance(axis, tuple) else (axis,)
     if any(isinstance(a, bool) or getattr(a, "shape", ()) != () for a in given):
         fail(TypeError, "axis", describe(axis), expected)
@@ -108,21 +108,21 @@ def validate_axis(axis: Any, expected: str = "an int, or a tuple of ints") -> tu
 
 
 def validate_dtype(argument: str, dtype: Any) -> str:
-    """Check a dtype of any library, or its name; which of ours it is."""
-    if dtype is float or isinstance(dtype, str):  # as NumPy understands it
+    """Check a dtype of any library, or its name, and return the name."""
+    if dtype is float or isinstance(dtype, str):  # these are dtypes in NumPy
         with contextlib.suppress(TypeError):
             dtype = importlib.import_module("numpy").dtype(dtype)
     named = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
     name = (named if isinstance(named, str) else describe(dtype).strip("'")).rpartition(".")[2]
     if not isinstance(dtype, str):
-        name = name.lower()  # ndonnx's are classes: Float32
+        name = name.lower()  # those of ndonnx are named Float32
     if name not in FLOATS:
         fail(TypeError, argument, describe(dtype), f"one of {', '.join(FLOATS)}")
     return name
 
 
 def int_from_environment(variable: str, low: int, expected: str) -> int | None:
-    """A whole number with a lower bound from an environment variable; None where it is not set."""
+    """Return an integer with a lower bound from an environment variable; None if it is not set."""
     text = os.environ.get(variable, "")
     if text and not (text.isdecimal() and int(text) >= low):
         fail(ValueError, variable, repr(text), expected)
@@ -130,13 +130,13 @@ def int_from_environment(variable: str, low: int, expected: str) -> int | None:
 
 
 def validate_axes(axis: int | tuple[int, ...], ndim: int, name: str = "x") -> tuple[int, ...]:
-    """The channel axes as non-negative, increasing numbers."""
+    """Return the channel axes as non-negative, increasing numbers."""
     expected = f"an int, or a tuple of increasing ints, in [{-ndim}, {ndim - 1}] for {ndim}-d {name}"
     if ndim == 0:
         expected = f"() for 0-d {name}, which has no axis"
     given = validate_axis(axis, expected)
-    kept = tuple(a + ndim if a < 0 else a for a in given)
-    increasing = all(a < b for a, b in itertools.pairwise(kept))
-    if not increasing or not all(0 <= a < ndim for a in kept):
+    axes = tuple(a + ndim if a < 0 else a for a in given)
+    increasing = all(a < b for a, b in itertools.pairwise(axes))
+    if not increasing or not all(0 <= a < ndim for a in axes):
         fail(ValueError, "axis", describe(axis), expected)
-    return kept
+    return axes

@@ -1,4 +1,4 @@
-"""What is asked of an array of any library: its namespace, its device, its values where known."""
+"""Properties of arrays of any library: namespace, device, and values if they are known."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Array = Any
 
 
 def namespace(argument: str, x: Array) -> ModuleType:
-    """The array API namespace of an array."""
-    # Sums of a masked array would honour its mask, counts would not; products of a matrix are others.
-    inner = type(getattr(x, "_meta", x))  # of Dask's chunks
+    """Return the array API namespace of an array."""
+    # Sums of a masked array use its mask, but counts do not; `*` is not elementwise for a matrix.
+    inner = type(getattr(x, "_meta", x))  # the class of the chunks of a Dask array
     if inner.__name__ in ("MaskedArray", "MaskedTensor"):
         got = describe_type(x) if inner is type(x) else f"an array of {inner.__name__} chunks"
         fail(TypeError, argument, got, "a plain array, and its mask inverted as `where`")
@@ -34,12 +34,12 @@ def namespace(argument: str, x: Array) -> ModuleType:
 
 
 def library_name(xp: ModuleType) -> str:
-    """The name by which users know an array API namespace."""
+    """Return the public name of an array API namespace."""
     return xp.__name__.removeprefix("array_api_compat.")
 
 
 def known_false(truth: Array) -> bool:
-    """Whether a condition is false, as far as one can see: a lazy value cannot be looked at."""
+    """Return whether a condition is known to be false; the value of a lazy one is unknown."""
     if is_hidden(truth):
         return False
     try:
@@ -49,7 +49,7 @@ def known_false(truth: Array) -> bool:
 
 
 def is_hidden(x: Array) -> bool:
-    """Whether values cannot be looked at without running a graph. JAX's can, unless it is tracing."""
+    """Return whether values are unknown until a graph is run; JAX arrays count as known."""
     if compat.is_cupy_array(x):
         return bool(sys.modules["cupy"].cuda.get_current_stream().is_capturing())
     if compat.is_torch_array(x):
@@ -60,30 +60,30 @@ def is_hidden(x: Array) -> bool:
 
 
 def is_eager_on_host(x: Array) -> bool:
-    """Whether operations on an array are carried out at once, on a CPU, and nothing records them."""
+    """Return whether operations on an array run immediately, on a CPU, without being recorded."""
     if compat.is_torch_array(x):
         return x.device.type == "cpu" and transformed() is None and recorded((x,)) is None
     return not (compat.is_cupy_array(x) or compat.is_lazy_array(x))
 
 
 def device_of(x: Array) -> Any:
-    """Where per-channel vectors of x are made: on its device, or on each of several."""
+    """Return the device for per-channel vectors of x: its device, or all of its devices."""
     device = compat.device(x)
     if not is_spread(device):
         return device
     sharding = sys.modules["jax"].sharding
     if not isinstance(device, sharding.NamedSharding):
-        return None  # JAX then brings vectors to where x is
+        return None  # JAX moves vectors to the devices of x
     return sharding.NamedSharding(device.mesh, sharding.PartitionSpec(), memory_kind=device.memory_kind)
 
 
 def is_spread(device: Any) -> bool:
-    """Whether a device is JAX's word for several."""
+    """Return whether a device is a sharding of JAX, for several devices."""
     return "Sharding" in type(device).__name__
 
 
 def same_shape(got: Any, expected: Any) -> bool:
-    """Whether shapes agree, where both are known."""
+    """Return whether two shapes agree in the dimensions that are known in both."""
     return len(got) == len(expected) and all(
         a == b or not isinstance(a, int) or not isinstance(b, int)
         for a, b in zip(got, expected, strict=True)
@@ -91,7 +91,7 @@ def same_shape(got: Any, expected: Any) -> bool:
 
 
 def on_host(a: Array) -> Array:
-    """Return the values of an eager array as a NumPy array; NumPy's own as it is."""
+    """Return the values of an eager array as a NumPy array; a NumPy array is returned as it is."""
     import numpy as np
 
     if compat.is_torch_array(a):

@@ -1,8 +1,8 @@
-"""The one table of which library x device x dtype x operation works.
+"""The table of supported combinations of library, device, dtype and operation.
 
-`LIBRARIES` lists what we test; `GAPS` lists what does not work, and why: everything else works. The
-conformance suite takes its expected failures from here (a stale one fails), and the documentation
-and `python -m batchnorm info` print it.
+`LIBRARIES` lists the tested libraries, and `GAPS` the combinations that do not work, with the reasons;
+all others work. The conformance suite expects the failures that are listed here (an entry that works is
+an error), and the documentation and `python -m batchnorm info` print the tables.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Library(NamedTuple):
     """An array library that this package is tested with."""
 
     module: str
-    """What users import."""
+    """The module that users import."""
     devices: tuple[str, ...]
     """The devices and modes that the conformance suite runs on."""
     extra: str
-    """The extra (or the package) to install; empty for what is always there."""
+    """The extra (or the package) to install; empty for a dependency of this package."""
     note: str = ""
-    """What a user should know."""
+    """A remark for users."""
 
 
 LIBRARIES = {
@@ -71,7 +71,7 @@ LIBRARIES = {
 
 
 class Gap(NamedTuple):
-    """Something that does not work; "*" stands for all."""
+    """Combinations that do not work; "*" matches every value."""
 
     library: str
     device: str
@@ -79,10 +79,10 @@ class Gap(NamedTuple):
     operation: str
     why: str
     tried: bool = True
-    """Whether the suite tries it, to find out when it starts to work."""
+    """Whether the suite runs it, to detect when it starts to work."""
 
     def covers(self, library: str, device: str, dtype: str | None, operation: str | None) -> bool:
-        """Whether a case falls into this gap."""
+        """Return whether a case is in this gap."""
         mine = (self.library, self.device, self.dtype, self.operation)
         case = (library, device, dtype, operation)
         return all(a in ("*", b) for a, b in zip(mine, case, strict=True))
@@ -90,10 +90,10 @@ class Gap(NamedTuple):
 
 GAPS = (
     Gap("jax", "*", "*", "out", "JAX arrays are immutable"),
-    Gap("dask", "*", "*", "out", "Dask arrays are recipes, not buffers"),
-    Gap("ndonnx", "*", "*", "out", "ndonnx arrays are recipes, not buffers"),
-    Gap("sparse", "*", "*", "out", "its arrays cannot be assigned to"),
-    Gap("sparse", "*", "*", "large", "minutes: dense data in coordinates", tried=False),
+    Gap("dask", "*", "*", "out", "Dask arrays are lazy"),
+    Gap("ndonnx", "*", "*", "out", "ndonnx arrays are lazy"),
+    Gap("sparse", "*", "*", "out", "sparse arrays are immutable"),
+    Gap("sparse", "*", "*", "large", "takes minutes, with dense data in coordinate format", tried=False),
     Gap("sparse", "*", "bfloat16", "*", "sparse has no bfloat16"),
     Gap("array_api_strict", "*", "float16", "*", "the standard has no float16"),
     Gap("array_api_strict", "*", "bfloat16", "*", "the standard has no bfloat16"),
@@ -109,12 +109,12 @@ GAPS = (
 
 
 def gap(library: str, device: str, dtype: str | None, operation: str | None) -> Gap | None:
-    """The gap that a case falls into, or None where it works."""
+    """Return the gap that a case is in, or None if the case works."""
     return next((g for g in GAPS if g.covers(library, device, dtype, operation)), None)
 
 
 def works(library: str, device: str) -> tuple[list[str], list[str]]:
-    """Dtypes and operations that work on a device of a library."""
+    """Return the dtypes and the operations that work on a device of a library."""
     dtypes = [d for d in FLOATS if gap(library, device, d, None) is None]
     operations = [op for op in OPERATIONS if gap(library, device, None, op) is None]
     return dtypes, operations

@@ -1,4 +1,4 @@
-"""The one form of every error message, and short descriptions of what an argument is."""
+"""The format of error messages, and short descriptions of arguments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 
 def fail(error: type[Exception], argument: str, got: object, expected: str) -> NoReturn:
-    """Raise an error in the one form that all of ours have: one line."""
+    """Raise an error with the message "argument: got …, expected …" on one line."""
     raise error(" ".join(f"{argument}: got {got}, expected {expected}".split()))
 
 
 def fail_on_all_members(error: type[Exception], argument: str, got: object, expected: str) -> NoReturn:
-    """Raise an error that all members of a group find by themselves: nobody has to be told."""
+    """Raise an error that every member of a group raises by itself, so that none has to send it."""
     try:
         fail(error, argument, got, expected)
     except error as raised:
@@ -21,18 +21,18 @@ def fail_on_all_members(error: type[Exception], argument: str, got: object, expe
 
 
 def describe_type(value: Any) -> str:
-    """The class of an argument, with its article."""
+    """Return the class of an argument with an indefinite article."""
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
 
 
 def describe(value: Any) -> str:
-    """What an argument is, in a few words."""
+    """Return a short description of an argument."""
     what = describe_type(value)
     if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
         return f"{what} of shape {tuple(value.shape)} and dtype {value.dtype}"
-    try:  # a number of NumPy's without its class
+    try:  # str omits the class of a NumPy number
         text = " ".join((str if isinstance(value, numbers.Real) else repr)(value).split())
-    except Exception:  # an object that cannot tell what it is
+    except Exception:  # of an object whose repr raises
         return what
     return text if len(text) <= 80 else what

@@ -1,4 +1,4 @@
-"""Arrays by name in files: whole or not at all when written, and only what is wanted when read."""
+"""Named arrays in files: atomic writes, and reads of selected arrays."""
 
 from __future__ import annotations
 
@@ -17,63 +17,63 @@ Array = Any
 Shape = tuple[int, ...]
 
 
-class _Opened(NamedTuple):
-    """A file that is read."""
+class _Reader(NamedTuple):
+    """Functions to read an open file."""
 
     names: Collection[str]
     shape: Callable[[str], Shape]
-    """Of an array, which is not read for it."""
+    """Return the shape of an array without reading the array."""
     array: Callable[[str], Array]
 
 
 class _Kind(NamedTuple):
-    """How a kind of file is read and written."""
+    """Functions to read and write a kind of file."""
 
-    opened: Callable[[Path], Any]
-    """A context manager around what is read."""
+    open: Callable[[Path], Any]
+    """Return a context manager whose value is a `_Reader`."""
     write: Callable[[Path, dict[str, Array]], None]
 
 
 def names(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the arrays in a file."""
-    return _visited(path, {})[0]
+    """Return the names of the arrays in a file."""
+    return _read(path, {})[0]
 
 
 def read(path: str | os.PathLike[str], wanted: Mapping[str, Shape]) -> dict[str, Array]:
-    """Some of a file's arrays, whose shapes are known; none is read before all have these.
+    """Return selected arrays of a file; no array is read before the shapes of all are checked.
 
-    The others may be of kinds that NumPy cannot hold.
+    Arrays that are not selected may have dtypes that NumPy does not have.
     """
-    return _visited(path, wanted)[1]
+    return _read(path, wanted)[1]
 
 
 def write(path: str | os.PathLike[str], arrays: dict[str, Array]) -> None:
-    """Write a file, which is there whole or not at all; several processes may write it at once."""
+    """Write a file atomically; several processes may write it at the same time."""
     kind = _kind(path)
-    target = Path(os.path.realpath(path))  # of a link, what it leads to
+    target = Path(os.path.realpath(path))  # the target of a link
     if not target.parent.is_dir():
         fail(FileNotFoundError, "path", os.fspath(path), "a file in a folder that exists")
     if target.is_dir():
         fail(IsADirectoryError, "path", f"{os.fspath(path)}, a folder", "a file")
-    # A name that is nobody else's, beside the target: a file is replaced at once only within a disk.
-    prefix = f".{target.stem[:32]}."  # short: the longest name that a disk takes has to do
+    # The temporary file is in the same folder, because a file is replaced atomically only on one disk.
+    prefix = f".{target.stem[:32]}."  # the length of file names is limited
     number, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=target.suffix)
     os.close(number)
     partial = Path(name)
     try:
         kind.write(partial, arrays)
-        with contextlib.suppress(OSError):  # on a disk that knows no permissions
+        with contextlib.suppress(OSError):  # on a file system without permissions
             partial.chmod(target.stat().st_mode if target.exists() else 0o666 & ~_umask())
-        _settle(partial)
+        _sync(partial)
         os.replace(partial, target)
-        with contextlib.suppress(OSError):  # where a folder cannot be opened
-            _settle(target.parent)
+        with contextlib.suppress(OSError):  # on systems that cannot open a folder
+            _sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _settle(path: Path) -> None:
-    """Wait until a file, or a folder's list of them, is on the disk."""
+def _sync(path: Path) -> None:
+    """Wait until a file or the entries of a folder are written to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -82,17 +82,17 @@ def _settle(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The permissions that new files of this process do not get; there is no way but to set them."""
+    """Return the umask of this process, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 @contextlib.contextmanager
-def _opened_npz(path: Path) -> Iterator[_Opened]:
+def _open_npz(path: Path) -> Iterator[_Reader]:
     import numpy as np
 
-    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
 
         def shape(name: str) -> Shape:
             with file.zip.open(f"{name}.npy") as member:
@@ -101,7 +101,7 @@ def _opened_npz(path: Path) -> Iterator[_Opened]:
                 found: Shape = getattr(np.lib.format, header)(member)[0]
                 return found
 
-        yield _Opened(file.files, shape, file.__getitem__)
+        yield _Reader(file.files, shape, file.__getitem__)
 
 
 def _write_npz(path: Path, arrays: dict[str, Array]) -> None:
@@ -120,9 +120,9 @@ def _safetensors() -> Any:
 
 
 @contextlib.contextmanager
-def _opened_safetensors(path: Path) -> Iterator[_Opened]:
+def _open_safetensors(path: Path) -> Iterator[_Reader]:
     with _safetensors().safe_open(path, framework="np") as file:
-        yield _Opened(file.keys(), lambda name: tuple(file.get_slice(name).get_shape()), file.get_tensor)
+        yield _Reader(file.keys(), lambda name: tuple(file.get_slice(name).get_shape()), file.get_tensor)
 
 
 def _write_safetensors(path: Path, arrays: dict[str, Array]) -> None:
@@ -132,8 +132,8 @@ def _write_safetensors(path: Path, arrays: dict[str, Array]) -> None:
 
 
 _KINDS = {
-    ".npz": _Kind(_opened_npz, _write_npz),
-    ".safetensors": _Kind(_opened_safetensors, _write_safetensors),
+    ".npz": _Kind(_open_npz, _write_npz),
+    ".safetensors": _Kind(_open_safetensors, _write_safetensors),
 }
 
 
@@ -144,12 +144,12 @@ def _kind(path: Any) -> _Kind:
     return _KINDS[suffix]
 
 
-def _visited(path: Any, wanted: Mapping[str, Shape]) -> tuple[list[str], dict[str, Array]]:
-    """The names in a file, and the arrays that are wanted."""
-    opened = _kind(path).opened
+def _read(path: Any, wanted: Mapping[str, Shape]) -> tuple[list[str], dict[str, Array]]:
+    """Return the names of the arrays in a file, and the selected arrays."""
+    open_file = _kind(path).open
     what = os.fspath(path)
     try:
-        with opened(Path(path)) as file:
+        with open_file(Path(path)) as file:
             shapes = {}
             for name in wanted:
                 what = f"{name!r} in {os.fspath(path)}"
@@ -166,11 +166,11 @@ def _visited(path: Any, wanted: Mapping[str, Shape]) -> tuple[list[str], dict[st
         raise
     except _ShapeError as error:
         raise ValueError(str(error)) from None
-    except Exception as error:  # each library has errors of its own for what is cut or foreign
+    except Exception as error:  # each library raises its own errors for truncated or other files
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         got = f"{what}, which cannot be read ({reason})"
         fail(ValueError, "path", got, f"a whole {Path(path).suffix.lower()} file")
 
 
 class _ShapeError(ValueError):
-    """An array of another shape than the one that is wanted."""
+    """An array whose shape is not the expected one."""

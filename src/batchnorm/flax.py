@@ -1,4 +1,4 @@
-"""A Flax module on this package's passes: `flax.nnx.BatchNorm`'s arguments, variables and results."""
+"""A Flax module with the interface of `flax.nnx.BatchNorm` and the implementation of this package."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Array = Any
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`flax.nnx.BatchNorm` on this package's passes.
+    """A subclass of `flax.nnx.BatchNorm` that computes with this package.
 
-    Takes the same arguments, holds the same variables (`scale`, `bias`, `mean`, `var`), and is one to
-    ``isinstance``. Statistics are exact whatever the mean of the data: `use_fast_variance` changes
-    nothing here. A `mask` leaves values out; ranks along `axis_name` are weighed by what they count.
+    It has the same arguments and variables (`scale`, `bias`, `mean`, `var`). Statistics are exact for
+    data of any mean, and `use_fast_variance` has no effect. A `mask` excludes values; devices along
+    `axis_name` are weighted by the number of their values.
 
     Raises
     ------
@@ -32,11 +32,11 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
-        """Normalize, and update the running statistics where the batch's own are used."""
+        """Normalize; if the statistics of the batch are used, update the running statistics."""
         frozen = self.use_running_average if use_running_average is None else use_running_average
         if frozen is None:
             fail(ValueError, "use_running_average", "None", "True or False, here or in the module")
-        axes = _channels(self.axis, x.ndim)
+        axes = _channel_axes(self.axis, x.ndim)
         gamma = self.scale[...] if self.scale is not None else None
         beta = self.bias[...] if self.bias is not None else None
         mean, var = self.mean[...], self.var[...]
@@ -60,5 +60,5 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
 
-def _channels(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+def _channel_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(sorted(a % ndim for a in (axis if isinstance(axis, Sequence) else (axis,))))

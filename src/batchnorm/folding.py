@@ -1,4 +1,4 @@
-"""A norm with fixed statistics is a scale and a shift: fold it into what stands before it."""
+"""Folding of a norm with fixed statistics into the layer before it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fold(
     *,
     eps: float = 1e-5,
 ) -> tuple[Array, Array]:
-    r"""The scale and shift that `normalize` amounts to.
+    r"""Return the scale and shift that are equivalent to `normalize`.
 
     .. math::
         \text{scale} = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}, \qquad
@@ -33,15 +33,15 @@ def fold(
     mean, var : array, shape (C,)
         The running statistics.
     gamma, beta : array, shape (C,), optional
-        1 and 0 where they are left out.
+        Scale and shift; 1 and 0 by default.
     eps : float, default 1e-5
         Added to the variance.
 
     Returns
     -------
     scale, shift : array, shape (C,)
-        In the dtype of `mean`. ``scale * x + shift`` cancels digits where ``|mean|`` is large against
-        the standard deviation; `normalize` does not.
+        Vectors in the dtype of `mean`. Unlike `normalize`, ``scale * x + shift`` loses digits by
+        cancellation if ``|mean|`` is large compared with the standard deviation.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def fold_linear(
     eps: float = 1e-5,
     layout: str = "OI",
 ) -> tuple[Array, Array]:
-    r"""Weights of a linear layer that does the norm behind it as well.
+    r"""Fold a norm into the weights of the linear layer before it.
 
     .. math:: W' = \text{scale} \cdot W, \qquad b' = (b - \mu) \, \text{scale} + \beta
 
@@ -81,21 +81,21 @@ def fold_linear(
     weight : array
         W, with the axes that `layout` names.
     bias : array, shape (O,), or None
-        b; None for 0. The norm makes it superfluous in training.
+        b; None for 0. In training with a norm after the layer, a bias has no effect.
     mean, var, gamma, beta, eps
-        Of the norm, as in `fold`; shape (O,).
+        Arguments of the norm, as in `fold`; vectors have the shape (O,).
     layout : str, default "OI"
         The axes of `weight`, O for outputs and I for inputs: "OI" (PyTorch) or "IO" (Keras, Flax).
 
     Returns
     -------
     weight, bias : array
-        In the shape and dtype of `weight`; the bias of shape (O,).
+        Arrays in the dtype of `weight`: weights of the same shape, and a bias of shape (O,).
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm`; and a layout that does not fit.
+        As `batch_norm`; or the layout does not fit the weights.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def fold_conv(
     eps: float = 1e-5,
     layout: str = "OIHW",
 ) -> tuple[Array, Array]:
-    """Weights of a convolution that does the norm behind it as well.
+    """Fold a norm into the weights of the convolution before it.
 
     Parameters
     ----------
@@ -142,19 +142,19 @@ def fold_conv(
     layout : str, default "OIHW"
         The axes of `weight`, O for outputs, I for inputs and any other letters for space: "OIHW"
         (PyTorch), "HWIO" (Keras, Flax), "OHWI", "IOHW" (PyTorch's transposed convolution without
-        groups), "OIDHW", "OIL". In a grouped convolution I is the inputs of one group.
+        groups), "OIDHW", "OIL". In a grouped convolution, I is the number of inputs of one group.
 
     Returns
     -------
     weight, bias : array
-        In the shape and dtype of `weight`; the bias of shape (O,).
+        Arrays in the dtype of `weight`: weights of the same shape, and a bias of shape (O,).
 
     Raises
     ------
     TypeError, ValueError
         As `fold_linear`.
     """
-    # A convolution is a linear layer whose weights have axes for space.
+    # The weights of a convolution are those of a linear layer with axes for space.
     return fold_linear(weight, bias, mean, var, gamma, beta, eps=eps, layout=layout)
 
 
@@ -167,12 +167,12 @@ def _fold(
     beta: Array | None,
     eps: float,
 ) -> tuple[Array, Array]:
-    """Scale, and (bias - mean)·scale + beta, wide and in broadcast shape."""
+    """Return scale and (bias - mean)·scale + beta in the wide dtype and broadcast shape."""
     _, scale = rstd_and_scale(array_layout, var, gamma, eps)
-    centred = (
+    bias_minus_mean = (
         -array_layout.vector(mean)
         if bias is None
         else array_layout.vector(bias) - array_layout.vector(mean)
     )
-    shift = centred * scale
+    shift = bias_minus_mean * scale
     return scale, shift if beta is None else shift + array_layout.vector(beta)

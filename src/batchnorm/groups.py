@@ -1,9 +1,9 @@
-"""What the members of a group do together: one vector per pass, and a word before it.
+"""Calls of the members of a group: announcements, errors and reductions.
 
-A group is anything with ``all_reduce(array) -> array``, a sum over its members. One that also tells
-``rank`` and ``size`` needs a single reduction where there would be two. One with ``announce``,
-``abort_unannounced``, ``abort`` and ``told`` (`distributed.members`) compares what its members come
-with, and tells all of them when one fails.
+A group is any object with ``all_reduce(array) -> array``, a sum over its members. If it also has
+``rank`` and ``size``, a forward pass needs one reduction in place of two. A group with ``announce``,
+``abort_unannounced``, ``abort`` and ``is_known_to_all`` (`distributed.members`) compares the calls of
+its members, and raises an error on all members if one of them fails.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from batchnorm.moments import Moments, merge_rows, merge_vectors
 
 Array = Any
 
-# Bytes up to which the moments of all members go into one vector, each in a place of its own. Beyond
-# it, a second reduction costs less than the bytes: see the page on synchronized statistics.
+# Up to this number of bytes, the moments of all members are packed into one vector. For larger vectors,
+# a second reduction costs less than the bytes: see the page on synchronized statistics.
 ONE_VECTOR = 2**19
 
 
 class Call:
-    """A call that all members of a group make: a context whose error is an error on every member.
+    """A call of all members of a group, as a context: an error in it is raised on every member.
 
-    Up to the last sum, that is: after it, each member has what it needs of the others.
+    This holds up to the last sum of the call, after which no member depends on another.
     """
 
     def __init__(self, group: Any, name: str) -> None:
@@ -44,29 +44,31 @@ class Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        told = getattr(self.group, "told", None)
-        # What the members have told each other in a call within this one, they know.
-        if error is not None and not (told is not None and told(error, self.since)):
-            tell = getattr(self.group, "abort" if self.announced else "abort_unannounced", None)
-            if tell is not None:
-                tell(error)
+        is_known = getattr(self.group, "is_known_to_all", None)
+        # An error of a call within this one may have been sent to all members already.
+        if error is not None and not (is_known is not None and is_known(error, self.since)):
+            abort = getattr(self.group, "abort" if self.announced else "abort_unannounced", None)
+            if abort is not None:
+                abort(error)
 
     def announce(self, what: str, sums: Sequence[tuple[int, ...]], dtype: str) -> None:
-        """Say what this member comes with, and the shapes of what it is going to add up."""
+        """Announce a call, and the shapes of the arrays that it is going to sum."""
         self.announced = True
         if hasattr(self.group, "announce"):
             self.group.announce(f"{self.name} of {what}", tuple(sums), dtype)
 
     def announce_forward(self, layout: Layout, x: Array) -> None:
-        """Say what this member comes with to a forward pass."""
-        self.announce(_named(layout, x), moments_sums(self.group, layout.channels), _wide(layout))
+        """Announce a forward pass."""
+        self.announce(
+            _describe_input(layout, x), moments_sums(self.group, layout.channels), _wide_name(layout)
+        )
 
     def announce_backward(self, layout: Layout, x: Array) -> None:
-        """Say what this member comes with to a backward pass."""
-        self.announce(_named(layout, x), [(2, *layout.broadcast)], _wide(layout))
+        """Announce a backward pass."""
+        self.announce(_describe_input(layout, x), [(2, *layout.broadcast)], _wide_name(layout))
 
     def allreduce_moments(self, own: Moments) -> Moments:
-        """Return the moments of all members' values, given this member's own."""
+        """Return the moments of the joined batch, from the moments of this member's part."""
         return allreduce_moments(self.group, own)
 
     def all_reduce(self, *vectors: Array) -> list[Array]:
@@ -75,23 +77,23 @@ class Call:
 
 
 def call(group: Any, name: str) -> Any:
-    """A call of a group's members; of nobody where there is no group."""
-    return _ALONE if group is None else Call(group, name)
+    """Return the context of a call of a group; a null context if there is no group."""
+    return _NO_GROUP if group is None else Call(group, name)
 
 
-_ALONE = contextlib.nullcontext()
+_NO_GROUP = contextlib.nullcontext()
 
 
-def _named(layout: Layout, x: Array) -> str:
+def _describe_input(layout: Layout, x: Array) -> str:
     return f"{float_name(layout.xp, x.dtype)} with {layout.channels} channels"
 
 
-def _wide(layout: Layout) -> str:
+def _wide_name(layout: Layout) -> str:
     return "float64" if layout.wide == layout.xp.float64 else "float32"
 
 
 def moments_sums(group: Any, channels: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of what `allreduce_moments` adds up."""
+    """Return the shapes of the arrays that `allreduce_moments` sums."""
     size = getattr(group, "size", None)
     if size is None or size * 4 * math.prod(channels) * 8 > ONE_VECTOR:
         return [(2, *channels)] * 2
@@ -99,31 +101,31 @@ def moments_sums(group: Any, channels: tuple[int, ...]) -> list[tuple[int, ...]]
 
 
 def allreduce_moments(group: Any, own: Moments) -> Moments:
-    """The moments of all members' values, the same on each of them to the bit.
+    """Return the moments of the joined batch, identical to the bit on all members.
 
-    Where it pays, each member puts its moments into its own place of one vector, and zeros elsewhere:
-    sums with zeros are exact, so every member merges the very same numbers.
+    If the vectors are small, each member writes its moments into its own row of one array and zeros into
+    the other rows. Sums with zeros are exact, so all members merge the same numbers.
     """
     xp = array_namespace(own.mean)
     packed = xp.stack(tuple(own))  # (4, C)
     if len(moments_sums(group, tuple(packed.shape[1:]))) > 1:
         return merge_vectors([own], lambda *sums: all_reduce(group, *sums))
     size = group.size
-    places = xp.reshape(xp.arange(size, device=device(own.mean)), (size,) + (1,) * packed.ndim)
-    mine = places == group.rank
-    vector = xp.where(mine, packed[None, ...], xp.zeros_like(packed)[None, ...])  # (size, 4, C)
-    summed = _summed(group, vector)
+    ranks = xp.reshape(xp.arange(size, device=device(own.mean)), (size,) + (1,) * packed.ndim)
+    own_row = ranks == group.rank
+    vector = xp.where(own_row, packed[None, ...], xp.zeros_like(packed)[None, ...])  # (size, 4, C)
+    summed = _all_reduce(group, vector)
     return merge_rows(Moments(*(summed[:, i, ...] for i in range(4))))
 
 
 def all_reduce(group: Any, *vectors: Array) -> list[Array]:
     """Sum vectors over the members of a group, packed into one array."""
     xp = array_namespace(*vectors)
-    summed = _summed(group, xp.stack(vectors))
+    summed = _all_reduce(group, xp.stack(vectors))
     return [summed[i, ...] for i in range(len(vectors))]
 
 
-def _summed(group: Any, packed: Array) -> Array:
+def _all_reduce(group: Any, packed: Array) -> Array:
     summed = group.all_reduce(packed)
     if getattr(summed, "shape", None) != packed.shape:
         got = f"{describe_type(summed)} of shape {getattr(summed, 'shape', None)}"
@@ -132,12 +134,12 @@ def _summed(group: Any, packed: Array) -> Array:
 
 
 class Shared:
-    """An object whose `group` its copies share, and pickles leave out."""
+    """An object whose copies share its `group`, and whose pickles do not contain it."""
 
     group: Any
 
     def __getstate__(self) -> dict[str, Any]:
-        state: Any = super().__getstate__()  # PyTorch's modules leave out what they have compiled
+        state: Any = super().__getstate__()  # PyTorch's modules leave out compiled functions
         return {name: v for name, v in (state or {}).items() if name != "group"}
 
     def __copy__(self) -> Self:

@@ -34,7 +34,7 @@ from batchnorm.layout import Layout, has_float64
 from batchnorm.moments import Moments, update_running
 from batchnorm.overlap import same_memory
 from batchnorm.presets import PRESETS
-from batchnorm.state import checked, taken
+from batchnorm.state import cast_like, validate_state
 from batchnorm.tracing import is_jax_tracer, jax_trace
 from batchnorm.validation import validate_input, validate_out, validate_vectors, validate_weights
 
@@ -389,7 +389,7 @@ class BatchNorm(groups.Shared):
         ValueError
             Missing or unknown keys, a shape that does not fit, a variance below zero.
         """
-        arrays, count = checked(state, self.state_dict())
+        arrays, count = validate_state(state, self.state_dict())
         target = {name: self._arrays()[name] for name in arrays}
         ordered = (arrays[name] for name in PARAMETERS + RUNNING if name in arrays)
         first = next((v for v in ordered if not compat.is_numpy_array(v)), None)
@@ -397,7 +397,7 @@ class BatchNorm(groups.Shared):
             layout = validate_input(first, tuple(range(first.ndim)))
             moved = self._cast(layout.xp, layout.device, self.dtype or layout.compute)
             target = {name: moved[name] for name in arrays}
-        new = {name: taken(name, v, target[name]) for name, v in arrays.items()}
+        new = {name: cast_like(name, v, target[name]) for name, v in arrays.items()}
 
         for name, v in new.items():
             setattr(self, name, v)

@@ -1,6 +1,6 @@
-"""Where the channels of an array are, and in which dtypes to work on it.
+"""Layouts of arrays: channel axes, and the dtypes in which they are processed.
 
-A `Layout` is all that a kernel needs to know of a call beside its arrays.
+A kernel needs the arrays of a call, and the `Layout` of x.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Layout(NamedTuple):
     """Channels, reduced axes and dtypes of one call."""
 
     name: str
-    """What the caller calls x, for error messages."""
+    """The name of x in error messages."""
     xp: ModuleType
     """The array API namespace of x."""
     device: Any
-    """The device of x; None where the library does not tell (a traced array)."""
+    """The device of x; None if it is unknown, as for a traced array."""
     channel_axes: tuple[int, ...]
     """The channel axes, non-negative, increasing."""
     reduced_axes: tuple[int, ...]
@@ -34,16 +34,16 @@ class Layout(NamedTuple):
     channels: tuple[int, ...]
     """The shape of gamma, beta, mean and var."""
     broadcast: tuple[int, ...]
-    """The same, with a 1 for each reduced axis: broadcasts against x."""
+    """The shape of gamma with a 1 for each reduced axis, which broadcasts against x."""
     values: int | None
-    """Values per channel; None where the shape of x is not known yet."""
+    """The number of values per channel; None if the shape of x is unknown."""
     compute: DType
-    """The dtype for arithmetic on the whole array: float64 for float64 data, else float32."""
+    """The dtype of elementwise arithmetic: float64 for float64 data, otherwise float32."""
     wide: DType
-    """The dtype for sums and per-channel vectors: float64 where the device has it, else float32."""
+    """The dtype of sums and per-channel vectors: float64 if the device has it, otherwise float32."""
 
     def vector(self, v: Any) -> Array:
-        """Bring a per-channel vector, or one number for all channels, to broadcast shape, wide."""
+        """Return a per-channel vector, or one number for all, in the wide dtype and broadcast shape."""
         if not hasattr(v, "dtype"):
             return self.xp.full(self.broadcast, float(v), dtype=self.wide, device=self.device)
         if v.dtype != self.wide:
@@ -57,12 +57,12 @@ class Layout(NamedTuple):
         ]
 
     def squeeze(self, v: Array) -> Array:
-        """Bring a vector in broadcast shape back to the shape of gamma."""
+        """Return a vector of broadcast shape in the shape of gamma."""
         return self.xp.squeeze(v, axis=self.reduced_axes) if self.reduced_axes else v
 
 
 def float_name(xp: ModuleType, dtype: DType) -> str | None:
-    """The name of a dtype that can be normalized, or None for every other dtype."""
+    """Return the name of a dtype that can be normalized, or None for any other dtype."""
     try:
         return _float_name(xp, dtype)
     except TypeError:  # a dtype that cannot be hashed
@@ -72,15 +72,15 @@ def float_name(xp: ModuleType, dtype: DType) -> str | None:
 @functools.lru_cache(maxsize=256)
 def _float_name(xp: ModuleType, dtype: DType) -> str | None:
     for name in FLOATS:
-        known = getattr(xp, name, None)  # NumPy has no bfloat16 of its own: ml_dtypes names it
+        known = getattr(xp, name, None)  # NumPy has no bfloat16; that of ml_dtypes has its name
         if (known is not None and dtype == known) or str(dtype) == name:
             return name
     return None
 
 
 def has_float64(xp: ModuleType, device: Any) -> bool:
-    """Whether float64 arrays can be made: not in JAX without x64, nor on every device."""
-    if compat.is_torch_namespace(xp):  # whose answer below is a tensor made, and seen by tracers
+    """Return whether a device has float64; JAX has it only with x64."""
+    if compat.is_torch_namespace(xp):  # the query below makes a tensor, which tracers record
         return getattr(device, "type", "cpu") != "mps"
     info = getattr(xp, "__array_namespace_info__", None)
     if info is None:
@@ -89,7 +89,7 @@ def has_float64(xp: ModuleType, device: Any) -> bool:
 
 
 def layout_of(name: str, xp: ModuleType, x: Array, channel_axes: tuple[int, ...], device: Any) -> Layout:
-    """Work out the layout of a checked array."""
+    """Return the layout of a validated array."""
     shape = tuple(x.shape)
     reduced = tuple(i for i in range(len(shape)) if i not in channel_axes)
     known = all(isinstance(n, int) for n in shape)
@@ -109,13 +109,13 @@ def layout_of(name: str, xp: ModuleType, x: Array, channel_axes: tuple[int, ...]
 
 
 def definite(xp: ModuleType, v: Array) -> Array:
-    """Return v as its dtype rounds it, the same for all who use it.
+    """Return v, rounded to its dtype in the same way wherever it is used.
 
-    A compiler may compute v twice, or contract its last product into the subtraction that uses it (XLA
-    does both), and then ``x - v`` is measured from another v than the one returned: on float32 data
-    with a mean of 1e6 that was an error of 160,000 eps. What comes out of a sort is computed once;
-    here it is the smaller of v and v. (XLA drops its own optimization barrier before it fuses.)
-    PyTorch's compilers keep what they have summed, and its exporters know no sort.
+    A compiler may compute v twice, or contract its last product into the subtraction that uses it; XLA
+    does both. ``x - v`` is then relative to another v than the one that is returned, which caused an
+    error of 160,000 eps for float32 data with a mean of 1e6. The result of a sort is computed once, so
+    this function sorts v and v. (XLA drops its own optimization barrier before it fuses.) PyTorch's
+    compilers do not recompute sums, and its exporters do not support sort.
     """
     if compat.is_torch_namespace(xp):
         return v
@@ -123,6 +123,6 @@ def definite(xp: ModuleType, v: Array) -> Array:
 
 
 def two_parts(xp: ModuleType, high: Array, low: Array) -> tuple[Array, Array]:
-    """Round a sum of two to the nearest number and the rest (Dekker 1971, Fast2Sum)."""
+    """Return the rounded sum of two numbers, and its rounding error (Dekker 1971, Fast2Sum)."""
     rounded = definite(xp, high + low)
     return rounded, low - (rounded - high)

@@ -1,6 +1,6 @@
-"""BatchNormalization nodes of ONNX models as layers, and layers as nodes.
+"""Conversion of BatchNormalization nodes of ONNX models to layers, and of layers to nodes.
 
-Needs the package `onnx`, which is imported at the first call.
+This module requires the package `onnx`, which is imported at the first call.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.arguments import validate_int
-from batchnorm.checkpoints import FORMATS, from_state, to_state
+from batchnorm.checkpoints import from_state, to_state
 from batchnorm.errors import describe, describe_type, fail
+from batchnorm.formats import FORMATS
 from batchnorm.functional import batch_norm, normalize
 from batchnorm.layer import BatchNorm
 from batchnorm.moments import update_running
@@ -26,11 +27,11 @@ Array = Any
 OPERATOR = "BatchNormalization"
 DOMAIN = ("", "ai.onnx")
 NAMES = FORMATS["onnx"].names
-FIRST_OPSET = 15  # since which the operator is as it is
-# Since which opset what says that a node is in training.
+FIRST_OPSET = 15  # of the current definition of the operator
+# Whether a node is in training, by the first opset in which this holds.
 TRAINING: dict[int, Callable[[Any, dict[str, Any]], bool]] = {
     14: lambda node, found: bool(found.get("training_mode", 0)),
-    7: lambda node, found: _outputs(node) > 1,
+    7: lambda node, found: _count_outputs(node) > 1,
     0: lambda node, found: not found.get("is_test", 0),
 }
 
@@ -56,24 +57,24 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     Returns
     -------
     dict of str to BatchNorm
-        A layer for each node, by the node's name, or its first output's where it has none or shares
-        it; in the order of the graph, those of subgraphs after their node, those of a function at each
-        of its calls, under the names that ``onnx.inliner`` gives them. In inference mode, or in
-        training where the node is: by ``training_mode``, by its outputs before opset 14, by
-        ``is_test`` before opset 7.
+        A layer for each node, in the order of the graph. Its key is the name of the node, or of its
+        first output if the node has no name or shares it. Nodes of subgraphs follow their node. Nodes of
+        a function are included at each call, under the names that ``onnx.inliner`` generates. A layer
+        is in training mode if its node is, which ``training_mode`` determines from opset 14 on, the
+        number of outputs from opset 7 on, and ``is_test`` before opset 7.
 
     Raises
     ------
     TypeError, ValueError
-        Not a model; a node whose parameters are not in the model or do not fit, or with
-        ``spatial=0``; two nodes that share the name and the output; a function of another opset.
+        `model` is not a model, the parameters of a node are not in the model or do not fit, a node has
+        ``spatial=0``, two nodes share the name and the output, or a function has another opset.
     """
     onnx = _onnx()
     if not isinstance(model, onnx.ModelProto):
         fail(TypeError, "model", describe_type(model), "an onnx.ModelProto")
-    if any(map(_normalizes, model.functions)):
+    if any(map(_has_batch_norm, model.functions)):
         model = importlib.import_module("onnx.inliner").inline_local_functions(model)
-    for function in filter(_normalizes, model.functions):
+    for function in filter(_has_batch_norm, model.functions):
         got = f"batch norm in the function {function.name!r}, which onnx.inliner does not inline"
         fail(ValueError, "model", got, "functions of the model's own opset")
     opset = next((o.version for o in model.opset_import if o.domain in DOMAIN), 1)
@@ -89,7 +90,7 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
 
 
 def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterator[tuple[Any, BatchNorm]]:
-    """Each batch norm of a graph and its subgraphs, as node and layer."""
+    """Yield the node and the layer of each batch norm of a graph and its subgraphs."""
     known = outer | {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.domain in DOMAIN:
@@ -98,36 +99,37 @@ def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterato
                     known[node.output[0]] = onnx.helper.get_attribute_value(attribute)
         if node.op_type in ("Identity", "Cast") and node.domain in DOMAIN and node.input[0] in known:
             known[node.output[0]] = _Cast(node, known[node.input[0]])
-        if _is_ours(node):
+        if _is_batch_norm(node):
             missing = [tensor for tensor in node.input[1:5] if tensor not in known]
             if missing or len(node.input) < 5:
-                got = f"{_called(node)} with {missing or len(node.input)} not in the model"
+                got = f"{_describe_node(node)} with {missing or len(node.input)} not in the model"
                 fail(ValueError, "model", got, "parameters as initializers or constants")
             arrays = {}
             for name, tensor in zip(NAMES, node.input[1:5], strict=True):
                 try:
                     arrays[name] = _array(onnx, known[tensor])
-                except Exception as error:  # onnx's and NumPy's own, of data that is cut or elsewhere
-                    got = f"{tensor!r} of {_called(node)}, which cannot be read ({error})"
+                except Exception as error:  # errors of onnx and NumPy for truncated or external data
+                    got = f"{tensor!r} of {_describe_node(node)}, which cannot be read ({error})"
                     fail(ValueError, "model", got, "an array of numbers with its data")
             settings = _settings(onnx, node, "model")
-            training = next(says for since, says in TRAINING.items() if opset >= since)(node, settings)
+            is_training = next(rule for since, rule in TRAINING.items() if opset >= since)
+            training = is_training(node, settings)
             settings = {n: v for n, v in settings.items() if n in ("epsilon", "momentum")}
             yield node, from_state(arrays, "onnx", settings).train(training)
         for inner in _subgraphs(node):
             yield from _layers(onnx, inner, known, opset)
 
 
-def _is_ours(node: Any) -> bool:
+def _is_batch_norm(node: Any) -> bool:
     return bool(node.op_type == OPERATOR and node.domain in DOMAIN)
 
 
-def _called(node: Any) -> str:
+def _describe_node(node: Any) -> str:
     return f"node {node.name or node.output[0]!r}"
 
 
-def _outputs(node: Any) -> int:
-    """How many outputs a node has; those left out have an empty name."""
+def _count_outputs(node: Any) -> int:
+    """Return the number of outputs of a node; omitted ones have an empty name."""
     return sum(map(bool, node.output))
 
 
@@ -136,20 +138,22 @@ def _subgraphs(node: Any) -> Iterator[Any]:
         yield from (attribute.g, *attribute.graphs)
 
 
-def _normalizes(graph: Any) -> bool:
-    """Whether a graph or a function has a batch norm, however deep."""
-    return any(_is_ours(node) or any(map(_normalizes, _subgraphs(node))) for node in graph.node)
+def _has_batch_norm(graph: Any) -> bool:
+    """Return whether a graph or a function has a batch norm, also in its subgraphs."""
+    return any(
+        _is_batch_norm(node) or any(map(_has_batch_norm, _subgraphs(node))) for node in graph.node
+    )
 
 
 class _Cast(NamedTuple):
-    """What an Identity or a Cast node makes of a value."""
+    """The output of an Identity or a Cast node."""
 
     node: Any
     value: Any
 
 
 def _array(onnx: Any, value: Any) -> Array:
-    """The array of an initializer, of a Constant's attribute, or of a Cast of one."""
+    """Return the array of an initializer, of the attribute of a Constant, or of a Cast of one."""
     if isinstance(value, _Cast):
         array = _array(onnx, value.value)
         to = next((a.i for a in value.node.attribute if a.name == "to"), None)
@@ -160,11 +164,11 @@ def _array(onnx: Any, value: Any) -> Array:
 
 
 def _settings(onnx: Any, node: Any, argument: str) -> dict[str, Any]:
-    """A node's attributes. ONNX holds float32: the nearest short decimal is meant."""
+    """Return the attributes of a node; float32 numbers are rounded to 7 decimal digits."""
     found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if not found.get("spatial", 1):
         expected = "spatial=1, statistics for each channel"
-        fail(ValueError, argument, f"{_called(node)} with spatial=0", expected)
+        fail(ValueError, argument, f"{_describe_node(node)} with spatial=0", expected)
     return {n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in found.items()}
 
 
@@ -174,29 +178,31 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     Parameters
     ----------
     layer : BatchNorm
-        With channels at axis 1, one channel axis, and running statistics.
+        A layer with running statistics and one channel axis, axis 1.
     ndim : int, default 4
-        Axes of x: 4 for images, 2 for vectors.
+        The number of axes of x: 4 for images, 2 for vectors.
     name : str, default "bn"
-        Of the node; its parameters are ``name.scale`` and so on, its input ``x``, its output ``y``.
+        The name of the node. Its parameters are ``name.scale`` and so on, its input ``x``, its output
+        ``y``.
     opset : int, optional
-        At least 15. Left out, the newest that the installed `onnx` knows and the installed
-        `onnxruntime`, where there is one, runs.
+        At least 15. The default is the newest opset that the installed `onnx` knows and that the
+        installed `onnxruntime`, if there is one, can run.
 
     Returns
     -------
     onnx.ModelProto
-        Which passes onnx's checker. x is float32, or float64 for a layer in float64 (as in
-        `to_state`), of shape (N, C, ...), in which all but C may be anything.
+        A model that passes the checker of onnx. x is float32, or float64 for a layer in float64 (as in
+        `to_state`), and has the shape (N, C, ...), in which all dimensions except C are arbitrary.
 
     Raises
     ------
     TypeError, ValueError
-        A layer that ONNX's operator cannot be: channels elsewhere, in several axes, a cumulative
-        average, no running statistics; an opset that is too old, or newer than the installed `onnx`.
+        ONNX's operator cannot represent the layer (channels at another axis or at several axes, a
+        cumulative average, no running statistics), or the opset is too old, or newer than the installed
+        `onnx`.
     """
     onnx = _onnx()
-    opset = _newest() if opset is None else validate_int("opset", opset, FIRST_OPSET)
+    opset = _newest_opset() if opset is None else validate_int("opset", opset, FIRST_OPSET)
     known = int(onnx.defs.onnx_opset_version())
     if opset > known:
         expected = f"an integer from {FIRST_OPSET} to {known}, the newest of onnx {onnx.__version__}"
@@ -222,16 +228,16 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
 
 
 @functools.cache
-def _newest() -> int:
-    """The newest opset that the installed packages know; a runtime lags behind."""
+def _newest_opset() -> int:
+    """Return the newest opset that the installed onnx and onnxruntime support."""
     newest = int(_onnx().defs.onnx_opset_version())
     try:
         runtime: Any = importlib.import_module("onnxruntime")
-    except Exception:  # none, or one that does not load here
+    except Exception:  # it is not installed, or cannot be loaded
         return newest
     for opset in range(newest, FIRST_OPSET, -1):
         model = to_onnx(BatchNorm(1).eval(), opset=opset).SerializeToString()
-        with contextlib.suppress(Exception):  # the runtime's own
+        with contextlib.suppress(Exception):  # the runtime has errors of its own
             runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
             return opset
     return FIRST_OPSET
@@ -243,22 +249,22 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
     Parameters
     ----------
     node : onnx.NodeProto
-        Its attributes count.
+        The node whose attributes are used.
     x : array, shape (N, C, ...)
-        Input.
+        The input.
     scale, bias, mean, var : array, shape (C,)
-        The node's other inputs.
+        The other inputs of the node.
 
     Returns
     -------
     tuple of arrays
-        y; with ``training_mode=1`` also the new running mean and variance, in the dtypes of `mean` and
-        `var`.
+        y; with ``training_mode=1`` also the updated running mean and variance, in the dtypes of `mean`
+        and `var`.
 
     Raises
     ------
     TypeError, ValueError
-        Another node, one in training without ``training_mode``, as before opset 14, or with
+        The node is another one, is in training without ``training_mode`` as before opset 14, or has
         ``spatial=0``; and as `batch_norm`.
     """
     onnx = _onnx()
@@ -266,8 +272,8 @@ def run(node: Any, x: Array, scale: Array, bias: Array, mean: Array, var: Array)
         got = node.op_type if isinstance(node, onnx.NodeProto) else describe_type(node)
         fail(TypeError, "node", got, f"a {OPERATOR} node")
     settings = {"epsilon": 1e-5, "momentum": 0.9, "training_mode": 0} | _settings(onnx, node, "node")
-    if not settings["training_mode"] and (_outputs(node) > 1 or not settings.get("is_test", 1)):
-        got = f"{_called(node)} in training as before opset 14"
+    if not settings["training_mode"] and (_count_outputs(node) > 1 or not settings.get("is_test", 1)):
+        got = f"{_describe_node(node)} in training as before opset 14"
         fail(ValueError, "node", got, "training_mode=1 for more than inference")
     validate_vectors(validate_input(x, 1), scale=scale, bias=bias, mean=mean, var=var)
     if not settings["training_mode"]:

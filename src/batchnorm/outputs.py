@@ -1,8 +1,8 @@
-"""Memory for large outputs, kept for the next one.
+"""A pool of memory for large outputs.
 
-A fresh output of 100 MB costs as much as the rest of a forward pass: the system zeroes each page when
-it is first written to. So an output's memory comes back here once nothing refers to the output or
-to a view of it, and the next output of the same size takes it.
+The operating system zeroes each page of new memory at the first write, which for an output of 100 MB
+takes as long as the rest of a forward pass. Memory of an output is therefore returned to the pool when
+nothing refers to the output or to a view of it, and the next output of the same size uses it.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ Memory: TypeAlias = tuple[Array, int]
 
 VARIABLE = "BATCHNORM_OUTPUT_POOL"
 DEFAULT_BYTES = 256 * 2**20
-# Smaller arrays are left to NumPy: the allocator keeps their pages anyway.
+# Smaller arrays are allocated by NumPy: the allocator keeps their pages.
 SMALLEST = 2**20
 ALIGNMENT = 64  # a cache line, and the widest vector
 
 
 @functools.lru_cache(maxsize=256)
 def _lease(size: int) -> Any:
-    """A class whose instances lend memory of a size: what NumPy keeps as the base of an output.
+    """Return a class of buffers of a size, one of which is the base of each output.
 
-    NumPy shortens chains of bases, but only those of arrays; this is a buffer of ctypes.
+    A buffer of ctypes remains the base of all views: NumPy replaces a base only if it is an array.
     """
 
     class Lease(ctypes.c_char * size):  # type: ignore[misc]
         memory: Memory
 
         def __del__(self) -> None:
-            if give_back is not None:  # None when the interpreter ends
-                give_back(self.memory)
+            if release is not None:  # None when the interpreter exits
+                release(self.memory)
 
     return Lease
 
 
 _lock = threading.Lock()
 _limit: int | None = None
-_free: list[Memory] = []  # the most recently returned one last
+_free: list[Memory] = []  # in the order in which it was returned
 
 
 def set_output_pool(max_bytes: int | None) -> None:
-    """Set how much memory of past outputs is kept for the next ones.
+    """Set the limit of the memory of past outputs that is kept for later ones.
 
-    Only NumPy arrays and PyTorch's CPU tensors of a MiB and more take part. Memory is reused for
-    an output of the same size, and only when nothing refers to the earlier output any more.
+    Memory is kept for NumPy arrays and PyTorch CPU tensors of at least one MiB. It is reused for an
+    output of the same size, after nothing refers to the earlier output any more.
 
     Parameters
     ----------
     max_bytes : int or None
-        The most that is kept, in bytes; 0 keeps nothing and frees what was kept. None for the default:
-        the environment variable ``BATCHNORM_OUTPUT_POOL``, or 256 MiB.
+        The limit in bytes; 0 frees all memory that is kept. None for the default: the environment
+        variable ``BATCHNORM_OUTPUT_POOL``, or 256 MiB.
 
     Raises
     ------
@@ -69,21 +69,21 @@ def set_output_pool(max_bytes: int | None) -> None:
     with _lock:
         _limit = max_bytes
         dropped = _trim()
-    del dropped  # outside of the lock
+    del dropped  # freed after the lock is released
 
 
 def get_output_pool() -> int:
-    """How much memory of past outputs is kept at most, in bytes.
+    """Return the limit of the memory of past outputs that is kept, in bytes.
 
     Returns
     -------
     int
-        What `set_output_pool` set, or its default.
+        The limit set with `set_output_pool`, or the default.
 
     Raises
     ------
     ValueError
-        ``BATCHNORM_OUTPUT_POOL`` is set to something else than a whole number.
+        ``BATCHNORM_OUTPUT_POOL`` is not a whole number.
     """
     global _limit
     if _limit is None:
@@ -93,7 +93,7 @@ def get_output_pool() -> int:
 
 
 def empty_like(x: Array) -> Array:
-    """An array of the shape, dtype and order of axes of x, with any values."""
+    """Return an uninitialized array of the shape, dtype and order of axes of x."""
     import numpy as np  # here, not above: `import batchnorm` loads no array library
 
     if x.nbytes < SMALLEST:
@@ -109,8 +109,8 @@ def empty_like(x: Array) -> Array:
 
 
 def _take(size: int) -> Memory:
-    """Aligned memory, and its address: some that came back, or new."""
-    get_output_pool()  # a wrong setting is an error here, not in a finalizer
+    """Return memory and its aligned address, from the pool if possible."""
+    get_output_pool()  # raises for an invalid setting, which a finalizer cannot
     with _lock:
         for i in range(len(_free) - 1, -1, -1):
             if _free[i][0].size == size + ALIGNMENT:
@@ -122,9 +122,9 @@ def _take(size: int) -> Memory:
     return raw, address + -address % ALIGNMENT
 
 
-def give_back(memory: Memory) -> None:
-    """Keep memory for the next output. Called by finalizers: at any time, on any thread."""
-    # Where the lock is held (perhaps further up in this very thread) the memory is simply freed.
+def release(memory: Memory) -> None:
+    """Return memory to the pool. Finalizers call this at any time and on any thread."""
+    # If the lock is held, perhaps by this thread further up its stack, the memory is freed.
     if memory[0].size > get_output_pool() or not _lock.acquire(blocking=False):
         return
     try:
@@ -136,7 +136,7 @@ def give_back(memory: Memory) -> None:
 
 
 def _trim() -> list[Memory]:
-    """Take out the oldest until the rest is within the limit."""
+    """Remove the oldest memory from the pool until it is within its limit, and return it."""
     limit, kept = get_output_pool(), sum(raw.size for raw, _ in _free)
     dropped = []
     while kept > limit:
@@ -145,12 +145,12 @@ def _trim() -> list[Memory]:
     return dropped
 
 
-def _forget_after_fork() -> None:
-    """A forked child's lock may be held for ever, and the pages are the parent's."""
+def _reset_after_fork() -> None:
+    """Reset a forked child: its lock may be held, and its pages are shared with the parent."""
     global _lock
     _lock = threading.Lock()
     _free.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,4 +1,4 @@
-"""Checks of the memory of arguments: what a result may be written to."""
+"""Validation of the memory of `out`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Array = Any
 
 
 def validate_no_overlap(out: Array | None, **given: Array | None) -> None:
-    """Check that writing to `out` changes no argument that is still to be read, nor `out` itself.
+    """Check that the elements of `out` share no memory with each other or with another argument.
 
-    It may be x or dy itself, which are read where they are written; not another view of their memory.
-    Where arrays lie differs from call to call, so this is not to be remembered.
+    `out` may be x or dy itself, because each element is read before it is written, but not another view
+    of their memory. The result must not be cached, because memory differs from call to call.
     """
     if out is None:
         return
     np: Any = importlib.import_module("numpy")
-    target = _placed(out)
+    target = _memory_of(out)
     if target is None:
         return
     if not target.flags.forc and _overlaps_itself(target):
         fail(ValueError, "out", "values that share memory", "a place of its own for each")
     for argument, a in given.items():
         itself = argument in ("x", "dy")
-        other = None if a is None or (itself and a is out) else _placed(a)
+        other = None if a is None or (itself and a is out) else _memory_of(a)
         if a is None or other is None or not np.may_share_memory(target, other):
             continue
         if itself and out.dtype == a.dtype and _same_place(target, other):
@@ -46,10 +46,10 @@ def validate_no_overlap(out: Array | None, **given: Array | None) -> None:
 
 
 def same_memory(out: Array | None, x: Array) -> bool:
-    """Whether to write to `out` is to write to x, value for value."""
+    """Return whether `out` and x are the same array in memory, element by element."""
     if out is None or out is x:
         return out is x
-    target, other = _placed(out), _placed(x)
+    target, other = _memory_of(out), _memory_of(x)
     known = target is not None and other is not None
     return known and out.dtype == x.dtype and _same_place(target, other)
 
@@ -59,17 +59,21 @@ def _same_place(a: Array, b: Array) -> bool:
 
 
 def _overlaps_itself(a: Array) -> bool:
-    """Whether an array may have values in the same place, as one that is broadcast has."""
-    reached = a.itemsize
-    for step, n in sorted((abs(step), n) for step, n in zip(a.strides, a.shape, strict=True) if n > 1):
-        if step < reached:
+    """Return whether elements of an array may share memory, as those of a broadcast array do."""
+    extent = a.itemsize
+    strides = ((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True) if n > 1)
+    for stride, n in sorted(strides):
+        if stride < extent:
             return bool(a.size)
-        reached += step * (n - 1)
+        extent += stride * (n - 1)
     return False
 
 
-def _placed(a: Array) -> Array | None:
-    """Give a NumPy array that is where an array is, maybe on a device; None where nobody can tell."""
+def _memory_of(a: Array) -> Array | None:
+    """Return a NumPy array with the address and strides of an array; None if these are unknown.
+
+    The address may be that of a device, so the values must not be read.
+    """
     import numpy as np
 
     if isinstance(a, np.ndarray):
@@ -79,10 +83,12 @@ def _placed(a: Array) -> Array | None:
         if type(a) not in (torch.Tensor, torch.nn.Parameter) or a.layout != torch.strided or traced():
             return None
         size, address = a.element_size(), a.data_ptr()
-        strides = tuple(step * size for step in a.stride())
+        strides = tuple(stride * size for stride in a.stride())
     elif compat.is_cupy_array(a):
         size, address, strides = a.itemsize, a.data.ptr, a.strides
     else:
         return None
-    place = {"shape": tuple(a.shape), "typestr": f"|V{size}", "data": (address, False)}
-    return np.asarray(SimpleNamespace(__array_interface__=place | {"strides": strides, "version": 3}))
+    interface = {"shape": tuple(a.shape), "typestr": f"|V{size}", "data": (address, False)}
+    return np.asarray(
+        SimpleNamespace(__array_interface__=interface | {"strides": strides, "version": 3})
+    )

@@ -1,6 +1,6 @@
-"""How five frameworks configure batch norm, in this package's terms.
+"""Default settings of batch norm in five frameworks, in the conventions of this package.
 
-The documentation prints this table; `BatchNorm.like` reads it.
+`BatchNorm.like` uses this table, and the documentation contains it.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 
 class Preset(NamedTuple):
-    """Defaults of one framework's layer."""
+    """Default settings of a framework's layer."""
 
     axis: int
     eps: float
     momentum: float
-    """The weight of the new batch, whatever the framework calls it."""
+    """The weight of the new batch, in every framework."""
     correction: int
-    """1: the running variance is the unbiased one; 0: it is the population variance."""
+    """1 if the running variance is unbiased, 0 if it is the population variance."""
     layer: str
-    """The layer (or operator) that these are the defaults of."""
+    """The layer or operator that has these defaults."""
     theirs: str
-    """The framework's own words for our `momentum`."""
+    """The framework's own definition of its `momentum`."""
 
     def settings(self) -> dict[str, float]:
-        """The arguments of `BatchNorm` that the framework sets."""
+        """Return the arguments of `BatchNorm` that have the framework's defaults."""
         return {name: getattr(self, name) for name in ("axis", "eps", "momentum", "correction")}
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, where rich is installed."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def shown(items: Iterable[Item], what: str) -> Iterator[Item]:
-    """Give the items one by one, and show how far they are."""
+def with_progress(items: Iterable[Item], what: str) -> Iterator[Item]:
+    """Iterate over items, and show the progress on standard error if rich is installed."""
     if importlib.util.find_spec("rich") is None:
         yield from items
         return

@@ -15,8 +15,8 @@ from batchnorm.arrays import on_host
 from batchnorm.errors import describe_type, fail, fail_on_all_members
 from batchnorm.layer import BatchNorm, channels
 from batchnorm.moments import Moments, update_running
-from batchnorm.progress import shown
-from batchnorm.state import taken
+from batchnorm.progress import with_progress
+from batchnorm.state import cast_like
 
 Array = Any
 
@@ -108,7 +108,7 @@ def _totals(
     """Run all batches; return their number, and the moments of each layer's inputs."""
     stacks: list[list[tuple[int, Moments]]] = [[] for _ in collected]
     count = 0
-    for batch in shown(batches, "recalibrating") if progress else batches:
+    for batch in with_progress(batches, "recalibrating") if progress else batches:
         forward(batch)
         count += 1
         for moments, stack in zip(collected, stacks, strict=True):
@@ -151,7 +151,7 @@ def _of_all_members(
             group,
             nothing if total is None else Moments(*(np.asarray(on_host(v), np.float64) for v in total)),
         )
-        found.append(Moments(*(taken("batches", v, layer.running_mean) for v in joined)))
+        found.append(Moments(*(cast_like("batches", v, layer.running_mean) for v in joined)))
     (batches,) = groups.all_reduce(group, np.asarray([float(count)]))
     return int(batches[0]), found
 

@@ -1,4 +1,4 @@
-"""A layer's state from outside: checked before anything changes, brought into its library."""
+"""Validation of the state of a layer, and conversion to the library of the layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from batchnorm.validation import validate_input
 Array = Any
 
 
-def checked(state: Any, own: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
-    """Check a state against a layer's own; its arrays and its number of batches."""
+def validate_state(state: Any, own: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
+    """Check a state against that of a layer; return its arrays and its number of batches."""
     if not isinstance(state, Mapping) or set(state) != set(own):
         got = f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else describe(state)
         fail(ValueError, "state", got, f"keys {sorted(own)}")
@@ -27,11 +27,11 @@ def checked(state: Any, own: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
             fail(ValueError, name, f"shape {tuple(v.shape)}", f"{tuple(own[name].shape)}")
         if name == "running_var" and known_false(layout.xp.all(v >= 0)):
             fail(ValueError, name, "a variance below zero or NaN", "variances >= 0")
-    return arrays, _count(state.get("num_batches_tracked", 0))
+    return arrays, _validate_count(state.get("num_batches_tracked", 0))
 
 
-def taken(name: str, v: Array, own: Array) -> Array:
-    """A copy of an array in the library, device and dtype of the one that it replaces."""
+def cast_like(name: str, v: Array, own: Array) -> Array:
+    """Copy an array to the library, device and dtype of the array that it replaces."""
     xp = compat.array_namespace(own)
     given = compat.array_namespace(v)
     device = compat.device(own)
@@ -44,16 +44,16 @@ def taken(name: str, v: Array, own: Array) -> Array:
     else:
         expected = " or ".join(dict.fromkeys((f"one of {library_name(xp)}", "one of numpy")))
         fail(TypeError, name, f"an array of {library_name(given)}", expected)
-    if compat.is_torch_array(own):  # a leaf that is trained as the one before was
+    if compat.is_torch_array(own):  # a leaf that requires a gradient if the old one does
         new = new.detach().requires_grad_(own.requires_grad)
     return new
 
 
-def _count(value: Any) -> Any:
-    """A number of batches: an int, or the traced array of one."""
+def _validate_count(value: Any) -> Any:
+    """Check a number of batches: an int, or an integer that JAX traces."""
     try:
         count = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:  # a tracer of JAX cannot be an index
+    except TypeError:  # raised by a tracer of JAX
         if compat.is_jax_array(value) and value.shape == () and value.dtype.kind in "iu":
             return value
         count = -1

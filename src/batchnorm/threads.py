@@ -1,9 +1,9 @@
-"""How many threads a call may run on, and threads for work that Python cuts into tiles.
+"""The number of threads of a call, and a thread pool for tasks of Python functions.
 
-A kernel cuts its work into tiles that do not depend on the number of threads, and lets every thread
-take the next tile until none is left. The caller is always one of the threads: where no other is free
-(many callers at once, a forked child, an interpreter that is ending) it does all of the work alone.
-Compiled loops have helpers of their own, in `kernels/crew.py`.
+A task is divided into tiles that do not depend on the number of threads; each thread processes the next
+tile until none is left. The caller is always one of the threads: if no other is available (with many
+concurrent callers, in a forked child, or when the interpreter exits), it processes all tiles itself.
+Compiled loops have a thread pool of their own, in `backends/compiled`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from batchnorm.arguments import int_from_environment, validate_int
 
 VARIABLE = "BATCHNORM_NUM_THREADS"
 
-_lock = threading.RLock()  # a finalizer may call a kernel wherever this thread is
+_lock = threading.RLock()  # reentrant, because a finalizer may call a kernel at any point
 _chosen: int | None = None
 _pool: ThreadPoolExecutor | None = None
 
@@ -26,13 +26,13 @@ _pool: ThreadPoolExecutor | None = None
 def set_num_threads(n: int | None) -> None:
     """Set how many threads a call may run on.
 
-    Results are the same to the bit for any number. Small arrays are left to one thread.
+    Results are identical to the bit for any number. Small arrays are processed on one thread.
 
     Parameters
     ----------
     n : int or None
-        At least 1; None for the default: the environment variable ``BATCHNORM_NUM_THREADS``, or as
-        many as this process may use (by its CPU affinity and its container's quota).
+        At least 1. None for the default: the environment variable ``BATCHNORM_NUM_THREADS``, or the
+        number of CPUs that this process may use by its CPU affinity and its container's quota.
 
     Raises
     ------
@@ -44,21 +44,21 @@ def set_num_threads(n: int | None) -> None:
     with _lock:
         _chosen, old, _pool = n, _pool, None
     if old is not None:
-        old.shutdown(wait=False)  # shares that it has not begun are left to their callers
+        old.shutdown(wait=False)  # callers process what it has not begun
 
 
 def get_num_threads() -> int:
-    """How many threads a call may run on.
+    """Return the number of threads that a call may run on.
 
     Returns
     -------
     int
-        What `set_num_threads` set, or its default.
+        The number set with `set_num_threads`, or the default.
 
     Raises
     ------
     ValueError
-        ``BATCHNORM_NUM_THREADS`` is set to something else than a whole number of at least 1.
+        ``BATCHNORM_NUM_THREADS`` is not a whole number of at least 1.
     """
     global _chosen
     if _chosen is None:
@@ -67,7 +67,7 @@ def get_num_threads() -> int:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, or its container's quota where that is less."""
+    """Return the number of CPUs that the affinity and the container's quota of this process allow."""
     cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
@@ -80,14 +80,14 @@ def usable_cpus() -> int:
 
 
 def count(tiles: int) -> int:
-    """How many threads to run on that many tiles."""
+    """Return the number of threads for a number of tiles."""
     return max(1, min(get_num_threads(), tiles))
 
 
 def run(task: Callable[[int], None], count: int) -> None:
-    """Run task(0) here and task(i) for i up to count - 1 on other threads, as far as they are free.
+    """Run task(0) on this thread, and task(i) for i < count on other threads that are available.
 
-    A task takes tiles until none is left, its own share first: what no other began is done here.
+    A task processes tiles until none is left, so task(0) processes those of tasks that were not begun.
     """
     begun: list[Future[None]] = []
     try:
@@ -95,15 +95,15 @@ def run(task: Callable[[int], None], count: int) -> None:
             _submit(task, count, begun)
         task(0)
     finally:
-        # What nobody has begun has nothing left to do; what somebody has must end before arrays go.
-        errors = [share.exception() for share in begun if not share.cancel()]
+        # Tasks that were not begun have nothing left to do. All others must end before arrays are freed.
+        errors = [future.exception() for future in begun if not future.cancel()]
     for error in errors:
         if error is not None:
             raise error
 
 
 def _submit(task: Callable[[int], None], count: int, begun: list[Future[None]]) -> None:
-    """Hand out shares, as far as there are threads, and note them in `begun`."""
+    """Submit tasks to the pool, and append their futures to `begun`."""
     global _pool
     with _lock:
         if _pool is None:
@@ -111,15 +111,15 @@ def _submit(task: Callable[[int], None], count: int, begun: list[Future[None]]) 
         try:
             for i in range(1, count):
                 begun.append(_pool.submit(task, i))
-        except RuntimeError:  # no more threads for this process, or the interpreter is ending
+        except RuntimeError:  # no more threads can be started, or the interpreter exits
             pass
 
 
-def _forget_after_fork() -> None:
-    """A forked child has none of its parent's threads, and perhaps its lock as it was held."""
+def _reset_after_fork() -> None:
+    """Reset a forked child, which has no threads of its parent, and whose lock may be held."""
     global _lock, _pool
     _lock, _pool = threading.RLock(), None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    os.register_at_fork(after_in_child=_reset_after_fork)

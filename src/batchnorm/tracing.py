@@ -1,4 +1,4 @@
-"""Where a compiler follows a call instead of running it: PyTorch's, and JAX's transformations."""
+"""State of the compilers and transformations of PyTorch and JAX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _own_operators: ContextVar[str | None] = ContextVar("own_operators", default=Non
 
 
 def traced() -> bool:
-    """Whether PyTorch follows what it runs: values then are not there, and NumPy's are constants."""
+    """Return whether PyTorch traces: values are then unknown, and NumPy arrays are constants."""
     torch: Any = sys.modules["torch"]
     return bool(
         torch.compiler.is_compiling()
@@ -30,7 +30,7 @@ def traced() -> bool:
 
 
 def recorded(arrays: tuple[Array | None, ...]) -> str | None:
-    """Why PyTorch has to see operators on these tensors, or None."""
+    """Return why operators on these tensors must be visible to PyTorch, or None."""
     torch = sys.modules["torch"]
     if traced():
         return "PyTorch traces the tensors"
@@ -44,7 +44,7 @@ def recorded(arrays: tuple[Array | None, ...]) -> str | None:
 
 
 def transformed() -> str | None:
-    """Why PyTorch has to see its own operators, or None: it knows how to transform only these."""
+    """Return why PyTorch's own operators, the only ones it can transform, are needed; or None."""
     torch = sys.modules["torch"]
     why = _own_operators.get()
     if why is not None:
@@ -58,7 +58,7 @@ def transformed() -> str | None:
 
 @contextlib.contextmanager
 def own_operators(why: str) -> Iterator[None]:
-    """Have calls run on PyTorch's own operators, where its state alone does not tell that they must."""
+    """Run calls on PyTorch's own operators, also if the state of PyTorch does not require them."""
     token = _own_operators.set(why)
     try:
         yield
@@ -67,7 +67,7 @@ def own_operators(why: str) -> Iterator[None]:
 
 
 def differentiates_weights(where: Array | None) -> str | None:
-    """Why PyTorch has to see its own operators for gradients to weights, or None."""
+    """Return why gradients of the weights need PyTorch's own operators, or None."""
     torch = sys.modules["torch"]
     if where is None or not (where.requires_grad and torch.is_grad_enabled()):
         return None
@@ -75,27 +75,27 @@ def differentiates_weights(where: Array | None) -> str | None:
 
 
 def is_jax_tracer(a: Any) -> bool:
-    """Whether an array stands for one that JAX has not computed."""
+    """Return whether an array is a tracer of JAX."""
     jax: Any = sys.modules.get("jax")
     return jax is not None and isinstance(a, jax.core.Tracer)
 
 
 def jax_trace() -> Any:
-    """Give what tells one transformation of JAX, or none, from another; None where JAX is not loaded."""
+    """Return an object that identifies the current trace of JAX; None if JAX is not loaded."""
     if "jax" not in sys.modules:
         return None
     return importlib.import_module("jax.extend.core").get_opaque_trace_state(convention="batchnorm")
 
 
 def traceable(function: Callable[P, R]) -> Callable[P, R]:
-    """Let PyTorch's compiler follow a function that it could not follow by itself."""
+    """Make a function traceable by PyTorch's compiler, which cannot trace the function itself."""
     name = function.__name__
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         torch: Any = sys.modules.get("torch")
         if torch is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            return frameworks.load("torch.graph").follow(name, *args, **kwargs)  # type: ignore[no-any-return]
+            return frameworks.load("torch.graph").call_in_graph(name, *args, **kwargs)  # type: ignore[no-any-return]
         return function(*args, **kwargs)
 
     return call

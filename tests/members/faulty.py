@@ -4,6 +4,7 @@ python -m members.faulty {mpi,gloo} fault folder
 """
 
 import contextlib
+import copy
 import os
 import pickle
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import batchnorm as bn
-from batchnorm import kernels
+from batchnorm.backends.dispatch import backend_for
 from batchnorm.testing import data
 from members.worker import group_of
 
@@ -25,15 +26,16 @@ GONE = ("killed", "hangs", "refuses and stays away")
 
 def out_of_memory(which):
     """Have a kernel find no memory, in the middle of a call."""
-    right = kernels.pick
 
-    def pick(*arrays):
-        def fail(*arguments):
+    def failing(*arrays):
+        def fail(*arguments, **options):
             raise MemoryError("no room for this")
 
-        return right(*arrays)._replace(forward=None, backward=None, **{which: fail})
+        backend = copy.copy(backend_for(*arrays))
+        setattr(backend, which, fail)
+        return backend
 
-    bn.functional.pick = pick
+    bn.functional.backend_for = failing
 
 
 def hang(layer, x):
@@ -136,7 +138,7 @@ def steps(group, fault):
             TimeoutError,
         ) as error:
             seconds = time.monotonic() - start
-            bn.functional.pick = kernels.pick
+            bn.functional.backend_for = backend_for
             bn.set_kernels(None)
             return {
                 "step": step,

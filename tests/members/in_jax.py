@@ -2,8 +2,8 @@
 
 python -m members.in_jax size folder
 
-One program runs on all devices, so all parts have one shape: what a member lacks is filled up with
-values that weigh nothing.
+One program runs on all devices, so all parts have one shape: the part of a member with less data is
+padded with elements of zero weight.
 """
 
 import os

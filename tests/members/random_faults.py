@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 import batchnorm as bn
-from batchnorm import groups, kernels
+from batchnorm import groups
+from batchnorm.backends.dispatch import backend_for
 from batchnorm.testing import data
 from members.faulty import out_of_memory
 from members.worker import group_of, leave
 
 # A fault is none, an argument that is refused, or something that fails in the middle of a call.
-FAULTS = (None, None, None, "dtype", "channels", "eps", "moments", "grad_sums", "pool")
-RIGHT_POOL = groups.pool
+FAULTS = (None, None, None, "dtype", "channels", "eps", "moments", "grad_sums", "merge")
+RIGHT_MERGE = groups.merge_vectors
 
 
 def one_call(group, rng, step):
@@ -38,12 +39,12 @@ def one_call(group, rng, step):
         eps = -1.0
     elif mine and which in ("moments", "grad_sums"):
         out_of_memory(which)
-    elif mine and which == "pool":
+    elif mine and which == "merge":
 
-        def no_pool(*arguments):
+        def no_merge(*arguments):
             raise MemoryError("no room to merge")
 
-        groups.pool = no_pool
+        groups.merge_vectors = no_merge
     try:
         y, stats = bn.batch_norm(x, group=group, eps=eps)
         _, dgamma, _ = bn.batch_norm_backward(np.ones_like(y) * y, x, stats, group=group)
@@ -55,7 +56,7 @@ def one_call(group, rng, step):
     except (bn.distributed.GroupError, MemoryError, TypeError, ValueError) as error:
         found = f"{type(error).__name__}: {error}"
     finally:
-        bn.functional.pick, groups.pool = kernels.pick, RIGHT_POOL
+        bn.functional.backend_for, groups.merge_vectors = backend_for, RIGHT_MERGE
     return which, found
 
 

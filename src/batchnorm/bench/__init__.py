@@ -1,4 +1,4 @@
-"""How fast batch norm is on this machine: this package, its peers, and a copy of the same bytes."""
+"""Benchmark of batch norm on this machine: this package, other libraries, and a copy of memory."""
 
 from batchnorm.bench.report import run
 

@@ -1,4 +1,4 @@
-"""What is measured: shapes of real networks, layouts and passes."""
+"""Cases of the benchmark: shapes of real networks, layouts and passes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES = {
     "3-D": (2, 32, 16, 112, 112),
 }
 
-# What `python -m batchnorm bench` runs unless it is asked for all: one of each kind and size.
+# The shapes of `python -m batchnorm bench` without `--all`: one of each kind and size.
 FEW = (
     "ResNet-50 stem",
     "ResNet-50 stage 1",
@@ -46,7 +46,7 @@ PASSES = ("forward", "backward", "inference")
 
 
 class Case(NamedTuple):
-    """Arrays to normalize, as NumPy arrays that are contiguous in their layout."""
+    """NumPy arrays to normalize, contiguous in their layout."""
 
     x: Array
     dy: Array
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 def case(shape: tuple[int, ...], layout: str, dtype: Any = np.float32, seed: int = 0) -> Case:
-    """Normal data around a mean of 3."""
+    """Return normally distributed data with a mean of 3."""
     rng = np.random.default_rng(seed)
     x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
     x += 3

@@ -1,7 +1,7 @@
-"""Who is measured: a function per contestant that prepares one pass and returns what to time.
+"""Contestants of the benchmark: functions that prepare a pass and return the function to time.
 
-Each call that is timed returns its result as the library's users get it: a new output where the
-library makes one. None stands for what a library does not have.
+A timed function returns the result as users of the library receive it, in a new output if the library
+makes one. A contestant returns None for a pass that the library does not have.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ EPS = 1e-5
 
 
 class Contestant(NamedTuple):
-    """Someone who runs batch norm."""
+    """An implementation of batch norm."""
 
     prepare: Callable[[Case, str], Timed | None]
     needs: str
-    """The module without which there is nothing to measure."""
+    """The module that the contestant requires."""
     ours: bool
     kernels: str | None = None
-    """The kernels of this package that it runs on."""
+    """The backend of this package to use."""
 
 
 def package(convert: Callable[[Array], Array]) -> Any:
@@ -74,8 +74,8 @@ def _on_jax(case: Case, which: str) -> Timed:
     return lambda: wait(f(dy, x, stats, gamma))
 
 
-def _torch_itself(case: Case, which: str) -> Timed:
-    """PyTorch's own operators, on its own memory formats."""
+def _torch_operators(case: Case, which: str) -> Timed:
+    """Run PyTorch's own operators, in its memory formats."""
     import torch
 
     def tensor(a: Array) -> Array:
@@ -94,7 +94,7 @@ def _torch_itself(case: Case, which: str) -> Timed:
 
 
 def _tensorflow(case: Case, which: str) -> Timed | None:
-    """TensorFlow's fused batch norm: channels last on a CPU."""
+    """Run TensorFlow's fused batch norm, which on a CPU requires channels last."""
     import tensorflow as tf
 
     if not case.last or case.x.ndim > 4:
@@ -128,7 +128,7 @@ def _tensorflow(case: Case, which: str) -> Timed | None:
 
 
 def _textbook(case: Case, which: str) -> Timed | None:
-    """The formula as a textbook has it, in NumPy."""
+    """Run the formula of textbooks in NumPy."""
     if which != "forward":
         return None
     x, axes = case.x, tuple(i for i in range(case.x.ndim) if i != case.axis % case.x.ndim)
@@ -145,9 +145,9 @@ _copiers: dict[int, ThreadPoolExecutor] = {}
 
 
 def copy(case: Case, which: str) -> Timed:
-    """The limit: as many bytes as the pass has to move, copied by as many threads.
+    """Copy as many bytes as the pass reads and writes, on as many threads.
 
-    Into memory that has been written to before: a copy to fresh memory takes twice as long.
+    The target has been written to before; a copy to new memory takes twice as long.
     """
     threads = bn.get_num_threads()
     pool = _copiers.setdefault(threads, ThreadPoolExecutor(threads))
@@ -171,7 +171,7 @@ CONTESTANTS = {
     "batchnorm (NumPy)": Contestant(package(lambda a: a), "numpy", True, "numpy"),
     "batchnorm on PyTorch": Contestant(package(_on_torch), "torch", True),
     "batchnorm on JAX": Contestant(_on_jax, "jax", True),
-    "PyTorch": Contestant(_torch_itself, "torch", False),
+    "PyTorch": Contestant(_torch_operators, "torch", False),
     "TensorFlow": Contestant(_tensorflow, "tensorflow", False),
     "textbook NumPy": Contestant(_textbook, "numpy", False),
     "copy": Contestant(copy, "numpy", False),
@@ -179,7 +179,7 @@ CONTESTANTS = {
 
 
 def present() -> dict[str, Contestant]:
-    """The contestants that can run here, with as many threads each as this package uses."""
+    """Return the installed contestants, set to as many threads as this package uses."""
     found = {n: c for n, c in CONTESTANTS.items() if importlib.util.find_spec(c.needs) is not None}
     threads = bn.get_num_threads()
     if "PyTorch" in found:

@@ -1,4 +1,4 @@
-"""How it is measured: medians over a few turns of each contestant, undisturbed by the others."""
+"""Measurement: medians of several turns of each contestant."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import batchnorm as bn
 from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES, Case, case
 from batchnorm.bench.contestants import Contestant
 
-# Each contestant has three turns of three rounds, so that a slow second of the machine hits all.
+# Each contestant has three turns of three rounds, so that a slow second affects all contestants.
 TURNS, ROUNDS = 3, 3
-# A round lasts at least this long, for the clock and for small arrays.
+# The minimum duration of a round, because of the resolution of the clock.
 ROUND_SECONDS = 1e-3
-# Before a turn: a library's waiting threads spin for a while, on cores that the next one needs.
+# The pause before a turn, in which idle threads of the previous library stop spinning.
 PAUSE_SECONDS = 2e-2
 
 
 class Time(NamedTuple):
-    """One result."""
+    """The result of one measurement."""
 
     shape: str
     layout: str
@@ -31,7 +31,7 @@ class Time(NamedTuple):
 
 
 def times(shapes: tuple[str, ...], contestants: dict[str, Contestant]) -> Iterator[list[Time]]:
-    """Measure shape after shape, layout after layout and pass after pass."""
+    """Measure all shapes, layouts and passes; yield the results of each combination."""
     for name in shapes:
         for layout in LAYOUTS:
             arrays = case(SHAPES[name], layout)
@@ -42,13 +42,13 @@ def times(shapes: tuple[str, ...], contestants: dict[str, Contestant]) -> Iterat
 
 
 def steps(shapes: tuple[str, ...]) -> int:
-    """How many lists `times` yields."""
+    """Return the number of lists that `times` yields."""
     return len(shapes) * len(LAYOUTS) * len(PASSES)
 
 
 def race(arrays: Case, which: str, contestants: dict[str, Contestant]) -> dict[str, float]:
-    """The median seconds of each contestant."""
-    asked = bn.get_kernels()
+    """Return the median seconds of each contestant."""
+    selected = bn.get_kernels()
     ready: dict[str, Any] = {}
     try:
         for name, contestant in contestants.items():
@@ -64,10 +64,10 @@ def race(arrays: Case, which: str, contestants: dict[str, Contestant]) -> dict[s
             for name, (timed, repeats, seconds) in ready.items():
                 bn.set_kernels(contestants[name].kernels)
                 time.sleep(PAUSE_SECONDS)
-                timed()  # its own data in the caches, not its predecessor's
+                timed()  # fills the caches with its own data
                 seconds += [_seconds(timed, repeats) for _ in range(ROUNDS)]
     finally:
-        bn.set_kernels(asked)
+        bn.set_kernels(selected)
     return {name: statistics.median(seconds) for name, (_, _, seconds) in ready.items()}
 
 

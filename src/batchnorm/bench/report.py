@@ -1,4 +1,4 @@
-"""What is said of it: a table, geometric means against the peers, and a bar chart."""
+"""Report of the benchmark: a table, geometric means of ratios to the other libraries, and a chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PEERS = tuple(name for name, c in CONTESTANTS.items() if not c.ours and name != 
 
 
 def run(everything: bool, output: Path) -> int:
-    """Measure, print the table and draw the chart; returns the exit status."""
+    """Measure, print the table, draw the chart, and return the exit status."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -38,7 +38,7 @@ def run(everything: bool, output: Path) -> int:
 
 
 def table(results: list[Time], contestants: tuple[str, ...]) -> object:
-    """A row per shape, layout and pass, a column per contestant."""
+    """Return a table with a row per shape, layout and pass, and a column per contestant."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False)
@@ -56,7 +56,7 @@ def table(results: list[Time], contestants: tuple[str, ...]) -> object:
 
 
 def summary(results: list[Time]) -> list[str]:
-    """Ratios to each peer, in the geometric mean and at the worst shape, layout by layout."""
+    """Return lines of ratios to each peer, as geometric mean and for the worst shape, by layout."""
     lines = ["times as fast: geometric mean (worst shape), against the peer at"]
     lines.append(f"{'':64}{'the same layout':20}its best layout")
     for name in (n for n, c in CONTESTANTS.items() if c.ours):
@@ -77,7 +77,7 @@ def summary(results: list[Time]) -> list[str]:
 def ratios(
     results: list[Time], name: str, peer: str, which: str, layout: str, at: tuple[str, ...]
 ) -> list[float]:
-    """How many times as fast as a peer, whose fastest layout of some counts, at each shape."""
+    """Return the ratios of speed to a peer at each shape, with the peer's fastest layout of `at`."""
     rows = _rows(results)
     found = []
     for (shape, mine, passed), row in rows.items():
@@ -90,12 +90,12 @@ def ratios(
 
 
 def draw(results: list[Time], output: Path) -> None:
-    """Bars of the forward pass's speed as a share of the copy's, channels second."""
+    """Draw bars of the speed of the forward pass relative to the copy, with channels second."""
     from matplotlib.figure import Figure
 
     rows = {k[0]: r for k, r in _rows(results).items() if k[1:] == ("second", "forward")}
     last = {k[0]: r for k, r in _rows(results).items() if k[1:] == ("last", "forward")}
-    for shape, row in rows.items():  # what has one layout only, and peers at their best
+    for shape, row in rows.items():  # contestants with one layout only, and the best layout of peers
         for name, seconds in last[shape].items():
             if name in PEERS or name not in row:
                 row[name] = min(seconds, row.get(name, math.inf))
@@ -121,7 +121,7 @@ def draw(results: list[Time], output: Path) -> None:
 
 
 def geometric(values: list[float]) -> float:
-    """The geometric mean."""
+    """Return the geometric mean."""
     return math.exp(sum(math.log(v) for v in values) / len(values))
 
 

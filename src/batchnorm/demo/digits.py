@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn carries, batches of them, and training on these."""
+"""The 1,797 handwritten digits of scikit-learn, batches of them, and training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 50  # units in a hidden layer
 
 
 class Digits(NamedTuple):
-    """Pixels from 0 to 1, shape (1437, 64) and (360, 64), and classes from 0 to 9."""
+    """Pixels from 0 to 1 of shapes (1437, 64) and (360, 64), and classes from 0 to 9."""
 
     train_x: Array
     test_x: Array
@@ -29,13 +29,13 @@ class Digits(NamedTuple):
 
 @functools.cache
 def digits() -> Digits:
-    """The same split at every call."""
+    """Return the digits, with the same split at every call."""
     loaded = load_digits()
     return Digits(*train_test_split(loaded.data / 16, loaded.target, test_size=360, random_state=0))
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Array]:
-    """Indices of batches without end: each epoch in a new order, its odd rest left out."""
+    """Yield indices of batches endlessly; each epoch has a new order and omits an incomplete batch."""
     if not 0 < size <= count:
         raise ValueError(f"size: got {size}, expected 1 to {count}, the number of examples")
     rng = np.random.default_rng(seed)
@@ -47,7 +47,10 @@ def batches(count: int, size: int, seed: int) -> Iterator[Array]:
 def reader(
     rng: np.random.Generator, norms: Iterable[Iterable[Any]], scale: float = 1.0, bias: bool = True
 ) -> Chain:
-    """Hidden layers of 50 sigmoids, with what stands before each layer's sigmoids; and ten scores."""
+    """Return a network with hidden layers of 50 sigmoid units and ten scores.
+
+    Each element of `norms` contains the layers before the sigmoids of one hidden layer.
+    """
     net, inputs = Chain(), digits().train_x.shape[1]
     for norm in norms:
         net += [Linear(inputs, WIDTH, rng, scale, bias), *norm, sigmoid()]
@@ -57,12 +60,12 @@ def reader(
 
 
 def learn(net: Chain, rate: float, size: int, steps: int, seed: int) -> Iterator[float]:
-    """Train on the digits by gradient descent; after each step, the loss that it began with."""
+    """Train on the digits by gradient descent; yield the loss before each step."""
     data = digits()
     order = batches(len(data.train_x), size, seed)
     for _ in range(steps):
         chosen = next(order)
-        loss, slope = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
-        net.backward(slope)
+        loss, gradient = cross_entropy(net(data.train_x[chosen]), data.train_y[chosen])
+        net.backward(gradient)
         net.descend(rate)
         yield loss

@@ -1,4 +1,4 @@
-"""Train the two networks side by side, and show what came of it."""
+"""Training of the two networks, and a table of the results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from batchnorm.arrays import on_host
 from batchnorm.demo import network
 from batchnorm.demo.digits import batches, digits
 from batchnorm.demo.network import Settings
@@ -25,8 +26,8 @@ Array = Any
 BATCH = 60
 UNIT = 0  # the unit of the last hidden layer whose input is drawn
 
-# Each network has the best of the learning rates 0.1, 0.3, 1, 3 and 10, by its best test accuracy
-# over seeds 0 and 1; the documentation has the table.
+# The learning rate of each network is the best of 0.1, 0.3, 1, 3 and 10 by test accuracy over seeds 0
+# and 1; the documentation has the table.
 NETWORKS = {
     "without batch norm": Settings(batch_norm=False, learning_rate=3.0),
     "with batch norm": Settings(batch_norm=True, learning_rate=1.0),
@@ -74,7 +75,7 @@ def train(
     seconds = 0.0
     for i in range(steps + 1):
         if i % every == 0 or i == steps:
-            scores, entering = (_numpy(a) for a in predict(state, test_images))
+            scores, entering = (on_host(a) for a in predict(state, test_images))
             curve.steps.append(i)
             curve.accuracy.append(float(np.mean(scores.argmax(axis=1) == test_y)))
             curve.percentiles.append(np.percentile(entering[:, UNIT], (15, 50, 85)))
@@ -89,31 +90,27 @@ def train(
 
 
 def table(curves: dict[str, Curve], library: str) -> Table:
-    """What a reader wants to know first."""
-    shown = Table(title=f"1,797 handwritten digits, batches of {BATCH}, {library} arrays")
+    """Return a table of the steps to the goal, the best test accuracy and the training time."""
+    rows = Table(title=f"1,797 handwritten digits, batches of {BATCH}, {library} arrays")
     for heading in ("network", f"steps to {GOAL:.0%}", "best test accuracy", "training time"):
-        shown.add_column(heading, justify="left" if heading == "network" else "right")
+        rows.add_column(heading, justify="left" if heading == "network" else "right")
     for name, curve in curves.items():
         reached = curve.steps_to_goal
-        shown.add_row(
+        rows.add_row(
             name,
             "never" if reached is None else f"{reached:,}",
             f"{max(curve.accuracy):.1%}",
             f"{curve.seconds:.1f} s",
         )
-    return shown
+    return rows
 
 
 def _library(name: str) -> tuple[Callable[[np.ndarray], Array], Callable[..., Any]]:
-    """How to make arrays of a library, and how to compile a function of them."""
+    """Return functions that make arrays of a library, and that compile a function of them."""
     module = importlib.import_module("jax.numpy" if name == "jax" else name)
     if name == "jax":
         return module.asarray, importlib.import_module("jax").jit
     return module.asarray, lambda f: f
-
-
-def _numpy(a: Array) -> np.ndarray:
-    return a.get() if compat.is_cupy_array(a) else np.asarray(a)
 
 
 def _report(progress: Progress, task: Any, done: int, accuracy: float) -> None:

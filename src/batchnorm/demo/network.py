@@ -1,7 +1,7 @@
-"""Three hidden layers of 100 sigmoid units, in array API code: forward, backward, one SGD step.
+"""A network with three hidden layers of 100 sigmoid units, and a step of SGD, in array API code.
 
-State goes in and comes out, so that `jax.jit` can compile a step. Shapes in comments: N images,
-D = 64 pixels, H = 100 units, K = 10 digits.
+A step takes the state as an argument and returns the new one, so that `jax.jit` can compile it. Shapes
+in comments: N images, D = 64 pixels, H = 100 units, K = 10 digits.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ EPS = 1e-5
 
 
 class Settings(NamedTuple):
-    """What a network is trained with."""
+    """Settings of the training of a network."""
 
     batch_norm: bool
     learning_rate: float
 
 
 def initial(settings: Settings, pixels: int, digits: int, seed: int) -> dict[str, np.ndarray]:
-    """Small Gaussian weights, as in the paper; the same with and without batch norm."""
+    """Return small Gaussian weights, as in the paper, the same with and without batch norm."""
     rng = np.random.default_rng(seed)
     widths = [pixels] + [WIDTH] * HIDDEN + [digits]
     state: dict[str, np.ndarray] = {}
     for i, (rows, columns) in enumerate(itertools.pairwise(widths)):
         state[f"weight{i}"] = rng.standard_normal((rows, columns)) / np.sqrt(rows)
-        if i < HIDDEN and settings.batch_norm:  # beta does what a bias would do
+        if i < HIDDEN and settings.batch_norm:  # beta replaces the bias
             for name, value in (("gamma", 1.0), ("beta", 0.0), ("mean", 0.0), ("var", 1.0)):
                 state[f"{name}{i}"] = np.full(columns, value)
         else:
@@ -45,23 +45,23 @@ def initial(settings: Settings, pixels: int, digits: int, seed: int) -> dict[str
 
 
 def sigmoid(z: Array) -> Array:
-    """The logistic function, by tanh, which does not overflow."""
+    """Compute the logistic function from tanh, which does not overflow."""
     return 0.5 * (1 + array_namespace(z).tanh(0.5 * z))
 
 
 def step(state: State, images: Array, labels: Array, settings: Settings) -> State:
-    """One step of gradient descent on the cross-entropy of a batch.
+    """Make one step of gradient descent on the cross-entropy of a batch.
 
     Parameters
     ----------
     state : dict of arrays
-        As `initial` makes it.
+        The state, as returned by `initial`.
     images : array, shape (N, D)
         Pixels.
     labels : array, shape (N, K)
-        One-hot.
+        One-hot labels.
     settings : Settings
-        Static.
+        Static settings.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def step(state: State, images: Array, labels: Array, settings: Settings) -> Stat
 
 
 def predict(state: State, images: Array, settings: Settings) -> tuple[Array, Array]:
-    """Scores of the digits (N, K), and what enters the last hidden layer's sigmoids (N, H)."""
+    """Return the scores of the digits (N, K), and the input of the last sigmoids (N, H)."""
     xp = array_namespace(images)
     a = images
     for i in range(HIDDEN):

@@ -1,4 +1,4 @@
-"""What the demo measures, and its picture: accuracy, and a unit's input as in the paper's Figure 1."""
+"""Results of the demo, and their picture: accuracy, and inputs of a unit as in Figure 1 of the paper."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.ticker import PercentFormatter
 
 COLOURS = {"without batch norm": "tab:orange", "with batch norm": "tab:blue"}
 
-GOAL = 0.90  # the test accuracy that is raced for
+GOAL = 0.90  # a test accuracy
 
 
 class Curve(NamedTuple):
-    """What was measured of one network while it trained."""
+    """Measurements of one network during training."""
 
     steps: list[int]
     accuracy: list[float]
@@ -25,7 +25,7 @@ class Curve(NamedTuple):
 
     @property
     def steps_to_goal(self) -> int | None:
-        """The first measured step at which the goal was reached."""
+        """The first measured step at which the goal was reached, or None."""
         return next((s for s, a in zip(self.steps, self.accuracy, strict=True) if a >= GOAL), None)
 
 

@@ -1,7 +1,7 @@
 """Groups of processes or devices that normalize one batch together: adapters to existing engines.
 
-What they give goes into ``group=`` of the functions and of the layer. Engines are imported when they
-are asked for.
+Pass a group as ``group=`` to the functions or to the layer. An engine is imported when its adapter is
+called for the first time.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ __all__ = ["GroupError", "jax", "mpi", "nccl", "torch"]
 
 
 class GroupError(RuntimeError):
-    """Members of a group did not come together: one is missing, late, or came with something else.
+    """An error of a group: a member is missing or late, has failed, or made another call.
 
-    Nothing was changed by the call that raises it.
+    The call that raises it has changed nothing.
     """
 
 
 def mpi(comm: Any = None, *, timeout: float | None = 300.0) -> Any:
     """Make a group of the processes of an MPI communicator.
 
-    All of them have to call this: the first time, it duplicates the communicator, so that messages do
-    not meet others. The duplicate serves all groups of the communicator, and is freed with it.
+    All of the processes have to call this. The first call duplicates the communicator, so that messages
+    of this package cannot be confused with others. All groups of the communicator share the duplicate,
+    which is freed with it.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Comm, optional
-        ``MPI.COMM_WORLD`` where it is left out.
+        ``MPI.COMM_WORLD`` by default.
     timeout : float or None, default 300
-        Seconds after which a call that waits for others is a `GroupError`; None waits for ever.
+        Seconds after which a call that waits for other members raises `GroupError`; None for no limit.
 
     Returns
     -------
     group
-        With ``rank``, ``size`` and ``all_reduce(array)``. Arrays of any eager library: what is not in
-        the host's memory (CuPy's) takes its way over it, for the vectors are small.
+        An object with ``rank``, ``size`` and ``all_reduce(array)``, for arrays of any eager library.
+        Arrays on a device, such as CuPy's, are copied to the host and back; these vectors are small.
 
     Raises
     ------
@@ -55,16 +56,16 @@ def nccl(comm: Any, *, timeout: float | None = 300.0) -> Any:
     Parameters
     ----------
     comm : cupy.cuda.nccl.NcclCommunicator
-        Each member's own.
+        The communicator of this member.
     timeout : float or None, default 300
-        Seconds after which a call that waits for others is a `GroupError`, and aborts the communicator.
-        None neither waits nor compares what the members came with: calls then only enqueue work on the
-        current stream, as NCCL does, and a member that is missing keeps the stream waiting.
+        Seconds after which a call that waits for other members aborts the communicator and raises
+        `GroupError`. With None, calls are neither waited for nor compared between the members: they only
+        enqueue work on the current stream, as NCCL does, and if a member is missing, the stream waits.
 
     Returns
     -------
     group
-        With ``rank``, ``size`` and ``all_reduce(array)``.
+        An object with ``rank``, ``size`` and ``all_reduce(array)``.
 
     Raises
     ------
@@ -82,23 +83,24 @@ def torch(process_group: Any = None, *, timeout: float | None = None, check: boo
     Parameters
     ----------
     process_group : torch.distributed.ProcessGroup, optional
-        The default group where it is left out.
+        The default process group if omitted.
     timeout : float, optional
-        Seconds after which a call that waits for others is a `GroupError`; the process group's own
-        where it is left out.
+        Seconds after which a call that waits for other members raises `GroupError`; by default, the
+        timeout of the process group.
     check : bool, optional
-        Whether members compare what they came with before they add it up. Left out, they do unless the
-        group's backend is nccl, where the host would have to wait for the device.
+        Whether the members compare their calls before they sum. The default is True, except with the
+        backend nccl, where the host would have to wait for the device.
 
     Returns
     -------
     group
-        With ``rank``, ``size`` and ``all_reduce(array)``. Arrays of PyTorch, NumPy, CuPy and others.
+        An object with ``rank``, ``size`` and ``all_reduce(array)``, for arrays of PyTorch, NumPy, CuPy
+        and others.
 
     Raises
     ------
     TypeError
-        `process_group` is not one.
+        `process_group` is not a process group.
     RuntimeError
         ``torch.distributed.init_process_group`` was not called.
     """
@@ -113,15 +115,16 @@ def jax(axis_name: Any, axis_index_groups: Any = None) -> Any:
     Parameters
     ----------
     axis_name : hashable, or tuple of them
-        The name (or names) of the axis over which batches are joined.
+        The name (or names) of the axis along which the batch is split.
     axis_index_groups : list of lists of ints, optional
-        Places along the axis that form groups of their own, as in `jax.lax.psum`.
+        Positions along the axis that form separate groups, as in `jax.lax.psum`.
 
     Returns
     -------
     group
-        With ``rank``, ``size`` and ``all_reduce(array)``, which can be called where the axis is bound.
-        Under ``jax.grad`` each device's gradient is that of the sum of all devices' losses.
+        An object with ``rank``, ``size`` and ``all_reduce(array)``, usable in functions in which the
+        axis is bound. Under ``jax.grad``, the gradient on each device is that of the sum of the losses
+        of all devices.
     """
     from batchnorm.distributed.over_jax import Jax
 

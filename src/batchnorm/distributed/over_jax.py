@@ -1,4 +1,4 @@
-"""Devices along a named axis of JAX's `pmap` or `shard_map`."""
+"""Groups of the devices along a named axis of JAX's `pmap` or `shard_map`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = Any
 
 
 class Jax:
-    """See `batchnorm.distributed.jax`. One program runs on all devices, so their calls always match."""
+    """A group of `batchnorm.distributed.jax`. All devices run one program, so their calls agree."""
 
     def __init__(self, axis_name: Any, axis_index_groups: Any = None) -> None:
         self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
@@ -22,23 +22,23 @@ class Jax:
 
     @property
     def rank(self) -> Array:
-        """Where along the axis a device is; a traced number."""
-        return self._bound(jax.lax.axis_index)
+        """The position of a device along the axis; a traced number."""
+        return self._with_axis(jax.lax.axis_index)
 
     @property
     def size(self) -> int:
-        """How many devices there are along the axis; unknown where they form several groups."""
+        """The number of devices along the axis; unknown if they form several groups."""
         if self.axis_index_groups is not None:
             raise AttributeError("size")
-        found: int = self._bound(jax.lax.axis_size)
+        found: int = self._with_axis(jax.lax.axis_size)
         return found
 
     def all_reduce(self, array: Array) -> Array:
         """Sum an array over the devices along the axis."""
         psum: Any = jax.lax.psum
-        return self._bound(lambda name: psum(array, name, axis_index_groups=self.axis_index_groups))
+        return self._with_axis(lambda name: psum(array, name, axis_index_groups=self.axis_index_groups))
 
-    def _bound(self, function: Any) -> Any:
+    def _with_axis(self, function: Any) -> Any:
         try:
             return function(self.axis_name)
         except NameError:

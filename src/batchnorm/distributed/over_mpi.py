@@ -1,4 +1,4 @@
-"""Processes of an MPI communicator, through mpi4py."""
+"""Groups of the processes of an MPI communicator, with mpi4py."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from batchnorm.distributed.members import Members, Rows, from_host, seconds, to_host
+from batchnorm.distributed.members import Members, Rows, from_host, to_host, validate_timeout
 from batchnorm.errors import describe_type, fail
 
 Array = Any
 
-# MPI writes to buffers until a request is through, maybe when the interpreter has ended: what is not
-# through by then (after an error, say) must never be freed.
-_hold = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
-_let_go = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_DecRef", ctypes.pythonapi))
+# MPI may write to the buffers of a request until it is complete, even after the interpreter has ended.
+# The buffers of a request that never completes (after an error, for example) must not be freed.
+_incref = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
+_decref = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_DecRef", ctypes.pythonapi))
 
 
 class _Duplicate:
-    """A communicator's duplicate, so that messages do not meet others."""
+    """The duplicate of a communicator, in which only messages of this package are sent."""
 
     def __init__(self, comm: Any, request: Any) -> None:
         self.comm, self.request, self.broken = comm, request, False
 
 
 @functools.cache
-def _attribute(mpi: Any) -> Any:
-    """The key under which a communicator keeps its duplicate."""
+def _keyval(mpi: Any) -> Any:
+    """Return the key of the attribute of a communicator that is its duplicate."""
 
     def free(comm: Any, key: int, found: _Duplicate) -> None:
         if not found.broken:
@@ -39,7 +39,7 @@ def _attribute(mpi: Any) -> Any:
 
 
 class Mpi(Members):
-    """See `batchnorm.distributed.mpi`. Nothing blocks: MPI itself knows no timeout."""
+    """A group of `batchnorm.distributed.mpi`. No call blocks, because MPI itself has no timeout."""
 
     def __init__(self, comm: Any, timeout: float | None) -> None:
         super().__init__()
@@ -51,18 +51,18 @@ class Mpi(Members):
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm):
             fail(TypeError, "comm", describe_type(comm), "an mpi4py.MPI.Intracomm")
-        self.timeout = seconds(timeout)
+        self.timeout = validate_timeout(timeout)
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._error = MPI.Exception
-        # MPI has some 2,000 communicators: one duplicate serves all groups of a communicator, and is
-        # freed with it. After an error messages may be under way in it: then another is made.
-        found: Any = comm.Get_attr(_attribute(MPI))
+        # MPI has about 2,000 communicators: all groups of a communicator share one duplicate, which is
+        # freed with it. After an error, messages may be on their way in it, and another one is made.
+        found: Any = comm.Get_attr(_keyval(MPI))
         if found is None or found.broken:
             found = _Duplicate(*comm.Idup())
             self._duplicate = found
             self._finish(found.request)
             found.comm.Set_errhandler(MPI.ERRORS_RETURN)
-            comm.Set_attr(_attribute(MPI), found)
+            comm.Set_attr(_keyval(MPI), found)
         self._duplicate = found
         self._comm = found.comm
 
@@ -80,7 +80,7 @@ class Mpi(Members):
 
         return wait
 
-    def _vector(self, array: Array) -> Array:
+    def _to_vector(self, array: Array) -> Array:
         return np.ravel(to_host(array))
 
     def _zeros(self, size: int, dtype: str) -> Array:
@@ -91,12 +91,12 @@ class Mpi(Members):
         self._finish(self._begin("Iallreduce", vector, total), vector, total)
         return total
 
-    def _back(self, vector: Array, like: Array) -> Array:
+    def _from_vector(self, vector: Array, like: Array) -> Array:
         return from_host(vector.reshape(like.shape), like)
 
     def _begin(self, collective: str, *buffers: Array) -> Any:
         for buffer in buffers:
-            _hold(buffer)
+            _incref(buffer)
         try:
             return getattr(self._comm, collective)(*buffers)
         except self._error as error:
@@ -104,8 +104,8 @@ class Mpi(Members):
 
     def _finish(self, request: Any, *buffers: Array) -> None:
         try:
-            self._await(request.Test)
+            self._poll(request.Test)
         except self._error as error:
             self._break(error)
         for buffer in buffers:
-            _let_go(buffer)
+            _decref(buffer)

@@ -1,4 +1,4 @@
-"""GPUs of an NCCL communicator, through CuPy."""
+"""Groups of the GPUs of an NCCL communicator, with CuPy."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import cupy
 import numpy as np
 from cupy.cuda import nccl
 
-from batchnorm.distributed.members import Members, Rows, seconds
+from batchnorm.distributed.members import Members, Rows, validate_timeout
 from batchnorm.errors import describe_type, fail
 
 Array = Any
 
-# NCCL's names of dtypes, by NumPy's.
+# Names of dtypes in NCCL, by their names in NumPy.
 _DTYPES = {"uint8": "NCCL_UINT8", "float32": "NCCL_FLOAT32", "float64": "NCCL_FLOAT64"}
 
 
 class Nccl(Members):
-    """See `batchnorm.distributed.nccl`. NCCL itself knows no timeout: the host watches an event."""
+    """A group of `batchnorm.distributed.nccl`. NCCL has no timeout, so the host polls an event."""
 
     def __init__(self, comm: Any, timeout: float | None) -> None:
         super().__init__()
         if not isinstance(comm, nccl.NcclCommunicator):
             got = describe_type(comm)
             fail(TypeError, "comm", got, "a cupy.cuda.nccl.NcclCommunicator")
-        self.timeout = seconds(timeout)
+        self.timeout = validate_timeout(timeout)
         self.rank, self.size = comm.rank_id(), comm.size()
         self._comm = comm
-        self.quiet = timeout is None  # to read the others' words, the host would have to wait
+        self.unchecked = timeout is None  # the host would have to wait for the announcements
 
     def _gather(self, row: Rows) -> Callable[[], Rows]:
         mine = cupy.asarray(row)
@@ -43,7 +43,7 @@ class Nccl(Members):
 
         return wait
 
-    def _vector(self, array: Array) -> Array:
+    def _to_vector(self, array: Array) -> Array:
         return array.reshape(-1)
 
     def _zeros(self, size: int, dtype: str) -> Array:
@@ -57,11 +57,11 @@ class Nccl(Members):
             self._finish(done)
         return total
 
-    def _back(self, vector: Array, like: Array) -> Array:
+    def _from_vector(self, vector: Array, like: Array) -> Array:
         return vector.reshape(like.shape)
 
     def _run(self, collective: str, mine: Array, result: Array, *operation: int) -> Any:
-        """Enqueue a collective on the current stream; an event that comes after it."""
+        """Enqueue a collective on the current stream, and return an event that is recorded after it."""
         dtype = _DTYPES.get(mine.dtype.name)
         if dtype is None:
             fail(TypeError, "array", f"dtype {mine.dtype}", "float32 or float64")
@@ -82,11 +82,11 @@ class Nccl(Members):
             return bool(done.done)
 
         try:
-            self._await(arrived)
+            self._poll(arrived)
         except nccl.NcclError as error:
             self._break(error)
 
     def _break(self, why: object) -> Any:
-        """Give up, and free the device from waiting for the others."""
+        """Make the group unusable, and abort the communicator so that the device does not wait."""
         self._comm.abort()
         super()._break(why)

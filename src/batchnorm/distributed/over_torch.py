@@ -1,4 +1,4 @@
-"""Processes of a `torch.distributed` process group."""
+"""Groups of the processes of a `torch.distributed` process group."""
 
 from __future__ import annotations
 
@@ -12,32 +12,39 @@ import torch
 import torch.distributed as dist
 
 from batchnorm.arrays import on_host
-from batchnorm.distributed.members import Members, Rows, from_host, plain, seconds, to_host
+from batchnorm.distributed.members import (
+    Members,
+    Rows,
+    from_host,
+    to_host,
+    validate_not_recorded,
+    validate_timeout,
+)
 from batchnorm.errors import describe_type, fail
 
 Array = Any
 
 
 class Torch(Members):
-    """See `batchnorm.distributed.torch`."""
+    """A group of `batchnorm.distributed.torch`."""
 
     def __init__(self, process_group: Any, timeout: float | None, check: bool | None) -> None:
         super().__init__()
         if not dist.is_available() or not dist.is_initialized():
             got = "no process groups"
-            fail(RuntimeError, "process_group", got, "a call of init_process_group before")
+            fail(RuntimeError, "process_group", got, "a call of init_process_group first")
         group: Any = dist.group.WORLD if process_group is None else process_group
         if not isinstance(group, dist.ProcessGroup):
             got = describe_type(group)
             fail(TypeError, "process_group", got, "a torch.distributed.ProcessGroup with this rank")
-        self.timeout = seconds(timeout)
+        self.timeout = validate_timeout(timeout)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group = group
         backend = dist.get_backend(group)
         self._device = "cuda" if backend == "nccl" else "cpu"
-        self.quiet = backend == "nccl" if check is None else not check
+        self.unchecked = backend == "nccl" if check is None else not check
 
-    # On the CPU all is in NumPy's memory: tensors that are made while torch.func transforms have none.
+    # On the CPU, buffers are NumPy arrays: a tensor made during a transform of torch.func has no memory.
 
     def _gather(self, row: Rows) -> Callable[[], Rows]:
         rows = np.empty((self.size, len(row)), np.uint8)
@@ -50,11 +57,11 @@ class Torch(Members):
 
         return wait
 
-    def _vector(self, array: Array) -> Array:
+    def _to_vector(self, array: Array) -> Array:
         if self._device == "cpu":
             return np.ravel(to_host(array))
         own: Any = array if compat.is_torch_array(array) else self._tensor(array)
-        return plain(own).detach().to(self._device).reshape(-1)
+        return validate_not_recorded(own).detach().to(self._device).reshape(-1)
 
     def _zeros(self, size: int, dtype: str) -> Array:
         if self._device == "cpu":
@@ -62,12 +69,12 @@ class Torch(Members):
         return torch.zeros(size, dtype=getattr(torch, dtype), device=self._device)
 
     def _sum(self, vector: Array) -> Array:
-        total = vector.copy() if self._device == "cpu" else vector.clone()  # it is written to
-        tensor = torch.as_tensor(total)  # in the same memory
+        total = vector.copy() if self._device == "cpu" else vector.clone()  # the sum is written to it
+        tensor = torch.as_tensor(total)  # shares the memory of `total`
         self._finish(self._begin(lambda: dist.all_reduce(tensor, group=self._group, async_op=True)))
         return total
 
-    def _back(self, vector: Array, like: Array) -> Array:
+    def _from_vector(self, vector: Array, like: Array) -> Array:
         total = vector.reshape(tuple(like.shape))
         if compat.is_torch_array(like):
             return torch.as_tensor(total).to(like.device)
@@ -76,7 +83,7 @@ class Torch(Members):
         return from_host(on_host(total), like)
 
     def _tensor(self, array: Array) -> Array:
-        """An array of another library as a tensor."""
+        """Return an array of another library as a tensor."""
         if compat.is_cupy_array(array):
             return torch.utils.dlpack.from_dlpack(array)
         return torch.tensor(to_host(array))

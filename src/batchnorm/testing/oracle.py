@@ -7,15 +7,26 @@ and narrower data that is large, or not finite, is lifted to float64 instead.
 
 from __future__ import annotations
 
+import contextlib
 import decimal
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = Any
 
-decimal.DefaultContext.prec = 50
-decimal.setcontext(decimal.Context(prec=50))
+DIGITS = 50
+
+
+@contextlib.contextmanager
+def precise() -> Iterator[None]:
+    """Compute with decimals of 50 digits: a context, and with ``@precise()`` a decorator.
+
+    The caller's own decimal context is restored at the end.
+    """
+    with decimal.localcontext(decimal.Context(prec=DIGITS)):
+        yield
 
 
 def lift(a: Array) -> Array:
@@ -46,6 +57,7 @@ def _as(a: Array, like: Array) -> Array:
 class Problem:
     """One batch to normalize, and every quantity of it that a test may want to compare."""
 
+    @precise()
     def __init__(
         self,
         x: Array,
@@ -83,6 +95,7 @@ class Problem:
         self.y = self.gamma * self.x_hat + self.beta
         self.size = np.maximum(one, abs(self.gamma * self.x_hat) + abs(self.beta))
 
+    @precise()
     def backward(self, dy: Array) -> Gradients:
         """The chain rule, step by step (Ioffe & Szegedy 2015, section 3), with weights."""
         dy = _as(dy, self.x)

@@ -8,7 +8,7 @@ import pytest
 
 import batchnorm as bn
 from batchnorm.testing import data, verdict
-from batchnorm.testing.oracle import Problem, decimals
+from batchnorm.testing.oracle import Problem, decimals, precise
 
 pytestmark = pytest.mark.operation("derivatives")
 
@@ -49,6 +49,7 @@ def inputs(shape, axis, dtype, mean, layout="C"):
 
 
 @functools.lru_cache
+@precise()
 def expected_tangents(shape, axis, dtype, mean, weighted, layout="C"):
     """Tangents of y, mean and variance, each with the size of its terms."""
     x, _, u, gamma, beta, dgamma, dbeta = map(decimals, inputs(shape, axis, dtype, mean, layout))
@@ -95,6 +96,7 @@ def judge_forward_mode(target, shape, axis, dtype, mean, weighted, layout="C"):
 
 
 @functools.lru_cache
+@precise()
 def expected_gradients(shape, axis, dtype, mean, weighted, layout="C"):
     """Gradients to dy, x and gamma, each with the size of its terms."""
     x, dy, u, gamma, _, a, b = map(decimals, inputs(shape, axis, dtype, mean, layout))

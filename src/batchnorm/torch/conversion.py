@@ -1,4 +1,4 @@
-"""A model's batch norms taken to this package's modules, and back; what was left alone, and why."""
+"""Conversion of the batch norms of a model to modules of this package and back, with a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.ao.quantization import fuser_method_mappings
 
 from batchnorm.arguments import validate_group
 from batchnorm.errors import describe_type, fail
-from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, alone
+from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, validate_no_group
 
 Module = Any
 
@@ -26,33 +26,34 @@ THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
 class Found(NamedTuple):
-    """A batch norm of a model, as `report` tells of it."""
+    """A batch norm of a model, in the result of `report`."""
 
     name: str
-    """Where it is in the model."""
+    """Its name in the model."""
     kind: str
     """Its class."""
     converted: bool
-    """Whether it runs on this package's passes."""
+    """Whether it is a module of this package."""
     why: str
-    """Why it does not, or an empty string."""
+    """The reason if it is not, otherwise an empty string."""
 
 
 def convert(model: Module, group: Any = None) -> Module:
-    """Replace the batch norms of a model by this package's, in place.
+    """Replace the batch norms of a model by modules of this package, in place.
 
-    A module keeps all it has: parameters, running statistics, hooks, its place in the model and in
-    optimizers. Subclasses of `torch.nn`'s batch norms, ``SyncBatchNorm`` among them, and what is part
-    of a scripted or exported program are left alone; a warning names them, and `report` lists all.
+    Each module keeps its parameters, running statistics, hooks, and its place in the model and in
+    optimizers. Subclasses of the batch norms of `torch.nn`, including ``SyncBatchNorm``, and batch norms
+    of scripted or exported programs are not converted. A warning lists them, as `report` does.
 
     Parameters
     ----------
     model : torch.nn.Module
         A model, or a batch norm.
     group : optional
-        The members over which batches are joined in training, as in `batchnorm.batch_norm`, by modules
-        that are this package's already too. Gradients of parameters stay each member's own part, as
-        DistributedDataParallel expects them. Copies of the model share the group; files do not hold it.
+        The group over which batches are joined in training, as in `batchnorm.batch_norm`; also for
+        modules that have been converted before. Gradients of parameters are those of each member's part
+        of the batch, as DistributedDataParallel expects. Copies of the model share the group, and files
+        do not contain it.
 
     Returns
     -------
@@ -62,32 +63,32 @@ def convert(model: Module, group: Any = None) -> Module:
     Raises
     ------
     TypeError
-        `model` is not a module, or `group` is no group.
+        `model` is not a module, or `group` is not a group.
 
     Warns
     -----
     UserWarning
-        Batch norms were left alone, or there are none in the model.
+        Batch norms were not converted, or the model has none.
     """
     validate_group(group)
     _replace(model, OURS)
     if group is not None:
-        for _, module in _named(model):
+        for _, module in _named_modules(model):
             if type(module) in THEIRS:
                 module.group = group
     found = report(model)
     left = [f"{f.name or 'the model'}, a {f.kind} ({f.why})" for f in found if not f.converted]
     if left:
         converted = sum(f.converted for f in found)
-        told = "; ".join(left[:10]) + (f"; and {len(left) - 10} more" if len(left) > 10 else "")
-        warnings.warn(f"convert: {converted} batch norms, but not {told}", UserWarning, stacklevel=2)
+        listed = "; ".join(left[:10]) + (f"; and {len(left) - 10} more" if len(left) > 10 else "")
+        warnings.warn(f"convert: {converted} batch norms, but not {listed}", UserWarning, stacklevel=2)
     elif not found:
         warnings.warn("convert: no batch norms in this model", UserWarning, stacklevel=2)
     return model
 
 
 def revert(model: Module) -> Module:
-    """Put `torch.nn`'s batch norms back, in place, as they are after any training since `convert`.
+    """Convert modules of this package back to those of `torch.nn`, in place, with their current state.
 
     Parameters
     ----------
@@ -109,7 +110,7 @@ def revert(model: Module) -> Module:
 
 
 def report(model: Module) -> list[Found]:
-    """List the batch norms of a model: which run on this package's passes, and why others do not.
+    """List the batch norms of a model: which are modules of this package, and why others are not.
 
     Parameters
     ----------
@@ -128,12 +129,12 @@ def report(model: Module) -> list[Found]:
     """
     return [
         Found(name, kind, why == "", why)
-        for name, module in _named(model)
+        for name, module in _named_modules(model)
         for kind, why in _kinds(module)
     ]
 
 
-def _named(model: Module) -> Iterator[tuple[str, Module]]:
+def _named_modules(model: Module) -> Iterator[tuple[str, Module]]:
     if not isinstance(model, nn.Module):
         fail(TypeError, "model", describe_type(model), "a torch.nn.Module")
     named: Any = model.named_modules()
@@ -141,7 +142,7 @@ def _named(model: Module) -> Iterator[tuple[str, Module]]:
 
 
 def _kinds(module: Module) -> Iterator[tuple[str, str]]:
-    """What of a module itself is a batch norm: its class, and why it is not this package's."""
+    """Yield the class of each batch norm that a module itself is or contains in its graph, and `why`."""
     kind = type(module)
     name = module.original_name if isinstance(module, jit.ScriptModule) else kind.__name__
     if kind in THEIRS:
@@ -161,14 +162,14 @@ def _kinds(module: Module) -> Iterator[tuple[str, str]]:
     elif isinstance(module, nn.SyncBatchNorm):
         yield (
             name,
-            "it joins batches by itself: convert(model, group) does on torch.nn's BatchNorm1d to 3d",
+            "it joins batches itself: use torch.nn's BatchNorm1d to 3d, and convert(model, group)",
         )
     elif isinstance(module, nn.modules.lazy.LazyModuleMixin) and "BatchNorm" in name:
-        yield name, "it has seen no input yet: convert the model after the first one"
+        yield name, "it has had no input yet: convert the model after the first one"
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        yield name, f"a subclass of torch.nn.{_base(kind)}, which may do more or otherwise"
+        yield name, f"a subclass of torch.nn.{_base(kind)}, which may behave differently"
     elif "BatchNorm" in name:
-        yield name, "none of torch.nn's classes"
+        yield name, "not a class of torch.nn"
 
 
 def _base(kind: type) -> str:
@@ -178,14 +179,14 @@ def _base(kind: type) -> str:
 
 
 def _replace(model: Module, by: dict[type, type]) -> None:
-    for _, module in _named(model):
-        if type(module) in by:  # the state is the same, so the class is all that differs
+    for _, module in _named_modules(model):
+        if type(module) in by:  # the state is the same: only the class differs
             module.__class__ = by[type(module)]
             module.__dict__.pop("group", None)
 
 
-# PyTorch's eager-mode fusion (fuse_modules, fuse_model) looks classes up in a table: what it makes of
-# one of our modules is what it makes of torch.nn's with the same state.
+# The eager-mode fusion of PyTorch (fuse_modules, fuse_model) uses a table of classes. Modules of this
+# package are registered in it, and are fused as modules of torch.nn with the same state.
 
 
 def _fuser(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +194,7 @@ def _fuser(method: Callable[..., Any]) -> Callable[..., Any]:
     def fuse(is_qat: bool, *modules: Module) -> Any:
         for module in modules:
             if is_qat and type(module) in THEIRS:
-                alone("fuse_modules_qat", module)
+                validate_no_group("fuse_modules_qat", module)
         return method(is_qat, *(revert(copy.copy(m)) if type(m) in THEIRS else m for m in modules))
 
     return fuse

@@ -1,10 +1,10 @@
-"""What the functions of `batchnorm` are while PyTorch's compiler or exporter follows them.
+"""The functions of `batchnorm` in graphs of PyTorch's compiler and exporter.
 
-The checks of values, libraries and devices are Python that a graph cannot hold; shapes, dtypes and axes
-are checked by the operators when they are traced.
+The checks of values, libraries and devices are Python code that cannot be part of a graph. The operators
+check shapes, dtypes and axes when they are traced.
 
-In a graph that stays in this process (`torch.compile`), a call is an operator of this package; in a
-program that leaves it, what `leaving` has.
+In a graph that runs in this process (`torch.compile`), a call is an operator of this package. In a
+program that runs in other processes, it is a function of `leaving`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ _ops = torch.ops.batchnorm
 _compiler: Any = torch.compiler
 
 
-def follow(name: str, *args: Any, group: Any = None, out: Array | None = None, **kwargs: Any) -> Any:
-    """Give what the function of that name gives, as operators that the graph holds."""
+def call_in_graph(
+    name: str, *args: Any, group: Any = None, out: Array | None = None, **kwargs: Any
+) -> Any:
+    """Return the results of the named function, computed by operators of the graph."""
     for argument, value in (("group", group), ("out", out)):
         if value is not None:
             raise TypeError(f"{argument}: got one in a graph of PyTorch, expected None")
-    plain = leaving.functions().get(name)
-    if plain is not None:
-        return plain(*args, **kwargs)
+    exported = leaving.exported_functions().get(name)
+    if exported is not None:
+        return exported(*args, **kwargs)
     decomposed = _transformed() or tracing.differentiates_weights(kwargs.get("where")) is not None
-    found = (_OWN if decomposed else _OPERATORS)[name](*args, **kwargs)
+    found = (_DECOMPOSED if decomposed else _OPERATORS)[name](*args, **kwargs)
     return found
 
 
@@ -41,11 +43,13 @@ def _is_transformed() -> bool:
     return tracing.transformed() is not None
 
 
-_transformed = _compiler.assume_constant_result(_is_transformed)  # its guards watch what decides it
+_transformed = _compiler.assume_constant_result(
+    _is_transformed
+)  # guards of the compiler cover the state of the transforms
 
 
-def _own(name: str) -> Callable[..., Any]:
-    """The function on PyTorch's own operators, which the compiler sees when it traces the graph."""
+def _decomposed(name: str) -> Callable[..., Any]:
+    """Return the function on PyTorch's own operators, which the compiler traces."""
     function = getattr(functional, name).__wrapped__
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +65,7 @@ def _axes(axis: int | tuple[int, ...]) -> list[int]:
 
 
 def _tensors(stats: Moments, x: Array) -> list[Array]:
-    """Moments as the operators take them."""
+    """Return moments as arguments of the operators."""
     n, mean, var, low = stats
     n = n if isinstance(n, torch.Tensor) else torch.full_like(var, n)
     return [n, mean, var, torch.zeros_like(mean) if low is None else low]
@@ -134,4 +138,4 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "normalize_backward": _normalize_backward,
     "moments": _moments,
 }
-_OWN = {name: _own(name) for name in _OPERATORS}
+_DECOMPOSED = {name: _decomposed(name) for name in _OPERATORS}

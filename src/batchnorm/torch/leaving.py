@@ -1,8 +1,8 @@
-"""Functions of `batchnorm` in programs that leave this process, and run where this package is not.
+"""Functions of `batchnorm` in programs that run in other processes, without this package.
 
-These are what `torch.export` makes (and what builds on it, ONNX's exporter among them) and, in
-inference, what `torch.jit.trace` makes. Their operators are PyTorch's own, for a batch of any size: no
-shape of x is a constant of the program.
+Such programs are made by `torch.export` and tools that use it, including PyTorch's ONNX exporter, and
+for inference by `torch.jit.trace`. The functions use only PyTorch's own operators, and accept batches of
+any size: no shape of x becomes a constant of the program.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _jit: Any = torch.jit
 _functional: Any = torch.nn.functional
 
 
-def leaves() -> bool:
-    """Whether what is followed leaves this process, and so cannot change what it has read."""
-    return bool(functions())
+def is_exporting() -> bool:
+    """Return whether the program that is traced runs in other processes, without updates in place."""
+    return bool(exported_functions())
 
 
-def functions() -> Mapping[str, Callable[..., Any]]:
-    """The functions of a program that leaves this process; none where it does not."""
-    if getattr(_compiler, "is_exporting", bool)():  # which PyTorch has had since 2.7
+def exported_functions() -> Mapping[str, Callable[..., Any]]:
+    """Return the functions of a program that runs in other processes; none for other programs."""
+    if getattr(_compiler, "is_exporting", bool)():  # available from PyTorch 2.7 on
         return _EXPORTED
     return _TRACED if _jit.is_tracing() else {}
 
@@ -71,19 +71,19 @@ def _normalize(
     axis: Any = 1,
     eps: float = 1e-5,
 ) -> Array:
-    """PyTorch's batch norm where it has one for the axis and the mean: exporters know it by its name."""
-    kept = validate_axes(axis, x.ndim)
+    """Normalize, if possible with PyTorch's operator, which exporters recognize."""
+    channel_axes = validate_axes(axis, x.ndim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if len(kept) == 1 and x.ndim > 1 and torch.promote_types(mean.dtype, dtype) == dtype:
+    if len(channel_axes) == 1 and x.ndim > 1 and torch.promote_types(mean.dtype, dtype) == dtype:
         vectors: list[Any] = [v if v is None else v.to(dtype) for v in (mean, var, gamma, beta)]
-        second = x if kept == (1,) else x.movedim(kept[0], 1)
+        second = x if channel_axes == (1,) else x.movedim(channel_axes[0], 1)
         y = _functional.batch_norm(second, *vectors, training=False, eps=eps)
-        return y if second is x else y.movedim(1, kept[0])
-    place = tuple(slice(None) if i in kept else None for i in range(x.ndim))
+        return y if second is x else y.movedim(1, channel_axes[0])
+    place = tuple(slice(None) if i in channel_axes else None for i in range(x.ndim))
     mean = mean[place].to(torch.promote_types(mean.dtype, dtype))  # (C)
     m, rstd = mean.to(dtype), torch.rsqrt(var[place] + eps)  # (C), (C)
     a = rstd if gamma is None else gamma[place] * rstd  # (C)
-    b = (m - mean) * a  # (C): what m has rounded away
+    b = (m - mean) * a  # (C): m - mean is the rounding error of m
     b = b if beta is None else b + beta[place]  # (C)
     return ((x.to(dtype) - m) * a.to(dtype) + b.to(dtype)).to(x.dtype)
 
@@ -93,5 +93,5 @@ _EXPORTED: dict[str, Callable[..., Any]] = {
     "moments": _compiler.allow_in_graph(_moments),
     "normalize": _compiler.allow_in_graph(_normalize),
 }
-# A trace takes the shapes that Python looks at for constants; only inference looks at none.
+# A shape that Python reads is a constant of a trace. Only inference reads none.
 _TRACED = {"normalize": _normalize}

@@ -1,4 +1,4 @@
-"""`torch.nn`'s batch norms on this package's passes: same arguments, same state, same results."""
+"""Subclasses of the batch norms of `torch.nn` that compute with this package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 import batchnorm as bn
 from batchnorm import groups
 from batchnorm.errors import fail
-from batchnorm.torch.leaving import leaves
+from batchnorm.torch.leaving import is_exporting
 
 Module = Any
 
 
 def _forward(self: Module, x: Any) -> Any:
-    """What `torch.nn.BatchNorm2d.forward` does, step by step, with this package's functions."""
+    """Compute `torch.nn.BatchNorm2d.forward` with the functions of this package."""
     group = self.group if self.training else None
     with groups.call(group, type(self).__name__):
         self._check_input_dim(x)
@@ -26,7 +26,7 @@ def _forward(self: Module, x: Any) -> Any:
             expected = f"{mean.shape[0]}, as running_mean"
             fail(ValueError, "input", f"{x.shape[1]} channels", expected)
     if not self.training and mean is not None:
-        if not leaves():  # copies: the next batch moves these, maybe before the gradient of y is taken
+        if not is_exporting():  # copies: the next batch may update these before the backward pass
             mean, var = mean.clone(), var.clone()
         return bn.normalize(x, mean, var, gamma, beta, eps=self.eps)
     values = x.numel() // max(1, x.shape[1])
@@ -35,9 +35,9 @@ def _forward(self: Module, x: Any) -> Any:
         fail(ValueError, "input", f"shape {tuple(x.shape)}", expected)
     tracking = self.training and self.track_running_stats
     count = self.num_batches_tracked if tracking else None
-    if values == 0 and group is None:  # as torch.nn: nothing to normalize, but a batch
-        nothing = x.new_zeros(x.shape[1])
-        y, stats = bn.normalize(x, nothing, nothing, gamma, beta, eps=1), None
+    if values == 0 and group is None:  # as in torch.nn, an empty batch is counted
+        zeros = x.new_zeros(x.shape[1])
+        y, stats = bn.normalize(x, zeros, zeros, gamma, beta, eps=1), None
     else:
         y, stats = bn.batch_norm(x, gamma, beta, eps=self.eps, group=group)
     if count is not None:
@@ -52,11 +52,11 @@ def _forward(self: Module, x: Any) -> Any:
     return y
 
 
-torch.fx.wrap("_forward")  # symbolic tracing keeps the call whole, as it does with torch.nn's modules
+torch.fx.wrap("_forward")  # symbolic tracing does not trace into the call, as with modules of torch.nn
 
 
-def _renamed(function: Any, name: str) -> Any:
-    """The same function under another name: TorchScript compiles a method under that of its function."""
+def _copy_with_name(function: Any, name: str) -> Any:
+    """Copy a function under another name, which is the name of the method that TorchScript compiles."""
     copied = types.FunctionType(
         function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
     )
@@ -64,56 +64,58 @@ def _renamed(function: Any, name: str) -> Any:
     return copied
 
 
-_theirs = _renamed(nn.BatchNorm1d.forward, "scripted_forward")  # all three have the same one
+_scripted_forward = _copy_with_name(
+    nn.BatchNorm1d.forward, "scripted_forward"
+)  # the same for all three classes
 
 
 def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """Normalize, and update the running statistics in training."""
-    # TorchScript cannot call this package: it compiles torch.nn's own.
+    # TorchScript cannot call this package, and compiles the method of torch.nn.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return self.scripted_forward(input)  # type: ignore[no-any-return]
     return _forward(self, input)  # type: ignore[no-any-return]
 
 
 def _scriptable(self: Module) -> Module:
-    """What `torch.jit.script` asks for."""
-    alone("torch.jit.script", self)
+    """Return the module for `torch.jit.script`, which calls this method."""
+    validate_no_group("torch.jit.script", self)
     return self
 
 
-def alone(what: str, module: Module) -> None:
-    """Check that a module has no group, for what does not know of groups."""
+def validate_no_group(what: str, module: Module) -> None:
+    """Check that a module has no group, for functions of PyTorch that do not support groups."""
     if module.group is not None:
         got = "a module that joins batches over a group"
-        fail(TypeError, what, got, "one without: batchnorm.torch.revert it before")
+        fail(TypeError, what, got, "one without a group: call batchnorm.torch.revert first")
 
 
 class BatchNorm1d(groups.Shared, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` on this package's passes.
+    """A subclass of `torch.nn.BatchNorm1d` that computes with this package.
 
-    Takes the same arguments, loads and saves the same ``state_dict``, and is one to ``isinstance``.
-    Input of shape (N, C) or (N, C, L). Its ``group``, None unless it is set, is that of `convert`.
+    It has the same arguments and the same ``state_dict``. The input has the shape (N, C) or (N, C, L).
+    The attribute ``group`` is the group of `convert`, or None.
     """
 
     forward = forward
-    scripted_forward = _theirs
+    scripted_forward = _scripted_forward
     __prepare_scriptable__ = _scriptable
     group: Any = None
 
 
 class BatchNorm2d(groups.Shared, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` on this package's passes; see `BatchNorm1d`. Input: (N, C, H, W)."""
+    """A subclass of `torch.nn.BatchNorm2d`, as `BatchNorm1d`, for input of shape (N, C, H, W)."""
 
     forward = forward
-    scripted_forward = _theirs
+    scripted_forward = _scripted_forward
     __prepare_scriptable__ = _scriptable
     group: Any = None
 
 
 class BatchNorm3d(groups.Shared, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` on this package's passes; see `BatchNorm1d`. Input: (N, C, D, H, W)."""
+    """A subclass of `torch.nn.BatchNorm3d`, as `BatchNorm1d`, for input of shape (N, C, D, H, W)."""
 
     forward = forward
-    scripted_forward = _theirs
+    scripted_forward = _scripted_forward
     __prepare_scriptable__ = _scriptable
     group: Any = None

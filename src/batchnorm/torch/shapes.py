@@ -1,4 +1,4 @@
-"""What the operators take and give: their schemas, and the shapes and dtypes of results for tracing."""
+"""Schemas of the operators, and shapes and dtypes of their results for tracing."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SCHEMAS = {
 
 
 def plain_axis(axis: Sequence[int]) -> int | tuple[int, ...]:
-    """The axis of an operator as the functions take it."""
+    """Return the axis of an operator as an argument of the functions."""
     return axis[0] if len(axis) == 1 else tuple(axis)
 
 
-def _checked(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
+def _validate(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
     layout = validate_input(x, plain_axis(axis))
     validate_vectors(layout, **vectors)
     return layout
@@ -45,14 +45,14 @@ def _vectors(layout: Layout, dtype: Any, count: int) -> list[Array]:
 
 
 def batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
-    """Give y, and count, mean, variance and low part of the mean."""
-    layout = _checked(x, axis, gamma=gamma, beta=beta)
+    """Return y, and count, mean, variance and low part of the mean."""
+    layout = _validate(x, axis, gamma=gamma, beta=beta)
     return empty_result(x), *_vectors(layout, layout.wide, 4)
 
 
 def batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
-    """Give dx, dgamma and dbeta."""
-    layout = _checked(x, axis, gamma=gamma)
+    """Return dx, dgamma and dbeta."""
+    layout = _validate(x, axis, gamma=gamma)
     dtype = layout.compute if gamma is None else gamma.dtype
     return empty_result(x), *_vectors(layout, dtype, 2)
 
@@ -60,27 +60,27 @@ def batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps): 
 def batch_norm_double_backward(  # type: ignore[no-untyped-def]
     ddx, ddgamma, ddbeta, dy, x, n, mean, var, mean_lo, gamma, where, axis, eps
 ):
-    """Give gradients to dy, x and gamma."""
-    layout = _checked(x, axis, gamma=gamma)
+    """Return the gradients of dy, x and gamma."""
+    layout = _validate(x, axis, gamma=gamma)
     dtype = layout.compute if gamma is None else gamma.dtype
     return empty_result(dy), empty_result(x), *_vectors(layout, dtype, 1)
 
 
 def normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
-    """Give y."""
-    _checked(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    """Return y."""
+    _validate(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
     return empty_result(x)
 
 
 def normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
-    """Give dx, dgamma, dbeta, dmean and dvar."""
-    layout = _checked(x, axis, mean=mean, var=var, gamma=gamma)
+    """Return dx, dgamma, dbeta, dmean and dvar."""
+    layout = _validate(x, axis, mean=mean, var=var, gamma=gamma)
     dtype = layout.compute if gamma is None else gamma.dtype
     grads = _vectors(layout, dtype, 2)
     return empty_result(x), *grads, torch.empty_like(mean), torch.empty_like(var)
 
 
 def moments(x, where, axis):  # type: ignore[no-untyped-def]
-    """Give count, mean, variance and low part of the mean."""
-    layout = _checked(x, axis)
+    """Return count, mean, variance and low part of the mean."""
+    layout = _validate(x, axis)
     return tuple(_vectors(layout, layout.wide, 4))
