@@ -6,6 +6,13 @@ import numbers
 from typing import Any, NoReturn
 
 
+class GroupError(RuntimeError):
+    """An error of a group: a member is missing or late, has failed, or made another call.
+
+    The call that raises it has changed nothing.
+    """
+
+
 def fail(error: type[Exception], argument: str, got: object, expected: str) -> NoReturn:
     """Raise an error with the message "argument: got …, expected …" on one line."""
     raise error(" ".join(f"{argument}: got {got}, expected {expected}".split()))

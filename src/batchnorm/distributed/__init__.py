@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from batchnorm.errors import GroupError
+
 __all__ = ["GroupError", "jax", "mpi", "nccl", "torch"]
-
-
-class GroupError(RuntimeError):
-    """An error of a group: a member is missing or late, has failed, or made another call.
-
-    The call that raises it has changed nothing.
-    """
 
 
 def mpi(comm: Any = None, *, timeout: float | None = 300.0) -> Any:

@@ -27,8 +27,7 @@ import numpy.typing as npt
 from batchnorm import tracing
 from batchnorm.arguments import validate_number
 from batchnorm.arrays import library_name, namespace, on_host
-from batchnorm.distributed import GroupError
-from batchnorm.errors import describe_type, fail
+from batchnorm.errors import GroupError, describe_type, fail
 
 Array = Any
 Rows = npt.NDArray[np.uint8]
