@@ -21,9 +21,9 @@ from batchnorm.moments import Moments, merge_rows
 Array = Any
 
 # Float64 values that are added one after the other where a sum runs across memory.
-LEAF = 32
-# Values of a dot product, at most: a longer one would start the threads of NumPy's BLAS.
-DOT = 2**13
+LEAF = 16
+# Values of a dot product, at most: it adds long ones in chains, and on threads.
+DOT = 2**9
 
 
 class NumPy(Backend):
