@@ -10,7 +10,7 @@ import pytest
 from batchnorm.capabilities import LIBRARIES, gap
 from batchnorm.layout import FLOATS
 from batchnorm.testing import data
-from batchnorm.testing.libraries import BFLOAT16, Target, tried
+from batchnorm.testing.libraries import BFLOAT16, PARTS, Target, tried
 
 NOT_RUN = pytest.StashKey[dict[str, str]]()
 TARGETS = pytest.StashKey[list[Target]]()
@@ -20,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "operation(name): the row of the capability table it tests")
     config.addinivalue_line("markers", "dtypes(*names): run with these dtypes only")
     config.addinivalue_line("markers", "large: needs 25 million values and up to 2 GB of memory")
+    config.addinivalue_line("markers", "slow: left out unless asked for: pytest -m slow")
     config.addinivalue_line("filterwarnings", "error")
     # How ndonnx uses onnx's Python API is not ours to mend.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:(spox|onnx|ndonnx)")
@@ -53,12 +54,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", dtypes)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("--array-library")
+    met: set[tuple[str, str]] = set()
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         target, dtype = parameters.get("target"), parameters.get("dtype")
         if not isinstance(target, Target):
             continue
+        if not asked and target.library in PARTS and not _in_part(item, target, met):
+            item.add_marker(pytest.mark.slow)
         marker = item.get_closest_marker("operation")
         operations = [marker.args[0] if marker else None]
         if item.get_closest_marker("large"):
@@ -67,6 +73,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             found = gap(target.library, target.device_name, dtype, operation)
             if found is not None:
                 item.add_marker(pytest.mark.xfail(reason=found.why, strict=True, run=found.tried))
+
+
+def _in_part(item: pytest.Item, target: Target, met: set[tuple[str, str]]) -> bool:
+    """Whether it is the first case of its test on a device that runs by default."""
+    case = (item.nodeid.partition("[")[0], target.device_name)
+    if target.device_name not in PARTS[target.library].devices or case in met:
+        return False
+    met.add(case)
+    return True
 
 
 @pytest.fixture

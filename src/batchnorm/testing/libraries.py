@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat as compat
 import numpy as np
@@ -342,6 +342,23 @@ OWN_WAY = {
     "ndonnx": Ndonnx,
     "dpnp": Dpnp,
     "sparse": Sparse,
+}
+
+
+class Part(NamedTuple):
+    """What of a library runs where nobody asks for it by name: the first case of each test."""
+
+    devices: tuple[str, ...]
+    why: str
+
+
+# The only place that says what runs by default: every case of a library that is not named here. The rest
+# of these is marked `slow`, unless ``--array-library`` asks for the library.
+PARTS = {
+    "jax": Part(("eager", "jit-x64"), "what a case calls is compiled, operator by operator or whole"),
+    "dask": Part(("lazy",), "its graphs are built and run by an interpreter, and its chunks are NumPy's"),
+    "ndonnx": Part(("dynamic",), "each case is a graph that is built, optimized and loaded"),
+    "sparse": Part(("cpu",), "its operators are compiled, and dense data is kept in coordinates"),
 }
 
 
