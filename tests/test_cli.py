@@ -1,6 +1,6 @@
 """python -m batchnorm: the demo trains and tells, info lists, and a wrong option is one line."""
 
-import signal
+import os
 import subprocess
 import sys
 
@@ -8,13 +8,15 @@ import pytest
 
 from batchnorm.__main__ import main
 
+SLOW = pytest.mark.slow
+
 
 def run(*arguments, timeout=300, cwd=None):
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "batchnorm", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("library", ["numpy", *(pytest.param(n, marks=SLOW) for n in ("torch", "jax"))])
 def test_demo(library, tmp_path):
     pytest.importorskip(library)
     done = run("demo", "--array-library", library, "--steps", "300", cwd=tmp_path)
@@ -125,21 +127,70 @@ def test_an_output_is_where_a_link_leads(tmp_path, capsys):
     assert target.stat().st_size > 1000
 
 
+# A command that gets a signal at a moment of its own: an import, a pass of the compiler, a call.
+INTERRUPTED = """
+import importlib, itertools, runpy, signal, sys
+moment, *sys.argv[1:] = sys.argv[1:]
+kind, _, name = moment.partition(" ")
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+if kind == "import":
+    sys.addaudithook(lambda event, about: event == "import" and about[0] == name and interrupt())
+elif kind == "compile":
+    from numba.core import event
+
+    class Compiles(event.Listener):
+        def on_start(self, event):
+            interrupt()
+
+        def on_end(self, event):
+            pass
+
+    event.register("numba:run_pass", Compiles())
+else:
+    module, _, function = name.rpartition(".")
+    module = importlib.import_module(module)
+    own, count = getattr(module, function), itertools.count(1)
+
+    def called(*arguments, **options):
+        if next(count) == 20:
+            interrupt()
+        return own(*arguments, **options)
+
+    setattr(module, function, called)
+runpy.run_module("batchnorm", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
-@pytest.mark.parametrize("seconds", [1.0, 4.0])
-@pytest.mark.parametrize("command", [("demo", "--steps", "100000"), ("bench",)])
-def test_an_interrupt_is_one_line(command, seconds, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "command"),
+    [
+        ("import sklearn", ("demo",)),
+        ("compile", ("demo",)),
+        ("call batchnorm.demo.network.step", ("demo",)),
+        pytest.param("import matplotlib", ("bench",), marks=SLOW),
+        pytest.param("compile", ("bench",), marks=SLOW),
+        pytest.param("call batchnorm.bench.measure._seconds", ("bench",), marks=SLOW),
+    ],
+)
+def test_an_interrupt_is_one_line(moment, command, tmp_path):
     """While it imports, while it compiles, while it works."""
-    started = [sys.executable, "-m", "batchnorm", *command]
-    log = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(started, cwd=tmp_path, **log) as program:
-        with pytest.raises(subprocess.TimeoutExpired):
-            program.wait(seconds)
-        program.send_signal(signal.SIGINT)
-        _, said = program.communicate(timeout=60)
-    assert program.returncode == 130
-    assert said.strip().splitlines()[-1] == "python -m batchnorm: interrupted"
-    assert "Traceback" not in said
+    if moment == "compile":
+        pytest.importorskip("numba")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, moment, *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "BATCHNORM_CACHE_COMPILED": str(int(moment != "compile"))},
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "python -m batchnorm: interrupted"
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -19,14 +19,15 @@ TARGETS = [
     for target in targets(library)
     if target.device_name in ("numba", "numpy", "generic", "CPU_DEVICE") or "cpu" in target.device_name
 ]
-CASES = 420
+CASES = {"few": range(60), "more": range(60, 420)}
 
 
+@pytest.mark.parametrize("cases", ["few", pytest.param("more", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", TARGETS, ids=repr)
-def test_random_calls(target):
+def test_random_calls(target, cases):
     if target.missing():
         pytest.skip(target.missing())
-    for number in range(CASES):
+    for number in CASES[cases]:
         with _named(f"python tests/fuzz.py '{target}' --cases 1 --first {number}"):
             fuzz.run(number, target)
 

@@ -192,11 +192,18 @@ def test_all_scripts_have_claims():
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_claim(name):
-    """The script runs as a reader runs it, and what it measured holds; with three other seeds too."""
+    """The script runs as a reader runs it, and what it measured holds."""
+    CLAIMS[name](script(name)["found"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claim_with_other_seeds(name):
+    """What it measures does not depend on the seed."""
     namespace = script(name)
-    for seed in range(4):
+    for seed in range(1, 4):
         with threadpoolctl.threadpool_limits(1):
-            found = namespace["measure"](seed) if seed else namespace["found"]
+            found = namespace["measure"](seed)
         try:
             CLAIMS[name](found)
         except AssertionError as error:

@@ -42,7 +42,9 @@ def formula(x, gamma, beta, w=None):
     return gamma[:, None] * (x - mean) / jnp.sqrt(var + 1e-5) + beta[:, None]
 
 
-@pytest.mark.parametrize("kind", [None, "mask", "weights"])
+@pytest.mark.parametrize(
+    "kind", ["mask", *(pytest.param(k, marks=pytest.mark.slow) for k in (None, "weights"))]
+)
 def test_gradients_of_batch_norm(kind):
     """Order 2, forward and backward, against differences."""
     given = arrays()
@@ -118,7 +120,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("kind", [None, "weights"])
+@pytest.mark.parametrize("kind", [None, pytest.param("weights", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_transformations(name, kind):
     given = arrays()

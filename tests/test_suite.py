@@ -56,7 +56,12 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("fault", SEEN)
+FEW = ("sum", "integers", "maximum")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=() if fault in FEW else pytest.mark.slow) for fault in SEEN]
+)
 def test_a_broken_library_fails(fault, tmp_path):
     chosen, files = SEEN[fault]
     arguments = ("--array-library", "unseen", "-m", "not large", "-k", chosen)

@@ -19,9 +19,11 @@ from batchnorm.backends.dispatch import backend_for
 from batchnorm.testing import data
 from members.worker import group_of
 
-TIMEOUT = 4
+# Seconds that a member waits for others: who is told what is wrong does not; who is not, waits less.
+TIMEOUT, SHORT = 60, 4
+LATE = ("killed", "hangs")
 # Faults after which the member takes no part in anything.
-GONE = ("killed", "hangs", "refuses and stays away")
+GONE = (*LATE, "refuses and stays away")
 
 
 def out_of_memory(which):
@@ -38,9 +40,24 @@ def out_of_memory(which):
     bn.functional.backend_for = failing
 
 
+def wait_for(*files):
+    """Wait until others have written files; whether they have, within a minute."""
+    end = time.monotonic() + 60
+    while not (found := all(map(os.path.exists, files))) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
+def reports(ranks):
+    """What members write when they are done."""
+    return [FOLDER / f"{rank}.pickle" for rank in ranks]
+
+
 def hang(layer, x):
-    time.sleep(2 * TIMEOUT)
-    return x
+    if not wait_for(*reports((0, 2))):
+        print("nobody gave up")
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def other_channels(layer, x):
@@ -82,10 +99,24 @@ def wrong_eps(layer, x):
 
 def interrupted(layer, x):
     def wake(*_):
+        (FOLDER / "interrupted").touch()
         raise TimeoutError("waited for long enough")
 
+    own, waits = layer.group._gather, []
+
+    def gather(row):
+        wait = own(row)
+
+        def waiting():
+            if not waits:  # the first time, which no other member ends
+                waits.append(row)
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+            return wait()
+
+        return waiting
+
     signal.signal(signal.SIGALRM, wake)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    layer.group._gather = gather
     return x
 
 
@@ -120,7 +151,7 @@ def steps(group, fault):
         x = data.batch((8, wide), mean=3.0, seed=[group.rank, step])
         wrong = step == 2 and group.rank == 1
         if fault == "interrupted" and step == 2 and not wrong:
-            time.sleep(1.5)
+            wait_for(FOLDER / "interrupted")
         start = time.monotonic()
         try:
             if wrong:
@@ -170,16 +201,16 @@ def again(group, wide, fault):
 
 
 def main(engine, fault, folder):
-    group = group_of(engine, folder, TIMEOUT)
+    global FOLDER
+    FOLDER = Path(folder)
+    group = group_of(engine, folder, SHORT if fault in LATE else TIMEOUT)
     found = steps(group, fault)
     begun = Path(folder, f"{group.rank}.part")
     begun.write_bytes(pickle.dumps(found))
     begun.rename(begun.with_suffix(".pickle"))
     # An MPI launcher ends all members with the first; engines wait at the end for who is gone.
     others = [rank for rank in range(group.size) if not (fault in GONE and rank == 1)]
-    end = time.monotonic() + 60
-    while not all(Path(folder, f"{r}.pickle").exists() for r in others) and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for(*reports(others))
     os._exit(0)
 
 

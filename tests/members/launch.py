@@ -9,7 +9,20 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-LATER = 8  # seconds after which an MPI launcher learns of an error: by then the others have reported
+# What an MPI launcher runs as a member. One that is killed dies inside a shell, whose end the launcher
+# would answer by killing the others: so the shell waits, for a minute, until they have written their
+# files.
+SHELL = """
+folder=$1 size=$2
+shift 2
+"$@" && exit
+echo "exit status $?"
+[ -d "$folder" ] || exit 0
+for _ in $(seq 600); do
+    [ "$(ls "$folder" | grep -c 'pickle$')" -ge $((size - 1)) ] && exit
+    sleep 0.1
+done
+"""
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
 
 
@@ -20,8 +33,8 @@ def launch(engine, size, program, *arguments, limit=120):
     environment = {**os.environ, **settings}
     command = [sys.executable, "-W", "error", "-m", program, *map(str, arguments)]
     if engine == "mpi":
-        # A member that is killed dies inside a shell, for the launcher would kill the others too.
-        shell = ["sh", "-c", f'"$@" || {{ echo "exit status $?"; sleep {LATER}; }}', "sh"]
+        folders = [a for a in arguments if isinstance(a, Path)]
+        shell = ["sh", "-c", SHELL, "sh", *map(str, [*folders, os.devnull][:1]), str(size)]
         commands = [[MPIEXEC, "-n", str(size), *shell, *command]]
         ranks = [{}]
     else:

@@ -16,7 +16,7 @@ from batchnorm.testing import data
 from members.worker import group_of, leave
 
 SIZES = (8, 5, 13, 4, 6)
-TIMEOUT = 20
+TIMEOUT = 60
 
 
 def batches():

@@ -15,6 +15,8 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64":
 
 UNSEEN = decimal.Decimal("1e-80")  # of a squared mean: nothing, but to the oracle
 
+BLOCK = 2**16  # values that are compared at a time
+
 FORWARD = 4  # eps of max(1, |gamma * x_hat| + |beta|)
 BACKWARD = 16  # eps of max|gamma / std| * max|dy|, or of the sum of the terms' sizes
 
@@ -72,6 +74,10 @@ def worst(actual: Array, expected: Array, size: Array | float, eps: float) -> fl
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     size = np.broadcast_to(np.asarray(size), expected.shape)
+    if expected.size > BLOCK and len(expected) > 1:  # part by part, each within a processor's cache
+        rows = max(1, BLOCK * len(expected) // expected.size)
+        parts = [slice(i, i + rows) for i in range(0, len(expected), rows)]
+        return max(worst(actual[part], expected[part], size[part], eps) for part in parts)
     if expected.dtype == object:
         actual = decimals(actual)
         wrong = actual != expected
