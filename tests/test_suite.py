@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -153,6 +154,30 @@ def test_what_was_not_there_is_listed(tmp_path):
     if "cupy" not in sys.modules and not _installed("cupy"):
         assert "array libraries that were not there" in done.stdout
         assert "cupy[cupy]: not installed" in done.stdout
+
+
+def test_what_runs_by_default(tmp_path):
+    """Every case of a library, or each test's first on some devices; all where it is asked for."""
+    from batchnorm.testing.libraries import PARTS
+
+    listed = ("--collect-only", "-k", "test_forward.py", "-m")
+    done = run_suite(*listed, "not slow", cwd=tmp_path)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    assert names, done.stdout
+
+    def cases(library, device="", of=names):
+        return [name for name in of if re.search(rf"[\[-]{library}\[{device}", name)]
+
+    every, tests = cases("numpy", "numpy"), {name.partition("[")[0] for name in names}
+    assert len(every) > 5 * len(tests)
+    for library, part in PARTS.items():
+        for device in part.devices if _installed(library) else ():
+            assert len(cases(library, rf"{device}\]")) == len(tests)
+        assert len(cases(library)) in (0, len(tests) * len(part.devices))
+    if _installed("dask"):
+        done = run_suite(*listed, "not slow", "--array-library", "dask", cwd=tmp_path)
+        asked = [line for line in done.stdout.splitlines() if "::" in line]
+        assert len(cases("dask", of=asked)) == len(every)
 
 
 def _installed(name):
