@@ -169,7 +169,7 @@ runpy.run_module("batchnorm", run_name="__main__", alter_sys=True)
     ("moment", "command"),
     [
         ("import sklearn", ("demo",)),
-        ("compile", ("demo",)),
+        ("compile", ("demo", "--steps", "20")),  # the network without batch norm comes first
         ("call batchnorm.demo.network.step", ("demo",)),
         pytest.param("import matplotlib", ("bench",), marks=SLOW),
         pytest.param("compile", ("bench",), marks=SLOW),
