@@ -55,7 +55,15 @@ print(resident("VmHWM") - before - result[0].nbytes)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 @pytest.mark.parametrize("layout", ["second", "last"])
 @pytest.mark.parametrize("kernels", ["numba", "numpy"])
-@pytest.mark.parametrize("masked", ["no mask", "mask", "broadcast mask", "broadcast weights"])
+@pytest.mark.parametrize(
+    "masked",
+    [
+        "no mask",
+        pytest.param("mask", marks=pytest.mark.slow),
+        pytest.param("broadcast mask", marks=pytest.mark.slow),
+        "broadcast weights",
+    ],
+)
 def test_peak_memory_is_the_output_and_little_more(kernels, layout, which, masked):
     if kernels == "numba":
         pytest.importorskip("numba")

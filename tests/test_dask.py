@@ -199,7 +199,7 @@ ALL = "from_zarr+where from_zarr slice rechunk reshape from_delayed"
     [
         pytest.param("forward", 1, ALL, marks=pytest.mark.slow),
         ("forward", 2, "slice from_zarr+where"),
-        ("backward", 1, "slice from_zarr+where"),
+        pytest.param("backward", 1, "slice from_zarr+where", marks=pytest.mark.slow),
         pytest.param("backward", 2, ALL, marks=pytest.mark.slow),
         pytest.param("jvp", 1, "slice slice+where", marks=pytest.mark.slow),
         pytest.param("double backward", 2, "slice slice+where", marks=pytest.mark.slow),
@@ -218,7 +218,8 @@ def test_memory_is_bounded_whatever_the_array_comes_from(which, workers, sources
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded as Linux does it")
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_zarr_array_of_four_times_the_memory(workers):
     pytest.importorskip("zarr")
     command = [sys.executable, EXAMPLES / "larger_than_memory.py", "--json"]

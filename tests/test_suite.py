@@ -156,6 +156,7 @@ def test_what_was_not_there_is_listed(tmp_path):
         assert "cupy[cupy]: not installed" in done.stdout
 
 
+@pytest.mark.slow  # it imports every library, as the test above does
 def test_what_runs_by_default(tmp_path):
     """Every case of a library, or each test's first on some devices; all where it is asked for."""
     from batchnorm.testing.libraries import PARTS
