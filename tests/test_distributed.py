@@ -68,7 +68,7 @@ class _Stats:
 @pytest.mark.parametrize(
     ("engine", "kind", "size"),
     share(
-        lambda engine, kind, size: size == (3 if kind == "numpy" else 2) or (engine, size) == ("mpi", 4),
+        lambda engine, kind, size: size == (3 if kind == "numpy" else 2),
         *((engine, kind, size) for engine, kind in ENGINES for size in (1, 2, 3, 4)),
     ),
 )
@@ -114,7 +114,7 @@ TOLD = {
 @pytest.mark.parametrize(
     ("engine", "fault"),
     share(
-        lambda engine, fault: engine == "mpi" or fault in ("killed", "raises", "no memory for y"),
+        lambda engine, fault: engine == "mpi" or fault == "killed",
         *((engine, fault) for engine in ("mpi", "gloo") for fault in TOLD),
     ),
 )
@@ -189,7 +189,7 @@ RECALIBRATED = {
 @pytest.mark.parametrize(
     ("engine", "kind", "case"),
     share(
-        lambda engine, kind, case: (engine, kind) == ("mpi", "numpy") or case == "",
+        lambda engine, kind, case: (engine, kind) == ("mpi", "numpy"),
         *(
             (engine, kind, case)
             for engine, kind in (("mpi", "numpy"), ("gloo", "numpy"), ("mpi", "jax"))
@@ -247,7 +247,8 @@ def test_autograd_over_a_group(tmp_path):
         torch.testing.assert_close(y, net.eval()(in_torch.batches()[0][0]), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("mesh", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["auto", "explicit"])
 def test_arrays_of_jax_on_several_devices(mesh):
     """No group is named: JAX's compiler adds up what is spread; vectors are on all devices."""
     if missing["jax"] or not importlib.util.find_spec("flax"):

@@ -181,6 +181,7 @@ TOOLS = {
 }
 
 
+@pytest.mark.slow
 def test_own_kernels(tmp_path):
     """The backend of the how-to passes the suite, as the how-to says."""
     page = ROOT / "docs" / "howto" / "backends.md"

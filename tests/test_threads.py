@@ -61,7 +61,7 @@ def test_eight_callers_at_once(chosen):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("name", ["numba", "numpy"])
+@pytest.mark.parametrize("name", ["numba", pytest.param("numpy", marks=pytest.mark.slow)])
 def test_two_hundred_forks(name):
     """Children of a process whose threads run, and hold its locks: right results, no hang."""
     if name == "numba":

@@ -382,7 +382,8 @@ def example():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("compiled", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [None, "aot_eager"])
 def test_a_converted_resnet_trains_the_same(example, compiled):
     """20 steps in float64: every output, the gradients and the running statistics."""
     torch._dynamo.reset()

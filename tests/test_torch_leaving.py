@@ -66,7 +66,7 @@ def sized():
     return ({0: torch.export.Dim("n", min=2)},)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_exported_program_runs_without_this_package(training, strict, tmp_path):
     ours, right = pair(training)
