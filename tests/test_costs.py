@@ -54,14 +54,22 @@ print(resident("VmHWM") - before - result[0].nbytes)
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 @pytest.mark.parametrize("which", ["forward", "backward"])
 @pytest.mark.parametrize("layout", ["second", "last"])
-@pytest.mark.parametrize("kernels", ["numba", "numpy"])
 @pytest.mark.parametrize(
-    "masked",
+    ("kernels", "masked"),
     [
-        "no mask",
-        pytest.param("mask", marks=pytest.mark.slow),
-        pytest.param("broadcast mask", marks=pytest.mark.slow),
-        "broadcast weights",
+        ("numba", "no mask"),
+        ("numpy", "no mask"),
+        ("numpy", "broadcast weights"),
+        *(
+            pytest.param(kernels, masked, marks=pytest.mark.slow)
+            for kernels, masked in (
+                ("numba", "mask"),
+                ("numba", "broadcast mask"),
+                ("numba", "broadcast weights"),
+                ("numpy", "mask"),
+                ("numpy", "broadcast mask"),
+            )
+        ),
     ],
 )
 def test_peak_memory_is_the_output_and_little_more(kernels, layout, which, masked):

@@ -86,7 +86,9 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "gloo" in n else ()) for n in PROGRAMS]
+)
 def test_programs(name, tmp_path):
     """Programs of several processes, with the launchers that their pages name."""
     pytest.importorskip("torch" if "torchrun" in launchers()[name] else "mpi4py")

@@ -121,7 +121,13 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kind", [None, pytest.param("weights", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("hessian", "vmap of grad") else ())
+        for n in LOSSES
+    ],
+)
 def test_transformations(name, kind):
     given = arrays()
     where = weights(given[0].shape, kind)
@@ -131,8 +137,8 @@ def test_transformations(name, kind):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("nothing", [np.nan, np.inf])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nothing", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_what_a_mask_leaves_out_may_be_anything(nothing, order):
     """Gradients are those beside a finite value, where the loss does not look at it either."""
     x, gamma, beta = arrays((6, 3))
@@ -303,7 +309,9 @@ OPTIONS = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, marks=pytest.mark.slow if o else ()) for o in OPTIONS], ids=str
+)
 def test_the_module_does_what_flax_s_does(options):
     """Three steps of training with gradients, then inference."""
     modules = [kind(5, rngs=nnx.Rngs(0), **options) for kind in (BatchNorm, nnx.BatchNorm)]

@@ -57,7 +57,7 @@ SEEN = {
 }
 
 
-FEW = ("sum", "integers", "maximum")
+FEW = ("sum", "integers")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(name, tmp_path):
     assert expected in said
 
 
+@pytest.mark.slow  # it imports every library
 def test_what_was_not_there_is_listed(tmp_path):
     done = run_suite("-k", "test_constant_channel and numpy", cwd=tmp_path)
     if "cupy" not in sys.modules and not _installed("cupy"):
@@ -156,7 +157,7 @@ def test_what_was_not_there_is_listed(tmp_path):
         assert "cupy[cupy]: not installed" in done.stdout
 
 
-@pytest.mark.slow  # it imports every library, as the test above does
+@pytest.mark.slow
 def test_what_runs_by_default(tmp_path):
     """Every case of a library, or each test's first on some devices; all where it is asked for."""
     from batchnorm.testing.libraries import PARTS

@@ -126,7 +126,9 @@ def test_torch_func():
     torch.testing.assert_close(tangent, func.jvp(formula, (x,), (batch[0],)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32]
+)
 def test_gradients_are_this_package_s_own(dtype):
     """What PyTorch differentiates is what `batch_norm_backward` gives."""
     x, dy = (torch.randn(8, 6, 20).to(dtype) for _ in range(2))

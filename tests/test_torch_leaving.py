@@ -67,7 +67,7 @@ def sized():
 
 
 @pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_exported_program_runs_without_this_package(training, strict, tmp_path):
     ours, right = pair(training)
     program = torch.export.export(ours, (images(),), dynamic_shapes=sized(), strict=strict)

@@ -180,7 +180,9 @@ def test_gradients_to_parameters_of_a_functional_call(training):
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler has many of its own
 @pytest.mark.parametrize("which", FUNCTIONS)
-@pytest.mark.parametrize("name", ["jvp", "grad", "vmap", "hessian", "forward mode"])
+@pytest.mark.parametrize(
+    "name", ["jvp", "grad", "vmap", pytest.param("hessian", marks=pytest.mark.slow), "forward mode"]
+)
 def test_transformed_in_a_graph(name, which):
     torch._dynamo.reset()
     f, formula = FUNCTIONS[which]
