@@ -222,6 +222,7 @@ def test_recalibration(engine, kind, case, tmp_path):
                 np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.slow
 def test_autograd_over_a_group(tmp_path):
     """A converted model in four processes against PyTorch's own on the joined batch."""
     if missing["gloo"]:
