@@ -10,6 +10,7 @@ import pytest
 
 from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
+from batchnorm.backends.cuda import params as params_of
 from batchnorm.backends.cuda.launches import GIVEN, ORDERED, SUM, WRITE, Limits, MemoryLayout
 
 H200 = Limits(132, 60 * 2**20)
@@ -167,8 +168,8 @@ def test_more_than_2_to_the_31_elements():
     launch = launches.launch(given, "float32", 16, False, 1, SUM | WRITE, H200)
     assert launch.positions * launch.vector * 64 == 3 * 64 * 12_000_000 > 2**31
     assert launch.length * launch.parts >= launch.positions > launch.length * (launch.parts - 1)
-    params = launches.pack_params(
-        launch, launches.Operands(1, 0, 2, 0), None, launches.VECTORS, 3, (), 4, 5, 1e-5
+    params = params_of.pack_params(
+        launch, params_of.Operands(1, 0, 2, 0), None, params_of.VECTORS, 3, (), 4, 5, 1e-5
     )
     outer, channel, inner = struct.unpack_from("=3q", params, 32)
     assert (outer, channel, inner) == (64 * 12_000_000, 12_000_000, 4)
@@ -187,7 +188,7 @@ def test_the_parameters_have_the_size_of_the_struct():
         for name in names.split(","):
             count = re.search(r"\[(\d+)\]", name)
             size += (24 if type_ == "Vector" else 8) * (int(count.group(1)) if count else 1)
-    assert size == launches.PARAMS_BYTES
+    assert size == params_of.PARAMS_BYTES
 
 
 def test_phases_and_dtype_tags_are_those_of_the_source():
@@ -196,7 +197,7 @@ def test_phases_and_dtype_tags_are_those_of_the_source():
         assert getattr(launches, name) == int(value)
     tags = re.search(r"enum DtypeTag \{(.*?)\}", cuda.source()).group(1).replace(" ", "").split(",")
     named = {None: "NOTHING", "float16": "HALF", "bfloat16": "BFLOAT16", "float32": "SINGLE"}
-    assert [named.get(dtype, "DOUBLE") for dtype in launches.DTYPE_TAGS] == tags
+    assert [named.get(dtype, "DOUBLE") for dtype in params_of.DTYPE_TAGS] == tags
     for name in ("THREADS", "MAX_BUNDLES", "FAN"):
         found = re.search(rf"const int {name} = (\d+);", cuda.source()).group(1)
         assert getattr(launches, name) == int(found)

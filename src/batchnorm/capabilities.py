@@ -43,7 +43,7 @@ class Library(NamedTuple):
 
 LIBRARIES = {
     "numpy": Library(
-        "numpy", ("numba", "numpy", "generic"), "", "each kernel set; bfloat16 from ml_dtypes"
+        "numpy", ("numba", "numpy", "generic"), "", "each backend; bfloat16 from ml_dtypes"
     ),
     "array_api_strict": Library(
         "array_api_strict",

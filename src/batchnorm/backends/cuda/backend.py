@@ -10,20 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from batchnorm.backends.base import Backend, place
-from batchnorm.backends.cuda import launches
-from batchnorm.backends.cuda.launches import (
-    GIVEN,
-    RAW,
-    SUM,
-    WRITE,
-    Limits,
-    MemoryLayout,
-    Vector,
-    Vectors,
-)
+from batchnorm.backends.cuda import launches, params
+from batchnorm.backends.cuda.arrangement import Arranged, Device, arrange, output
+from batchnorm.backends.cuda.launches import GIVEN, RAW, SUM, WRITE
+from batchnorm.backends.cuda.params import Operands, Vector, Vectors
 from batchnorm.backends.generic import GENERIC
 from batchnorm.layout import Layout, float_name
 from batchnorm.moments import Moments
@@ -33,97 +26,11 @@ Array = Any
 FILES = ("values", "tiling", "moments", "tasks", "forward", "backward")
 
 
-class Device(NamedTuple):
-    """A device, and the operations on it that depend on the array library."""
-
-    limits: Limits
-    active: Callable[[], Any]
-    """Return a context in which the device is the current one."""
-    address: Callable[[Array], int]
-    strides: Callable[[Array], tuple[int, ...]]
-    """Return the strides in elements."""
-    contiguous: Callable[[Array], Array]
-    """Return the array itself if it is C-contiguous, else a C-contiguous copy."""
-    capturing: Callable[[], bool]
-    """Return whether a graph is being captured whose memory the library does not keep."""
-    launch: Callable[[str, bytes, int, int, int], None]
-    """Set memory to zero and run a kernel: its name, parameters, blocks; the address, bytes to zero."""
-
-
 @functools.cache
 def source() -> str:
     """Return the CUDA C++ source of all kernels as one text, so that a compiler's cache sees changes."""
     folder = importlib.resources.files("batchnorm.backends") / "cuda"
     return "\n".join((folder / f"{name}.cu").read_text() for name in FILES)
-
-
-# Memory layouts.
-
-
-class Arranged(NamedTuple):
-    """Big arrays of one memory layout, and weights with the same lengths and their own strides."""
-
-    arrays: tuple[Array, ...]
-    weights: Array | None
-    memory_layout: MemoryLayout
-    weights_layout: MemoryLayout | None
-    order: tuple[int, ...]
-    """The axes, from the outermost in memory to the innermost."""
-
-
-def arrange(device: Device, layout: Layout, w: Array | None, *arrays: Array) -> Arranged:
-    """Return big arrays in the memory layout of the first; those with another layout are copied."""
-    xp, (first, *others) = layout.xp, arrays
-    shape, strides = tuple(first.shape), device.strides(first)
-    order = tuple(sorted(range(len(shape)), key=lambda i: (-strides[i], i)))
-    channel_axes = layout.channel_axes
-    if (
-        not launches.dense(shape, strides)
-        or launches.memory_layouts(shape, channel_axes, (strides,)) is None
-    ):
-        order = (*channel_axes, *layout.reduced_axes)
-        first = _copy(device, xp, first, order)
-        strides = device.strides(first)
-    arranged = [
-        a if _same_strides(shape, device.strides(a), strides) else _copy(device, xp, a, order)
-        for a in others
-    ]
-
-    found = None
-    if w is not None:
-        if float_name(xp, w.dtype) != "float64" and w.dtype != xp.bool:
-            w = xp.astype(w, layout.wide)
-        w = xp.broadcast_to(w, shape)
-        found = launches.memory_layouts(shape, channel_axes, (strides, device.strides(w)))
-        if found is None:
-            w = _copy(device, xp, w, order)
-            found = launches.memory_layouts(shape, channel_axes, (strides, device.strides(w)))
-    found = found or launches.memory_layouts(shape, channel_axes, (strides,))
-    assert found is not None
-    return Arranged((first, *arranged), w, found[0], None if w is None else found[1], order)
-
-
-def _same_strides(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(n == 1 or i == j for n, i, j in zip(shape, a, b, strict=True))
-
-
-def _copy(device: Device, xp: Any, a: Array, order: tuple[int, ...]) -> Array:
-    """Return a contiguous copy of the same shape, with its axes in memory in this order."""
-    return xp.permute_dims(device.contiguous(xp.permute_dims(a, order)), _inverse(order))
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(order.index(i) for i in range(len(order)))
-
-
-def _output(device: Device, layout: Layout, arranged: Arranged, out: Array | None) -> Array:
-    """Return an array for the result: `out`, if it has the strides of the inputs, or a new one."""
-    x = arranged.arrays[0]
-    if out is not None and _same_strides(x.shape, device.strides(out), device.strides(x)):
-        return out
-    shape = tuple(x.shape[i] for i in arranged.order)
-    fresh = layout.xp.empty(shape, dtype=x.dtype, device=layout.device)
-    return layout.xp.permute_dims(fresh, _inverse(arranged.order))
 
 
 # Launches.
@@ -141,14 +48,14 @@ def _vector(device: Device, layout: Layout, v: Any, referenced: list[Array]) -> 
     The array is appended to `referenced`, which keeps it until the launch.
     """
     if v is None:
-        return launches.NOTHING
+        return params.NOTHING
     if not hasattr(v, "dtype"):
         v = layout.xp.full((1,), float(v), dtype=layout.wide, device=layout.device)
     if v.ndim != 1:
         v = layout.xp.reshape(v, (-1,))
     referenced.append(v)
     stride = device.strides(v)[0] if v.shape[0] > 1 else 0
-    return Vector(device.address(v), launches.DTYPE_TAGS[_dtype(layout, v.dtype)], stride)
+    return Vector(device.address(v), params.DTYPE_TAGS[_dtype(layout, v.dtype)], stride)
 
 
 def _run(
@@ -181,7 +88,7 @@ def _run(
     out : array, optional
         The big array that is written.
     vectors : dict, optional
-        Per-channel inputs by their names in `launches.Vectors`.
+        Per-channel inputs by their names in `params.Vectors`.
     factors : tuple of arrays
         Per-channel factors, where they are given instead of the vectors.
     eps : float
@@ -215,9 +122,9 @@ def _run(
         flat = [xp.reshape(xp.astype(v, layout.compute, copy=False), (-1,)) for v in factors]
         referenced += [device.contiguous(v) for v in flat]
         factor_addresses = tuple(address(v) for v in referenced[-len(factors) :])
-    params = launches.pack_params(
+    packed = params.pack_params(
         launch,
-        launches.Operands(*arrays, 0 if weights is None else address(weights)),
+        Operands(*arrays, 0 if weights is None else address(weights)),
         arranged.weights_layout,
         Vectors(**given),
         0 if results is None else address(results),
@@ -229,7 +136,7 @@ def _run(
     kind = None if weights is None else "bool" if weights.dtype == xp.bool else "float64"
     name = launches.instance(kernel, launch, dtype, kind)
     blocks = launches.blocks(launch, device.limits)
-    device.launch(name, params, blocks, counters, scratch.counters)
+    device.launch(name, packed, blocks, counters, scratch.counters)
     return results
 
 
@@ -303,7 +210,7 @@ class Cuda(Backend):
             return super().forward(x, w, gamma, beta, eps, layout, out=out)
         device = self.device
         arranged = arrange(device, layout, w, x)
-        y = _output(device, layout, arranged, out)
+        y = output(device, layout, arranged, out)
         given = {"gamma": gamma, "beta": beta}
         table = _run(
             device,
@@ -336,7 +243,7 @@ class Cuda(Backend):
             return super().backward(dy, x, w, stats, gamma, eps, layout, out=out)
         device = self.device
         arranged = arrange(device, layout, w, x, dy)
-        dx = _output(device, layout, arranged, out)
+        dx = output(device, layout, arranged, out)
         given = dict(zip(("n", "mean", "var", "low"), stats, strict=True), gamma=gamma)
         dtype = layout.compute if gamma is None else gamma.dtype
         table = _run(
@@ -371,7 +278,7 @@ class Cuda(Backend):
         if stats.mean_lo is not None:  # the kernel takes no residual of the mean
             return super().inference(x, stats, gamma, beta, eps, layout, out=out)
         arranged = arrange(self.device, layout, None, x)
-        y = _output(self.device, layout, arranged, out)
+        y = output(self.device, layout, arranged, out)
         given = {"mean": stats.mean, "var": stats.var, "gamma": gamma, "beta": beta}
         _run(self.device, layout, "normalize", WRITE, arranged, out=y, vectors=given, eps=eps)
         return place(layout, y, x.dtype, out)
@@ -394,7 +301,7 @@ class Cuda(Backend):
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
         arranged = arrange(self.device, layout, None, x)
-        y = _output(self.device, layout, arranged, out)
+        y = output(self.device, layout, arranged, out)
         _run(self.device, layout, "normalize", WRITE | GIVEN, arranged, out=y, factors=(m, a, b))
         return y
 
@@ -436,6 +343,6 @@ class Cuda(Backend):
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
         arranged = arrange(self.device, layout, w, x, dy)
-        dx = _output(self.device, layout, arranged, out)
+        dx = output(self.device, layout, arranged, out)
         _run(self.device, layout, "backward", WRITE | GIVEN, arranged, out=dx, factors=(m, a, b, c))
         return dx

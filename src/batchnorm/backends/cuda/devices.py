@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.backends.cuda.backend import Cuda, Device, source
+from batchnorm.backends.cuda.arrangement import Device
+from batchnorm.backends.cuda.backend import Cuda, source
 from batchnorm.backends.cuda.launches import THREADS, Limits
 from batchnorm.errors import describe_type
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from typing import NamedTuple
 
 from batchnorm.backends.strides import merge
@@ -34,8 +33,6 @@ TYPES = {
 # Channels of a bundle, at most: each needs registers for three doubles.
 MAX_BUNDLE = 4
 WEIGHTS = {None: "None", "bool": "Mask", "float64": "double"}
-# The enum DtypeTag of values.cu: the dtypes of per-channel vectors.
-DTYPE_TAGS = {None: 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
 KERNELS = ("forward", "backward", "normalize")
 
 # The size of a slice, in largest tiles, up to which one block sums it and then writes its outputs. More
@@ -294,85 +291,7 @@ def instances() -> list[str]:
     return found
 
 
-class Vector(NamedTuple):
-    """A per-channel vector: the struct Vector of `values.cu`. The stride counts elements."""
-
-    address: int = 0
-    dtype_tag: int = 0
-    stride: int = 0
-
-
-NOTHING = Vector()
-
-
-class Operands(NamedTuple):
-    """Addresses of the big arrays and the weights, 0 for absent ones, in the order of the parameters."""
-
-    x: int
-    dy: int = 0
-    out: int = 0
-    weights: int = 0
-
-
-class Vectors(NamedTuple):
-    """The per-channel vectors of a pass, in the order of the parameters."""
-
-    gamma: Vector = NOTHING
-    beta: Vector = NOTHING
-    n: Vector = NOTHING
-    mean: Vector = NOTHING
-    var: Vector = NOTHING
-    low: Vector = NOTHING
-    dgamma: Vector = NOTHING
-    dbeta: Vector = NOTHING
-
-
-VECTORS = Vectors()
-
-
-# The struct Params of tiling.cu: 4 addresses; 3 + 3 strides; 3 lengths; 4 about lanes; 5 of cursors;
-# 4 of tiles; the group and the phases; 8 vectors; 7 addresses; eps.
-_PARAMS = struct.Struct("=4Q 6q 3q 4q 5q 4q 2q 24q 7Q d")
-PARAMS_BYTES = _PARAMS.size
-
-
-def pack_params(
-    launch: Launch,
-    operands: Operands,
-    weights: MemoryLayout | None,
-    vectors: Vectors,
-    stats: int,
-    factors: tuple[int, ...],
-    partial: int,
-    counters: int,
-    eps: float,
-) -> bytes:
-    """Return the launch parameters, packed as the struct Params of `tiling.cu`."""
-    layout = launch.memory_layout
-    inner = layout.inner_stride * (1 if launch.across_channels else launch.vector)
-    rows, row_advance = divmod(launch.lanes, launch.row)
-    w = weights or MemoryLayout(0, 0, 0, 0, 0, 0)
-    reducers = math.isqrt(max(0, launch.lanes - 1)) + 1
-    # fmt: off
-    return _PARAMS.pack(
-        *operands,
-        layout.outer_stride, layout.channel_stride, inner,
-        w.outer_stride, w.channel_stride, w.inner_stride,
-        layout.channels, launch.row, launch.positions,
-        launch.adjacent_lanes, launch.slice_bundles, launch.lanes, reducers,
-        row_advance,
-        rows * layout.outer_stride + row_advance * inner, layout.outer_stride - launch.row * inner,
-        rows * w.outer_stride + row_advance * w.inner_stride,
-        w.outer_stride - launch.row * w.inner_stride,
-        launch.slices, launch.parts, launch.length, sum(_levels(launch.parts)[1:]),
-        launch.group, launch.phases,
-        *(field for v in vectors for field in v),
-        stats, *(*factors, 0, 0, 0, 0)[:4], partial, counters, eps,
-    )
-    # fmt: on
-
-
-def _levels(parts: int) -> list[int]:
+def levels(parts: int) -> list[int]:
     """Return the number of sums at each level of the tree in which the parts of a slice are merged."""
     levels = [parts]
     while levels[-1] > 1:
@@ -402,10 +321,10 @@ def scratch(launch: Launch, kernel: str, dtype: str) -> Scratch:
     channels, ordered = launch.memory_layout.channels, bool(launch.phases & ORDERED)
     parts = launch.phases & SUM and launch.parts > 1
     size = 8 if dtype == "float64" else 4
-    levels = _levels(launch.parts) if parts else [1]
+    sums = levels(launch.parts) if parts else [1]
     factors = 4 * channels * size if ordered else 0
-    partial = channels * sum(levels[:-1]) * SUMS[kernel] * 8
-    counters = 4 * (1 + launch.slices * (1 + sum(levels[1:]))) if parts or ordered else 0
+    partial = channels * sum(sums[:-1]) * SUMS[kernel] * 8
+    counters = 4 * (1 + launch.slices * (1 + sum(sums[1:]))) if parts or ordered else 0
     return Scratch(-(-factors // 8) * 8, partial, -(-counters // 8) * 8)
 
 
