@@ -171,7 +171,7 @@ runpy.run_module("batchnorm", run_name="__main__", alter_sys=True)
         ("import sklearn", ("demo",)),
         ("compile", ("demo", "--steps", "20")),  # the network without batch norm comes first
         ("call batchnorm.demo.network.step", ("demo",)),
-        pytest.param("import matplotlib", ("bench",), marks=SLOW),
+        pytest.param("import rich.console", ("bench",), marks=SLOW),
         pytest.param("compile", ("bench",), marks=SLOW),
         pytest.param("call batchnorm.bench.measure._seconds", ("bench",), marks=SLOW),
     ],
