@@ -177,8 +177,10 @@ def validate_weights(layout: Layout, x: Array, where: Array | None) -> None:
         got, expected = f"shape {tuple(where.shape)}", f"one that broadcasts to {tuple(x.shape)}, as x"
         fail(ValueError, "where", got, expected)
     if dtype != layout.xp.bool and 0 not in where.shape and not is_hidden(where):
-        low, high = layout.xp.min(where), layout.xp.max(where)  # NaN, if there is one
-        if known_false((low >= 0) & (high < float("inf"))):
+        valid = layout.xp.min(where) >= 0  # the least is NaN, if there is one
+        if float_name(layout.xp, dtype) is not None:
+            valid = valid & (layout.xp.max(where) < float("inf"))
+        if known_false(valid):
             fail(ValueError, "where", "a weight that is negative, infinite or NaN", "weights >= 0")
 
 
