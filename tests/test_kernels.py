@@ -365,6 +365,34 @@ def test_four_kernels_make_every_pass(added, dtype):
         np.testing.assert_allclose(a, b, rtol=0, atol=32 * eps * np.abs(b).max())
 
 
+def test_gradients_that_are_views_of_dy(added):
+    """A backend whose sums are views of dy, one value per channel, written to by `out`."""
+
+    class Views(Own):
+        def grad_sums(self, dy, x, m, w, layout):
+            return dy, dy * (x - m)
+
+    added(np.ndarray, Views("views", np.float64))
+    dy, x = data.batch((5,), "float64"), data.batch((5,), "float64", seed=1)
+    mean, var = np.zeros(5), np.full(5, 3.0)
+    before = dy.copy()
+    dx, _, dbeta = bn.normalize_backward(dy, x, mean, var, axis=0, out=dy)
+    assert dx is dy
+    np.testing.assert_array_equal(dbeta, before)
+
+
+@pytest.mark.parametrize("shape", [(300, 70_000), (70, 3, 40_000)])
+def test_numpy_keeps_few_moments_of_blocks(shape):
+    """Of many channels, each block has some, so that its moments are small beside its values."""
+    from batchnorm.backends.blocks import plan_of
+
+    strides = np.empty(shape, np.float32).strides
+    plan = plan_of(shape, strides, (len(shape) - 1,))
+    assert plan.rows * shape[-1] * 4 * 8 <= 0.25 * np.prod(shape) * 4
+    covered = sum(np.prod([s.stop - s.start for s in block.selection]) for block in plan.blocks)
+    assert covered == np.prod(shape)
+
+
 def test_kernels_of_one_s_own_on_tensors(added):
     """PyTorch does not see what they do: they run behind this package's operators."""
     torch = pytest.importorskip("torch")

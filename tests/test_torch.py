@@ -397,3 +397,13 @@ def test_a_converted_resnet_trains_the_same(example, compiled):
     assert example.difference(right, example.train(converted, data, compiled)) < 1e-10
     perturbed = copy.deepcopy(original)
     assert example.difference(right, example.train(perturbed, data, None)) > 1e-3, "it can fail"
+
+
+def test_a_sparse_tensor_after_a_dense_one():
+    """What is known of a dense tensor says nothing of a sparse one of its shape."""
+    x = torch.randn(6, 3)
+    bn.batch_norm(x)
+    with pytest.raises(
+        TypeError, match="x: got a tensor of layout torch.sparse_coo, expected a strided"
+    ):
+        bn.batch_norm(x.to_sparse())

@@ -49,7 +49,7 @@ def backward_coefficients(
     """
     sum_dy, sum_dy_d = sums  # (C), (C)
     m, residual = rounded_mean(layout, stats)  # (C), (C)
-    n = nonzero(layout.xp, layout.vector(stats.count))  # (C)
+    n = ones_for_zeros(layout.xp, layout.vector(stats.count))  # (C)
     rstd, a = rstd_and_scale(layout, stats.var, gamma, eps)  # (C), (C)
     dgamma = rstd * sum_dy_d  # (C)
     b = -rstd * (dgamma / n)  # (C)
@@ -83,7 +83,7 @@ def in_wide(layout: Layout, v: Array) -> Array:
     return v if v.dtype == layout.wide else layout.xp.astype(v, layout.wide)
 
 
-def nonzero(xp: Any, n: Array) -> Array:
+def ones_for_zeros(xp: Any, n: Array) -> Array:
     """Return counts with 1 in the place of 0, to divide by."""
     return xp.where(n > 0, n, xp.ones_like(n))
 

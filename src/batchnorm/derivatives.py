@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from batchnorm.arguments import validate_number
 from batchnorm.backends.base import Backend
 from batchnorm.backends.dispatch import backend_for
-from batchnorm.coefficients import in_compute, nonzero, rounded_mean, rstd_and_scale, weights_of
+from batchnorm.coefficients import in_compute, ones_for_zeros, rounded_mean, rstd_and_scale, weights_of
 from batchnorm.functional import Axis
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
@@ -230,7 +230,7 @@ class _Call(NamedTuple):
         counted = stats.count if hasattr(stats.count, "dtype") else None
         backend = backend_for(x, gamma, where, counted, *stats[1:], *others)
         x = in_compute(layout, x)  # (..., C, ...)
-        n = nonzero(layout.xp, layout.vector(stats.count))  # (C)
+        n = ones_for_zeros(layout.xp, layout.vector(stats.count))  # (C)
         w = weights_of(where, x.ndim)
         rstd, a = rstd_and_scale(layout, stats.var, gamma, eps)  # (C), (C)
         return cls(backend, layout, x, w, *rounded_mean(layout, stats), n, rstd, a)

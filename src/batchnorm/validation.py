@@ -84,7 +84,8 @@ def call_key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> 
             return None
         device = a.device
         try:
-            parts.append((cls, a.shape, a.dtype, getattr(device, "id", device)))  # CuPy's has no hash
+            place = getattr(device, "id", device)  # CuPy's has no hash
+            parts.append((cls, a.shape, a.dtype, place, getattr(a, "layout", None)))
         except RuntimeError:  # a nested tensor, which has no shape
             return None
     return tuple(parts)

@@ -33,7 +33,7 @@ class Backend:
     """
 
     name = ""
-    """What `kernels_for` says and `set_kernels` takes."""
+    """What `kernels_for` tells."""
     summary = ""
     """What it runs, in a few words."""
     why = ""
@@ -126,9 +126,9 @@ class Backend:
         *,
         out: Array | None = None,
     ) -> Array:
-        """Return y by given statistics, whose count is not looked at."""
+        """Return y by given statistics; their count is ignored."""
         m, a, b = forward_coefficients(layout, stats, gamma, beta, eps)  # (C), (C), (C)
-        return place(layout, self.scale_shift(x, m, a, b, layout, out=out), x.dtype, out)
+        return to_out(layout, self.scale_shift(x, m, a, b, layout, out=out), x.dtype, out)
 
     def backward(
         self,
@@ -175,7 +175,7 @@ class Backend:
         dgamma, dbeta = (in_dtype_of(layout, gamma, v) for v in vectors)
         offer = out if x.dtype == dtype else None
         dx = self.grad_input(dy, x, m, a, b, c, w, inner, out=offer)
-        return place(layout, dx, dtype, out), dgamma, dbeta
+        return to_out(layout, dx, dtype, out), dgamma, dbeta
 
     def inference_backward(
         self,
@@ -193,11 +193,11 @@ class Backend:
         sums = self.centred_sums(dy, x, None, stats, layout)
         dy, _, inner = _in_one_dtype(layout, dy, x)
         a, *vectors = frozen_gradients(inner, stats, gamma, eps, sums)
+        parameters = (gamma, gamma, stats.mean, stats.var)
+        grads = [in_dtype_of(layout, p, v) for p, v in zip(parameters, vectors, strict=True)]
         zero = inner.xp.zeros_like(a)  # (C)
         dx = self.scale_shift(dy, zero, a, zero, inner, out=out if dy.dtype == dtype else None)
-        like = (gamma, gamma, stats.mean, stats.var)
-        grads = (in_dtype_of(layout, v, d) for v, d in zip(like, vectors, strict=True))
-        return place(layout, dx, dtype, out), *grads
+        return to_out(layout, dx, dtype, out), *grads
 
     # Synchronized: the same with one all-reduce between the kernels.
 
@@ -238,7 +238,7 @@ class Backend:
         return self.gradients(dy, x, w, stats, gamma, eps, layout, sums, out=out)
 
     def reread(self, big: Sequence[Array | None], vectors: Sequence[Array]) -> Sequence[Array | None]:
-        """Return big arrays for kernels that take these vectors; lazy ones are to be read again."""
+        """Return the big arrays; a lazy backend returns copies that are computed after the vectors."""
         return big
 
 
@@ -252,7 +252,7 @@ def _in_one_dtype(layout: Layout, dy: Array, x: Array) -> tuple[Array, Array, La
     return xp.astype(dy, dtype), xp.astype(x, dtype), layout._replace(compute=dtype)
 
 
-def place(layout: Layout, result: Array, dtype: Any, out: Array | None) -> Array:
+def to_out(layout: Layout, result: Array, dtype: Any, out: Array | None) -> Array:
     """Return a kernel's result in its dtype, written to `out` where that is given."""
     if result is out:
         return out

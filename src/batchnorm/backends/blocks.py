@@ -12,17 +12,19 @@ import numpy as np
 Array = Any
 Index = tuple[slice, ...]
 
-# Values of a block: 512 KiB in float64, in which sums are taken.
+# Values of a block: 1 MiB in float64, in which sums are taken.
 BLOCK = 2**17
-# Values that lie together, at least, where a block takes some channels of all rows.
+# Contiguous values, at least, of a block that has all values of its channels.
 LINE = 2**10
+# Channels of a block, at most: fewer of them have more values each, and so fewer moments to merge.
+CHANNELS = 2**11
 
 
 class Block(NamedTuple):
     """A part of an array, its axes in the order of memory."""
 
-    place: Index
-    """Where it is."""
+    selection: Index
+    """Its index into the array."""
     channels: Index
     """Where its channels are in a vector in broadcast shape."""
     row: int
@@ -38,7 +40,7 @@ class Block(NamedTuple):
 
     def wide(self, a: Array) -> Array:
         """Return a float64 copy of this part of a big array, its axes merged."""
-        return a[self.place].astype(np.float64, order="C").reshape(self.merged)
+        return a[self.selection].astype(np.float64, order="C").reshape(self.merged)
 
 
 class Plan(NamedTuple):
@@ -57,28 +59,32 @@ class Plan(NamedTuple):
         return [None if a is None else a.transpose(self.order) for a in arrays]
 
 
+def _block_lengths(lengths: list[int], are_channels: list[bool]) -> list[int]:
+    """Return the lengths of a block along axes in the order of memory."""
+    size = math.prod(lengths)
+    first = are_channels.index(True) if True in are_channels else 0
+    channels = BLOCK * lengths[first] // max(1, size) if lengths else 0  # whose values fit into a block
+    if size > BLOCK and True in are_channels and channels * math.prod(lengths[first + 1 :]) >= LINE:
+        return [*lengths[:first], min(channels, lengths[first]), *lengths[first + 1 :]]
+    block: list[int] = []
+    room, channel_room = BLOCK, CHANNELS
+    for n, is_channel in zip(reversed(lengths), reversed(are_channels), strict=True):
+        length = max(1, min(n, room, channel_room if is_channel else room))
+        block.append(length)
+        room //= length
+        channel_room //= length if is_channel else 1
+    return block[::-1]
+
+
 @functools.lru_cache(maxsize=256)
 def plan_of(shape: tuple[int, ...], strides: tuple[int, ...], channel_axes: tuple[int, ...]) -> Plan:
     """Cut an array into blocks."""
     order = tuple(sorted(range(len(shape)), key=lambda axis: -abs(strides[axis])))
     kept = [axis in channel_axes for axis in order]
     lengths = [shape[axis] for axis in order]
-    steps = list(lengths)  # of a block
-    first = kept.index(True) if True in kept else 0
-    inside = math.prod(lengths[first + 1 :])
-    size = math.prod(lengths)
-    whole = (
-        BLOCK * math.prod(lengths[first : first + 1]) // max(1, size)
-    )  # so many have all of their values in a block
-    if True in kept and size > BLOCK and whole * inside >= LINE:
-        steps[first] = min(whole, lengths[first])
-    else:
-        for i, n in enumerate(lengths):
-            size //= max(1, n)  # values of one step along this axis
-            steps[i] = max(1, min(n, BLOCK // max(1, size)))
     cuts = [
         [slice(i, min(n, i + step)) for i in range(0, n, step)]
-        for n, step in zip(lengths, steps, strict=True)
+        for n, step in zip(lengths, _block_lengths(lengths, kept), strict=True)
     ]
     rows: dict[tuple[int, ...], int] = {}
     blocks = []

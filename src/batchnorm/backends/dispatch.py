@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
     refuses: Callable[[Arrays], str | None] = lambda arrays: None
     """Return why it cannot run on the arrays of a call, or None. See `Backend.refuses`."""
     required: Callable[[Arrays], str | None] | None = None
-    """Return why a call needs it before what users add, or None: PyTorch has to see some operators."""
+    """Return why PyTorch has to see its operators, or None: it then precedes what users add."""
 
 
 def backend_for(*arrays: Array | None) -> Backend:
@@ -45,7 +45,7 @@ def backend_for(*arrays: Array | None) -> Backend:
 
 
 def _choose(arrays: Arrays) -> tuple[Candidate, list[str]]:
-    """Return the first candidate that can run, and why: because it is required, or others refuse."""
+    """Return the first candidate that can run, and the reasons for that choice."""
     asked = get_kernels()
     kind: Any = type(arrays[0])
     refusals: list[str] = []
@@ -158,16 +158,16 @@ def _for_torch() -> tuple[Candidate, ...]:
 
         return Candidate(host.names, lambda arrays: tensors.on_tensors(host.backend(arrays)), refuses)
 
-    def own_operators(arrays: Arrays) -> Backend:
+    def pytorch_operators(arrays: Arrays) -> Backend:
         return tensors.OWN_OPERATORS
 
-    def our_operators(arrays: Arrays) -> Backend:
+    def registered_operators(arrays: Arrays) -> Backend:
         backend: Backend = frameworks.load("torch.operators").OPERATORS
         return backend
 
     return (
-        Candidate(NAMES, own_operators, required=lambda arrays: tracing.transformed()),
-        Candidate(_BUT_GENERIC, our_operators, required=tracing.recorded),
+        Candidate(NAMES, pytorch_operators, required=lambda arrays: tracing.transformed()),
+        Candidate(_BUT_GENERIC, registered_operators, required=tracing.recorded),
         Candidate(("cupy",), devices.on_tensors, devices.refuses_tensors),
         *map(on_tensors, _ON_NUMPY),
         _of(tensors.OWN_OPERATORS),

@@ -15,7 +15,7 @@ from typing import Any
 
 from batchnorm.backends.base import Backend
 from batchnorm.backends.sums import pieces, total, tree_sum
-from batchnorm.coefficients import in_compute, in_wide, nonzero
+from batchnorm.coefficients import in_compute, in_wide, ones_for_zeros
 from batchnorm.layout import Layout, definite, two_parts
 from batchnorm.moments import Moments, merge_rows
 
@@ -77,10 +77,11 @@ class Generic(Backend):
         if w is not None:  # before a product: elements of zero weight may be NaN, for a gradient of this
             w = in_compute(layout, w)
             d = xp.where(w > 0, d, xp.zeros_like(d))
-        statistics = b * d + c  # (..., C, ...)
+        through_statistics = b * d + c  # (..., C, ...)
         if w is not None:
-            statistics = xp.where(w > 0, w * statistics, xp.zeros_like(statistics))
-        dx = a * (in_compute(layout, dy) + statistics)  # (..., C, ...)
+            through = w * through_statistics
+            through_statistics = xp.where(w > 0, through, xp.zeros_like(through))
+        dx = a * (in_compute(layout, dy) + through_statistics)  # (..., C, ...)
         return xp.astype(dx, x.dtype, copy=False)
 
 
@@ -99,10 +100,10 @@ def _moments(values: int | None, layout: Layout, x: Array, w: Array | None) -> t
         n = total(xp.ones_like(x), layout)  # (C)
     else:
         n = xp.full(layout.broadcast, float(values), dtype=layout.wide, device=layout.device)  # (C)
-    some = nonzero(xp, n)  # (C)
+    divisor = ones_for_zeros(xp, n)  # (C)
 
     def average(v: Array) -> Array:
-        return total(v if w is None else w * v, layout) / some
+        return total(v if w is None else w * v, layout) / divisor
 
     high = definite(xp, average(x))  # (C), off by the rounding of a sum
     mean, mean_lo = two_parts(xp, high, average(x - high))  # (C), (C)

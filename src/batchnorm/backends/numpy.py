@@ -38,19 +38,19 @@ class NumPy(Backend):
 
         def of_block(block: Block, x: Array, w: Array | None) -> tuple[Array, ...]:
             d = block.wide(x)
-            n = some = np.full(block.vector, float(block.values))
+            n = divisor = np.full(block.vector, float(block.values))
             if w is not None:
                 weights = block.wide(w)
                 zero = ~(weights > 0)
                 d[zero] = 0.0  # elements of zero weight may be NaN
                 n = _sum(weights, block.reduced)
-                some = np.where(n > 0, n, 1.0)
-            mean = _sum(d if w is None else d * weights, block.reduced) / some
+                divisor = np.where(n > 0, n, 1.0)
+            mean = _sum(d if w is None else d * weights, block.reduced) / divisor
             d -= mean
             if w is not None:
                 d[zero] = 0.0
-            low = _sum(d if w is None else d * weights, block.reduced) / some
-            var = _sum(d if w is None else d * weights, block.reduced, d) / some - low * low
+            low = _sum(d if w is None else d * weights, block.reduced) / divisor
+            var = _sum(d if w is None else d * weights, block.reduced, d) / divisor - low * low
             rounded = mean + low
             return n, rounded, var, low - (rounded - mean)
 
@@ -69,9 +69,9 @@ class NumPy(Backend):
         plan = plan_of(x.shape, x.strides, layout.channel_axes)
         x, m, a, b, target = plan.transposed(x, m, a, b, y)
         for block in plan.blocks:
-            d = np.subtract(x[block.place], m[block.channels], dtype=layout.compute)
+            d = np.subtract(x[block.selection], m[block.channels], dtype=layout.compute)
             d *= a[block.channels]
-            np.add(d, b[block.channels], out=target[(*block.place, ...)], casting="same_kind")
+            np.add(d, b[block.channels], out=target[(*block.selection, ...)], casting="same_kind")
         return y
 
     @np.errstate(all="ignore")
@@ -112,15 +112,15 @@ class NumPy(Backend):
         plan = plan_of(x.shape, x.strides, layout.channel_axes)
         dy, x, m, a, b, c, w, target = plan.transposed(dy, x, m, a, b, c, _broadcast(w, x), dx)
         for block in plan.blocks:
-            d = np.subtract(x[block.place], m[block.channels], dtype=layout.compute)
+            d = np.subtract(x[block.selection], m[block.channels], dtype=layout.compute)
             d *= b[block.channels]
             d += c[block.channels]
             if w is not None:
-                weights = w[block.place]
+                weights = w[block.selection]
                 np.multiply(d, weights, out=d, casting="same_kind")
                 d[~(weights > 0)] = 0.0  # elements of zero weight may be NaN
-            d += dy[block.place]
-            np.multiply(d, a[block.channels], out=target[(*block.place, ...)], casting="same_kind")
+            d += dy[block.selection]
+            np.multiply(d, a[block.channels], out=target[(*block.selection, ...)], casting="same_kind")
         return dx
 
 

@@ -20,9 +20,10 @@ PIECE = 2**17
 
 
 def pieces(layout: Layout, x: Array, *arrays: Array | None) -> Iterator[tuple[int | None, list[Any]]]:
-    """Cut x, and what broadcasts to it, along its longest reduced axis: values per channel, and pieces.
+    """Cut x, and what broadcasts to it, along its longest reduced axis.
 
-    Pieces stay in a processor's cache. Where a compiler or a GPU is to have the whole, there is one.
+    Gives for each piece its number of values per channel, and the arrays' pieces. They stay in cache;
+    what a compiler or a GPU is to have as a whole is one piece.
     """
     reduced = layout.reduced_axes
     size = math.prod(x.shape) if layout.values else 0
@@ -39,7 +40,7 @@ def pieces(layout: Layout, x: Array, *arrays: Array | None) -> Iterator[tuple[in
 
 
 def total(v: Array, layout: Layout) -> Array:
-    """Sum over all axes but the channels': (..., C, ...) -> (C)."""
+    """Sum over the reduced axes: (..., C, ...) -> (C)."""
     xp = layout.xp
     if layout.values is None:  # a lazy shape cannot be cut
         return xp.sum(v, axis=layout.reduced_axes, keepdims=True)

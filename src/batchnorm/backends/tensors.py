@@ -99,7 +99,7 @@ def laid_out(result: Array, x: Array) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _layout(layout: Layout) -> Layout:
-    """Return a tensor's layout as that of the array that looks at it."""
+    """Return the `Layout` for the NumPy view of a tensor."""
     torch = sys.modules["torch"]
     return layout._replace(
         xp=np,

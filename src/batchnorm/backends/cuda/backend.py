@@ -12,7 +12,7 @@ import importlib.resources
 from collections.abc import Callable
 from typing import Any
 
-from batchnorm.backends.base import Backend, place
+from batchnorm.backends.base import Backend, to_out
 from batchnorm.backends.cuda import launches, params
 from batchnorm.backends.cuda.arrangement import Arranged, Device, arrange, output
 from batchnorm.backends.cuda.launches import GIVEN, RAW, SUM, WRITE
@@ -223,7 +223,7 @@ class Cuda(Backend):
             eps=eps,
             table=(4, layout.wide),
         )
-        return place(layout, y, x.dtype, out), Moments(*_rows(layout, table, layout.channels))
+        return to_out(layout, y, x.dtype, out), Moments(*_rows(layout, table, layout.channels))
 
     @_active
     def backward(
@@ -258,7 +258,7 @@ class Cuda(Backend):
             table=(2, dtype),
         )
         dgamma, dbeta = _rows(layout, table, layout.channels)
-        return place(layout, dx, x.dtype, out), dgamma, dbeta
+        return to_out(layout, dx, x.dtype, out), dgamma, dbeta
 
     @_active
     def inference(
@@ -281,7 +281,7 @@ class Cuda(Backend):
         y = output(self.device, layout, arranged, out)
         given = {"mean": stats.mean, "var": stats.var, "gamma": gamma, "beta": beta}
         _run(self.device, layout, "normalize", WRITE, arranged, out=y, vectors=given, eps=eps)
-        return place(layout, y, x.dtype, out)
+        return to_out(layout, y, x.dtype, out)
 
     @_active
     def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
