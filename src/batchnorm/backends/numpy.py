@@ -152,8 +152,9 @@ def _rows(
 
 def _sum(v: Array, axes: tuple[int, ...], factor: Array | None = None) -> Array:
     """Sum v, or v·factor, over axes, which are kept with length 1; as a tree."""
-    if factor is not None and axes and axes[-1] == v.ndim - 1 and v.shape[-1] <= DOT:
-        v = np.vecdot(v, factor)[..., None]
+    if factor is not None and axes and axes[-1] == v.ndim - 1:
+        cuts = [slice(i, i + DOT) for i in range(0, v.shape[-1], DOT)]
+        v = np.stack([np.vecdot(v[..., cut], factor[..., cut]) for cut in cuts], axis=-1)
     elif factor is not None:
         v = v * factor
     for axis in reversed(axes):

@@ -44,6 +44,10 @@ def total(v: Array, layout: Layout) -> Array:
     xp = layout.xp
     if layout.values is None:  # a lazy shape cannot be cut
         return xp.sum(v, axis=layout.reduced_axes, keepdims=True)
+    if not is_eager_on_host(v):  # XLA fuses sums over single axes with what it adds, and not a reshape
+        for axis in reversed(layout.reduced_axes):
+            v = tree_sum(v, axis, layout)
+        return v
     neighbours = itertools.groupby(range(v.ndim), lambda axis: axis in layout.channel_axes)
     merged = [(are_channels, math.prod(v.shape[i] for i in axes)) for are_channels, axes in neighbours]
     v = xp.reshape(v, tuple(n for _, n in merged))
@@ -60,8 +64,8 @@ def tree_sum(v: Array, axis: int, layout: Layout) -> Array:
     before, after, whole = v.shape[:axis], v.shape[axis + 1 :], n // LEAF * LEAF
     pick = (slice(None),) * axis
 
-    leaves = xp.reshape(v[(*pick, slice(0, whole), ...)], (*before, LEAF, whole // LEAF, *after))
-    total = tree_sum(xp.sum(leaves, axis=axis), axis, layout)
+    leaves = xp.reshape(v[(*pick, slice(0, whole), ...)], (*before, whole // LEAF, LEAF, *after))
+    total = tree_sum(xp.sum(leaves, axis=axis + 1), axis, layout)
     if whole < n:
         total = total + xp.sum(v[(*pick, slice(whole, n), ...)], axis=axis, keepdims=True)
     return total

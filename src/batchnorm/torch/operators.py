@@ -22,7 +22,7 @@ from batchnorm.moments import Moments
 from batchnorm.torch import shapes, synchronized
 from batchnorm.torch.shapes import plain_axis
 from batchnorm.tracing import differentiates_weights
-from batchnorm.validation import validate_input
+from batchnorm.validation import call_key, known_layout, remember, validate_input
 
 Array = Any
 
@@ -34,10 +34,15 @@ _ops = torch.ops.batchnorm
 
 def _layout(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
     """Return the layout of a call; where a compiled program makes it, no function was there to check."""
+    key = call_key("operator", plain_axis(axis), None, x, *vectors.values())
+    known = known_layout(key)
+    if known is not None:
+        return known
     layout = layout_of("x", namespace("x", x), x, tuple(a % x.ndim for a in axis), x.device)
     for name, v in vectors.items():
         if v is not None and tuple(v.shape) != layout.channels:
             fail(ValueError, name, f"shape {tuple(v.shape)}", f"{layout.channels}, the channels of x")
+    remember(key, layout)
     return layout
 
 
