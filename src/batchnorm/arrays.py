@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +14,9 @@ from batchnorm.errors import describe_type, fail
 from batchnorm.tracing import recorded, traced, transformed
 
 Array = Any
+
+# Values of a piece that stays in cache: 1 MiB in float64.
+PIECE = 2**17
 
 
 def namespace(argument: str, x: Array) -> ModuleType:
@@ -57,6 +62,14 @@ def is_hidden(x: Array) -> bool:
             return True
         return traced()
     return bool(compat.is_lazy_array(x) and not compat.is_jax_array(x))
+
+
+def cut_along(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, ...]]:
+    """Give indices that cut an array along an axis, into pieces of `PIECE` values or of length 1."""
+    n = shape[axis]
+    step = max(1, n * PIECE // max(1, math.prod(shape)))
+    for i in range(0, n, step):
+        yield *(slice(None),) * axis, slice(i, min(n, i + step)), ...
 
 
 def is_eager_on_host(x: Array) -> bool:

@@ -436,7 +436,9 @@ class BatchNorm(groups.Shared):
             return moments(x, axis=self.axis, where=where)
         with groups.call(group, "moments") as call:
             call.announce_forward(layout, x)
-            return groups.allreduce_moments(group, _detached(moments(x, axis=self.axis, where=where)))
+            own = _detached(moments(x, axis=self.axis, where=where))
+            joined: Moments = call.allreduce_moments(own)
+            return joined
 
     def _arrays(self) -> dict[str, Array | None]:
         return {name: getattr(self, name) for name in PARAMETERS + RUNNING}

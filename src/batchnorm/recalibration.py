@@ -85,7 +85,7 @@ def recalibrate(
             collected = [stack.enter_context(layer._collecting(alone=alone)) for layer in chosen]
             count, totals = _totals(collected, forward, batches, progress)
             if call is not None:
-                count, totals = _of_all_members(chosen, count, totals, group, call)
+                count, totals = _of_all_members(chosen, count, totals, call)
             new = _statistics(chosen, count, totals)
     for layer, statistics in zip(chosen, new, strict=True):
         layer._commit(*statistics)
@@ -132,7 +132,7 @@ def _push(stack: list[tuple[int, Moments]], own: Moments) -> None:
 
 
 def _of_all_members(
-    layers: list[BatchNorm], count: int, totals: list[Moments | None], group: Any, call: groups.Call
+    layers: list[BatchNorm], count: int, totals: list[Moments | None], call: groups.Call
 ) -> tuple[int, list[Moments | None]]:
     """Return the number of all members' batches, and the moments of each layer's inputs on all of them.
 
@@ -142,17 +142,16 @@ def _of_all_members(
     import numpy as np
 
     shapes = [channels(layer.num_features) for layer in layers]
-    sums = [shape for c in shapes for shape in groups.moments_sums(group, c)]
+    sums = [shape for c in shapes for shape in groups.moments_sums(call.group, c)]
     call.announce(f"{len(layers)} layers with {shapes} channels", [*sums, (1, 1)], "float64")
     found: list[Moments | None] = []
     for layer, shape, total in zip(layers, shapes, computed(totals), strict=True):
         nothing = Moments(*np.zeros((4, *shape)))
-        joined = groups.allreduce_moments(
-            group,
+        joined = call.allreduce_moments(
             nothing if total is None else Moments(*(np.asarray(on_host(v), np.float64) for v in total)),
         )
         found.append(Moments(*(cast_like("batches", v, layer.running_mean) for v in joined)))
-    (batches,) = groups.all_reduce(group, np.asarray([float(count)]))
+    (batches,) = call.all_reduce(np.asarray([float(count)]))
     return int(batches[0]), found
 
 

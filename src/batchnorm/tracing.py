@@ -66,12 +66,10 @@ def own_operators(why: str) -> Iterator[None]:
         _own_operators.reset(token)
 
 
-def differentiates_weights(where: Array | None) -> str | None:
-    """Return why gradients of the weights need PyTorch's own operators, or None."""
+def differentiates_weights(where: Array | None) -> bool:
+    """Return whether PyTorch differentiates the weights, which needs its own operators."""
     torch = sys.modules["torch"]
-    if where is None or not (where.requires_grad and torch.is_grad_enabled()):
-        return None
-    return "PyTorch differentiates the weights"
+    return where is not None and bool(where.requires_grad and torch.is_grad_enabled())
 
 
 def is_jax_tracer(a: Any) -> bool:

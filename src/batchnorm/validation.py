@@ -13,6 +13,7 @@ import array_api_compat as compat
 
 from batchnorm.arguments import validate_axes, validate_number
 from batchnorm.arrays import (
+    cut_along,
     device_of,
     is_hidden,
     is_spread,
@@ -28,7 +29,6 @@ from batchnorm.tracing import is_jax_tracer
 Array = Any
 
 _TWO_VALUES = "at least 2 values per channel to normalize by their own statistics"
-_PIECE = 2**17  # elements
 # Per-channel arguments that have no default.
 REQUIRED = ("mean", "var", "stats.mean", "stats.var")
 
@@ -222,10 +222,7 @@ def _count_positive(layout: Layout, x: Array, where: Array) -> Array:
     xp, ndim = layout.xp, len(layout.broadcast)
     w = xp.reshape(where, (1,) * (ndim - where.ndim) + tuple(where.shape))
     axis = max(range(ndim), key=lambda i: w.shape[i])
-    step = max(1, _PIECE * w.shape[axis] // max(1, math.prod(w.shape)))
-    before = (slice(None),) * axis
-    length = w.shape[axis]
-    pieces = [w[(*before, slice(i, min(length, i + step)), ...)] for i in range(0, length, step)]
+    pieces = (w[cut] for cut in cut_along(tuple(w.shape), axis))
     positive = (xp.astype(piece > 0, layout.wide) for piece in pieces)
     counts = [xp.sum(piece, axis=layout.reduced_axes, keepdims=True) for piece in positive]
     count = xp.concat(counts, axis=axis)

@@ -190,8 +190,8 @@ class Backend:
     ) -> tuple[Array, Array, Array, Array, Array]:
         """Return dx, dgamma, dbeta, dmean and dvar of `inference`."""
         dtype = x.dtype
-        sums = self.centred_sums(dy, x, None, stats, layout)
-        dy, _, inner = _in_one_dtype(layout, dy, x)
+        dy, x, inner = _in_one_dtype(layout, dy, x)
+        sums = self.centred_sums(dy, x, None, stats, inner)
         a, *vectors = frozen_gradients(inner, stats, gamma, eps, sums)
         parameters = (gamma, gamma, stats.mean, stats.var)
         grads = [in_dtype_of(layout, p, v) for p, v in zip(parameters, vectors, strict=True)]

@@ -153,10 +153,14 @@ def _for_torch() -> tuple[Candidate, ...]:
 
     def on_tensors(host: Candidate) -> Candidate:
         def refuses(arrays: Arrays) -> str | None:
-            why = tensors.refuses(arrays)
+            why = tensors.refuses(arrays, "cpu")
             return host.refuses(tensors.views(arrays)) if why is None else why
 
         return Candidate(host.names, lambda arrays: tensors.on_tensors(host.backend(arrays)), refuses)
+
+    def cuda_refuses(arrays: Arrays) -> str | None:
+        why = tensors.refuses(arrays, "cuda")
+        return devices.unusable() if why is None else why
 
     def pytorch_operators(arrays: Arrays) -> Backend:
         return tensors.OWN_OPERATORS
@@ -168,7 +172,7 @@ def _for_torch() -> tuple[Candidate, ...]:
     return (
         Candidate(NAMES, pytorch_operators, required=lambda arrays: tracing.transformed()),
         Candidate(_BUT_GENERIC, registered_operators, required=tracing.recorded),
-        Candidate(("cupy",), devices.on_tensors, devices.refuses_tensors),
+        Candidate(("cupy",), devices.on_tensors, cuda_refuses),
         *map(on_tensors, _ON_NUMPY),
         _of(tensors.OWN_OPERATORS),
     )
@@ -177,7 +181,7 @@ def _for_torch() -> tuple[Candidate, ...]:
 def _for_cupy() -> tuple[Candidate, ...]:
     from batchnorm.backends.cuda import devices
 
-    return Candidate(("cupy",), devices.on_arrays, devices.refuses_arrays), _of(GENERIC)
+    return Candidate(("cupy",), devices.on_arrays, lambda arrays: devices.unusable()), _of(GENERIC)
 
 
 def _for_jax() -> tuple[Candidate, ...]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from batchnorm.arrays import is_eager_on_host
+from batchnorm.arrays import PIECE, cut_along, is_eager_on_host
 from batchnorm.layout import Layout
 
 Array = Any
@@ -15,8 +15,6 @@ Array = Any
 # Values that are added one after the other before partial sums meet in a tree. The error of a sum then
 # grows with LEAF and with log(n), not with n.
 LEAF = 32
-# Values of a piece, in which moments and sums are taken: 1 MiB in float64.
-PIECE = 2**17
 
 
 def pieces(layout: Layout, x: Array, *arrays: Array | None) -> Iterator[tuple[int | None, list[Any]]]:
@@ -31,10 +29,7 @@ def pieces(layout: Layout, x: Array, *arrays: Array | None) -> Iterator[tuple[in
         yield layout.values, [x, *arrays]
         return
     axis = max(reduced, key=lambda i: x.shape[i])
-    n = x.shape[axis]
-    step = max(1, n * PIECE // size)
-    for i in range(0, n, step):
-        cut = (*(slice(None),) * axis, slice(i, min(n, i + step)), ...)
+    for cut in cut_along(tuple(x.shape), axis):
         part = [a if a is None or a.shape[axis] == 1 else a[cut] for a in (x, *arrays)]
         yield math.prod(part[0].shape[j] for j in reduced), part
 

@@ -22,21 +22,24 @@ Array = Any
 Arrays = tuple[Array | None, ...]
 
 
-def refuses(arrays: Arrays) -> str | None:
-    """Return why the memory of some tensors cannot be looked at as NumPy arrays, or None."""
+def refuses(arrays: Arrays, device: str) -> str | None:
+    """Return why kernels on "cpu" or "cuda" cannot read the memory of some tensors, or None.
+
+    As `Backend.refuses`: empty for tensors on another device.
+    """
     torch = sys.modules["torch"]
     for a in arrays:
         if a is None:
             continue
         if type(a) not in (torch.Tensor, torch.nn.Parameter):
             return f"the tensors include {describe_type(a)}"
-        if a.device.type != "cpu":
+        if a.device.type != device:
             return ""
         if a.layout is not torch.strided:
             return "the tensors are not strided memory"
         if a.is_neg():  # a view whose sign PyTorch changes as it reads
             return "the tensors include a negated view"
-        if a.dtype is torch.bfloat16 and _bfloat16() is None:
+        if a.dtype is torch.bfloat16 and device == "cpu" and _bfloat16() is None:
             return "the tensors are bfloat16, for which ml_dtypes is not installed"
     return None
 

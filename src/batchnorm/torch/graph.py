@@ -34,7 +34,7 @@ def call_in_graph(
     exported = leaving.exported_functions().get(name)
     if exported is not None:
         return exported(*args, **kwargs)
-    decomposed = _transformed() or tracing.differentiates_weights(kwargs.get("where")) is not None
+    decomposed = _transformed() or tracing.differentiates_weights(kwargs.get("where"))
     found = (_DECOMPOSED if decomposed else _OPERATORS)[name](*args, **kwargs)
     return found
 

@@ -22,7 +22,7 @@ from batchnorm.moments import Moments
 from batchnorm.torch import shapes, synchronized
 from batchnorm.torch.shapes import plain_axis
 from batchnorm.tracing import differentiates_weights
-from batchnorm.validation import call_key, known_layout, remember, validate_input
+from batchnorm.validation import call_key, known_layout, remember
 
 Array = Any
 
@@ -46,11 +46,6 @@ def _layout(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
     return layout
 
 
-def _like(x: Array, result: Array) -> Array:
-    """Return a result that lies in memory as those of PyTorch's own batch norm do."""
-    return laid_out(result, x)
-
-
 def _contiguous(vectors: Any) -> list[Array]:
     return [v.contiguous() for v in vectors]
 
@@ -58,7 +53,7 @@ def _contiguous(vectors: Any) -> list[Array]:
 def _batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
     layout = _layout(x, axis, gamma=gamma, beta=beta)
     y, stats = backend_for(x, gamma, beta, where).forward(x, where, gamma, beta, eps, layout)
-    return _like(x, y), *_contiguous(stats)
+    return laid_out(y, x), *_contiguous(stats)
 
 
 def _batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):  # type: ignore[no-untyped-def]
@@ -66,7 +61,7 @@ def _batch_norm_backward(dy, x, n, mean, var, mean_lo, gamma, where, axis, eps):
     layout = _layout(x, axis, gamma=gamma, n=n, mean=mean, var=var, mean_lo=mean_lo)
     backend = backend_for(dy, x, gamma, where, *stats)
     dx, *grads = backend.backward(dy, x, where, stats, gamma, eps, layout)
-    return _like(x, dx), *grads
+    return laid_out(dx, x), *grads
 
 
 def _batch_norm_double_backward(  # type: ignore[no-untyped-def]
@@ -75,20 +70,21 @@ def _batch_norm_double_backward(  # type: ignore[no-untyped-def]
     stats = Moments(n, mean, var, mean_lo)
     layout = _layout(x, axis, gamma=gamma, n=n, mean=mean, var=var, mean_lo=mean_lo)
     d_dy, d_x, d_gamma = double_backward(layout, ddx, ddgamma, ddbeta, dy, x, stats, gamma, where, eps)
-    return _like(dy, d_dy.to(dy.dtype)), _like(x, d_x), d_gamma
+    return laid_out(d_dy.to(dy.dtype), dy), laid_out(d_x, x), d_gamma
 
 
 def _normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
     layout = _layout(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
     backend = backend_for(x, mean, var, gamma, beta)
-    return _like(x, backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout))
+    y = backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout)
+    return laid_out(y, x)
 
 
 def _normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
     layout = _layout(x, axis, mean=mean, var=var, gamma=gamma)
     backend = backend_for(dy, x, mean, var, gamma)
     dx, *grads = backend.inference_backward(dy, x, Moments(1, mean, var), gamma, eps, layout)
-    return _like(x, dx), *grads
+    return laid_out(dx, x), *grads
 
 
 def _moments(x, where, axis):  # type: ignore[no-untyped-def]
@@ -132,7 +128,7 @@ def _not_to_weights(ctx: Any, argument: int) -> None:
 
 def _through_moments(ctx: Any, x: Any, where: Any, stats: Any, dmean: Any, dvar: Any) -> Any:
     """Return the gradient to x through the mean and variance that were returned."""
-    layout = validate_input(x, plain_axis(ctx.axis))
+    layout = _layout(x, ctx.axis)
     n, mean, mean_lo = (layout.vector(v) for v in stats)
     total: Any = 0 if dmean is None else layout.vector(dmean) / n
     if dvar is not None:
@@ -182,9 +178,9 @@ def _grad_normalize_backward(
     """Differentiate the formulas of `normalize_backward`, by PyTorch's own operators."""
     dy, x, mean, var, gamma = ctx.saved_tensors
     given = [dy, x, mean, var] + ([] if gamma is None else [gamma])
+    layout = _layout(x, ctx.axis)
 
     def formulas(dy: Any, x: Any, mean: Any, var: Any, gamma: Any = None) -> Any:
-        layout = validate_input(x, plain_axis(ctx.axis))
         d = x.to(layout.wide) - layout.vector(mean)
         rstd = 1 / torch.sqrt(layout.vector(var) + ctx.eps)
         a = rstd if gamma is None else layout.vector(gamma) * rstd
@@ -193,13 +189,13 @@ def _grad_normalize_backward(
             layout.squeeze(layout.xp.sum(v, axis=layout.reduced_axes, keepdims=True))
             for v in (wide, wide * d)
         ]
-        r, rstd_and_scale = layout.squeeze(rstd), layout.squeeze(a)
+        r, scale = layout.squeeze(rstd), layout.squeeze(a)
         return (
             a * wide,
             r * sums[1],
             sums[0],
-            -rstd_and_scale * sums[0],
-            -0.5 * rstd_and_scale * r * r * sums[1],
+            -scale * sums[0],
+            -0.5 * scale * r * r * sums[1],
         )
 
     vjp: Any = torch.func.vjp
@@ -298,7 +294,7 @@ class Operators(OwnOperators):
 
     def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
         """Return count, mean as a high and a low part, and population variance of each channel."""
-        if differentiates_weights(w) is not None:
+        if differentiates_weights(w):
             return super().moments(x, w, layout)
         n, mean, var, low = (layout.vector(v) for v in _ops.moments(x, w, _axes(layout)))
         return n, mean, low, var
@@ -316,7 +312,7 @@ class Operators(OwnOperators):
     ) -> Any:
         """Return y and the batch's moments."""
         _refuse_out(out)
-        if differentiates_weights(w) is not None:
+        if differentiates_weights(w):
             return OWN_OPERATORS.forward(x, w, gamma, beta, eps, layout)
         y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(layout), eps)
         return y, Moments(*stats)
@@ -335,7 +331,7 @@ class Operators(OwnOperators):
     ) -> Any:
         """Return dx, dgamma and dbeta."""
         _refuse_out(out)
-        if differentiates_weights(w) is not None:
+        if differentiates_weights(w):
             return OWN_OPERATORS.backward(dy, x, w, stats, gamma, eps, layout)
         vectors = (self._vector(v, x, layout) for v in stats)
         return _ops.batch_norm_backward(dy, x, *vectors, gamma, w, _axes(layout), eps)

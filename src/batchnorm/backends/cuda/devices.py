@@ -14,7 +14,6 @@ import numpy as np
 from batchnorm.backends.cuda.arrangement import Device
 from batchnorm.backends.cuda.backend import Cuda, source
 from batchnorm.backends.cuda.launches import THREADS, Limits
-from batchnorm.errors import describe_type
 
 Array = Any
 Arrays = tuple[Array | None, ...]
@@ -33,28 +32,6 @@ def unusable() -> str | None:
     except Exception as error:  # for example an installation without a driver
         return f"CuPy cannot be used: {type(error).__name__}: {error}"
     return None
-
-
-def refuses_arrays(arrays: Arrays) -> str | None:
-    """Return why the kernels cannot run on CuPy arrays, or None."""
-    return unusable()
-
-
-def refuses_tensors(arrays: Arrays) -> str | None:
-    """Return why the kernels cannot run on PyTorch tensors, or None."""
-    torch = sys.modules["torch"]
-    for a in arrays:
-        if a is None:
-            continue
-        if a.device.type != "cuda":
-            return ""
-        if type(a) not in (torch.Tensor, torch.nn.Parameter):
-            return f"the tensors include {describe_type(a)}"
-        if a.layout is not torch.strided:
-            return "the tensors are not strided memory"
-        if a.is_neg():  # a view that PyTorch negates when it reads the values
-            return "the tensors include a negated view"
-    return unusable()
 
 
 def on_arrays(arrays: Arrays) -> Cuda:
