@@ -1,0 +1,131 @@
+// The arithmetic of single channels: conversions of 16-bit numbers, moments, and the coefficients of the
+// kernels. Compiled by a C++ compiler for CPUs and by NVRTC for GPUs; `coefficients.py` has the same for
+// arrays of any library.
+
+#ifndef BATCHNORM_COEFFICIENTS_H
+#define BATCHNORM_COEFFICIENTS_H
+
+#ifdef __CUDACC__
+#define BN_INLINE __device__ inline
+#else
+#include <cmath>
+#define BN_INLINE __attribute__((always_inline)) inline
+#endif
+
+namespace bn {
+
+// 16-bit numbers, by their bits.
+
+BN_INLINE unsigned bits_of(float v) {
+#ifdef __CUDACC__
+    return __float_as_uint(v);
+#else
+    unsigned bits;
+    __builtin_memcpy(&bits, &v, 4);
+    return bits;
+#endif
+}
+
+BN_INLINE float float_of(unsigned bits) {
+#ifdef __CUDACC__
+    return __uint_as_float(bits);
+#else
+    float v;
+    __builtin_memcpy(&v, &bits, 4);
+    return v;
+#endif
+}
+
+BN_INLINE float bfloat16_to_float(unsigned short bits) { return float_of((unsigned)bits << 16); }
+
+BN_INLINE unsigned short float_to_bfloat16(float v) {
+    unsigned bits = bits_of(v);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN: rounding could carry it into infinity
+    return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to even
+}
+
+#ifdef __CUDACC__
+BN_INLINE float half_to_float(unsigned short bits) {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+    return v;
+}
+BN_INLINE unsigned short float_to_half(float v) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+    return bits;
+}
+#else
+BN_INLINE float half_to_float(unsigned short h) {
+    unsigned sign = (unsigned)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+    float v = float_of(magnitude << 13) * 0x1p112f;  // exact, for subnormal numbers too
+    if (magnitude >= 0x7c00u) v = float_of((magnitude << 13) | 0x7f800000u);
+    return float_of(bits_of(v) | sign);
+}
+BN_INLINE unsigned short float_to_half(float v) {
+    unsigned bits = bits_of(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (unsigned short)(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return (unsigned short)(sign | 0x7c00u);  // 65520 and above
+    if (magnitude < 0x38800000u)  // subnormal: the addition rounds at the place of 2^-24
+        return (unsigned short)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
+    magnitude += 0xfffu + ((magnitude >> 13) & 1u);  // to even
+    return (unsigned short)(sign | ((magnitude - 0x38000000u) >> 13));
+}
+#endif
+
+// Sums in two parts (Knuth 1969, TwoSum).
+template <class V> BN_INLINE void two_sum(V& high, V& low, V term) {
+    V s = high + term, back = s - high;
+    low = low + ((high - (s - back)) + (term - back));
+    high = s;
+}
+
+// From n, the sum of d and the sum of d², with d = x - pivot, to moments. With d = mean - pivot,
+// var = q/n - d²; where d is below a standard deviation, next to nothing cancels.
+struct ChannelMoments {
+    double count, mean, var, low;
+};
+
+BN_INLINE ChannelMoments channel_moments(double n, double s, double q, double pivot) {
+    double some = n > 0 ? n : 1;
+    double d = s / some, var = q / some - d * d;
+    double mean = pivot + d, back = mean - pivot;
+    ChannelMoments m = {n, mean, 0 > var ? 0 : var, (pivot - (mean - back)) + (d - back)};
+    return m;  // a variance of NaN stays
+}
+
+// Whether a pivot was too far from the mean for that.
+BN_INLINE bool far_pivot(double n, double s, double q) {
+    double some = n > 0 ? n : 1, d = s / some;
+    return 2 * (d * d) > q / some;
+}
+
+// y = a·(x - m) + b, with m the mean as A, the type of the arithmetic, rounds it.
+template <class A>
+BN_INLINE void forward_coefficients(
+    double mean, double low, double var, double gamma, double beta, double eps, A& m, A& a, A& b) {
+    m = (A)mean;
+    double residual = (mean - (double)m) + low;
+    double scale = gamma / sqrt(var + eps);
+    a = (A)scale;
+    b = (A)(beta - scale * residual);
+}
+
+// dx = a·(dy + w·(b·(x - m) + c)), dgamma and dbeta, from the sums of dy and of dy·(x - m).
+template <class A>
+BN_INLINE void backward_coefficients(
+    double n, double mean, double low, double var, double gamma, double eps, double sum_dy,
+    double sum_dy_d, double& dgamma, A& m, A& a, A& b, A& c) {
+    m = (A)mean;
+    double residual = (mean - (double)m) + low;
+    double rstd = 1 / sqrt(var + eps), some = n > 0 ? n : 1;
+    dgamma = rstd * (sum_dy_d - residual * sum_dy);
+    double slope = -rstd * (dgamma / some);
+    a = (A)(rstd * gamma);
+    b = (A)slope;
+    c = (A)(-sum_dy / some - slope * residual);
+}
+
+}  // namespace bn
+
+#endif

@@ -1,0 +1,158 @@
+"""The compiled core, for NumPy arrays: the four kernels, and forward and backward passes fused.
+
+The core is C++ in `src/native`; `core.py` loads it. It reads shapes, strides and dtypes itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from batchnorm import core
+from batchnorm.backends.base import Backend
+from batchnorm.layout import Layout
+from batchnorm.moments import Moments
+from batchnorm.validation import validate_mask_count
+
+Array = Any
+
+
+def _weights(w: Array | None) -> Array | None:
+    """Return weights in a dtype that the core reads; integers become float64."""
+    if w is None or (w.dtype == bool and w.flags.aligned):
+        return w
+    return np.require(w, w.dtype if _readable(w) else np.float64, "A")
+
+
+def _vector(v: Any) -> Any:
+    """Return a per-channel vector in a dtype that the core reads."""
+    if v is None or not hasattr(v, "dtype") or _readable(v):
+        return v
+    return np.asarray(v, np.float64)
+
+
+def _readable(v: Array) -> bool:
+    return v.dtype.name == "bfloat16" or (v.dtype.kind == "f" and v.dtype.isnative and v.itemsize <= 8)
+
+
+class Native(Backend):
+    """The compiled core, with forward and backward passes fused."""
+
+    name = "native"
+    summary = "the compiled core, for NumPy arrays and what shares their memory"
+
+    def refuses(self, arrays: tuple[Array | None, ...]) -> str | None:
+        """Return why the core cannot run on the arrays of a call, or None; vectors never hinder it."""
+        shape = arrays[0].shape  # type: ignore[union-attr]
+        for a in arrays:
+            if a is None or a.shape != shape or a.dtype.kind in "biu":  # weights, which may be copied
+                continue
+            if not _readable(a):
+                return f"dtype {a.dtype} is not one that the core reads"
+            if not a.flags.aligned or any(step % a.itemsize for step in a.strides):
+                return "values are not aligned in memory"
+        return None
+
+    def forward(
+        self,
+        x: Array,
+        w: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> tuple[Array, Moments]:
+        """Return y and the batch's moments."""
+        axes, w = layout.channel_axes, _weights(w)
+        found = _CORE.forward(x, _vector(gamma), _vector(beta), axes, eps, w, out, True)
+        if found is None:  # a mask with too few values in a channel, before y was written
+            validate_mask_count(layout, w, _CORE.moments(x, axes, w).count)
+        return found  # type: ignore[no-any-return]
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array | None,
+        stats: Moments,
+        gamma: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return dx, and dgamma and dbeta in the dtype of gamma."""
+        stats = Moments(*(_vector(v) for v in stats))
+        axes, parameter = layout.channel_axes, _vector(gamma)
+        found = None
+        if dy.dtype == x.dtype:
+            found = _CORE.backward(dy, x, stats, parameter, axes, eps, _weights(w), out, True)
+        if found is None:
+            return super().backward(dy, x, w, stats, gamma, eps, layout, out=out)
+        dx, *grads = found
+        if parameter is not gamma:
+            grads = [v.astype(gamma.dtype) for v in grads]  # type: ignore[union-attr]
+        return dx, *grads
+
+    def inference(
+        self,
+        x: Array,
+        stats: Moments,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Return y from statistics that are given."""
+        vectors = map(_vector, (stats.mean, stats.var, stats.mean_lo, gamma, beta))
+        return _CORE.inference(x, *vectors, layout.channel_axes, eps, out, True)
+
+    def statistics(self, x: Array, w: Array | None, layout: Layout) -> Moments:
+        """Return count, mean and variance of each channel."""
+        return _CORE.moments(x, layout.channel_axes, _weights(w))  # type: ignore[no-any-return]
+
+    def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
+        """Return count, mean as a high and a low part, and population variance of each channel."""
+        count, mean, var, low = (v.reshape(layout.broadcast) for v in self.statistics(x, w, layout))
+        return count, mean, low, var
+
+    def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        vectors = map(np.ascontiguousarray, (m, a, b))
+        return _CORE.scale_shift(x, *vectors, layout.channel_axes, out)
+
+    def grad_sums(
+        self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout
+    ) -> tuple[Array, Array]:
+        """Return Σdy and Σdy·(x − m) of each channel."""
+        sums = _CORE.grad_sums(dy, x, np.ascontiguousarray(m), _weights(w), layout.channel_axes)
+        sum_dy, sum_dy_d = (v.reshape(layout.broadcast) for v in sums)
+        return sum_dy, sum_dy_d
+
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        c: Array,
+        w: Array | None,
+        layout: Layout,
+        *,
+        out: Array | None = None,
+    ) -> Array:
+        """Return dx = a·(dy + w·(b·(x − m) + c))."""
+        vectors = map(np.ascontiguousarray, (m, a, b, c))
+        return _CORE.grad_input(dy, x, *vectors, _weights(w), layout.channel_axes, out)
+
+
+_CORE: Any = core.load()
+NATIVE = Native()

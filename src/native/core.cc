@@ -1,0 +1,318 @@
+#include "core.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__x86_64__)
+#define BN_X86
+#include <cpuid.h>
+#endif
+
+namespace bn {
+
+namespace {
+
+// Memory of the calling thread, which grows to what a pass needs, and shrinks where that is much.
+class Arena {
+public:
+    char* take(int64_t size) {
+        if (size > size_) {
+            memory_.reset();
+            size_ = 0;
+            memory_.reset((char*)std::malloc(size + 64));
+            if (!memory_) throw std::bad_alloc();
+            size_ = size;
+        }
+        return memory_.get() + (-(uintptr_t)memory_.get() & 63);
+    }
+    void trim() {
+        if (size_ > MOST_KEPT) memory_.reset(), size_ = 0;
+    }
+
+private:
+    static constexpr int64_t MOST_KEPT = 1 << 20;
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::unique_ptr<char, Free> memory_;
+    int64_t size_ = 0;
+};
+thread_local Arena arena;
+
+struct alignas(64) Taken {
+    std::atomic<int64_t> tiles{0};
+};
+
+// One call: its plan, its job and its memory.
+class Passes {
+public:
+    Passes(const Call& call, std::initializer_list<const Operand*> data, int part_rows)
+        : call_(call) {
+        Shapes shapes = {call.ndim, call.shape, call.channel_axes, (int)data.size(), 0, {}, 0};
+        for (const Operand* o : data) {
+            job.operand[shapes.operands] = o->data;
+            shapes.strides[shapes.operands++] = o->strides;
+        }
+        job.dtype = (*data.begin())->dtype;
+        job.weight_dtype = NONE;
+        if (call.weights.data) {
+            job.weights = shapes.operands;
+            job.weight_dtype = call.weights.dtype;
+            job.operand[shapes.operands] = call.weights.data;
+            shapes.strides[shapes.operands++] = call.weights.strides;
+        }
+        static const int SIZES[DTYPES] = {0, 2, 2, 4, 8, 1};
+        shapes.itemsize = SIZES[job.dtype];
+        make_plan(shapes, plan);
+        in_place_ = data.size() > 1 && in_place(data);
+
+        job.plan = &plan;
+        job.eps = call.eps;
+        job.gamma = call.gamma;
+        job.beta = call.beta;
+        job.count = call.count;
+        job.mean = call.mean;
+        job.var = call.var;
+        job.low = call.low;
+        // Sums of few values are as fast in float64.
+        job.fast = !call.exact && job.dtype != DOUBLE && !call.weights.data && plan.values >= SEGMENT;
+        job.pivots_given = false;
+        job.row = (plan.channel_count + 31) / 16 * 16;
+        threads_ = plan.alone ? 1 : std::max(1, call.thread_count);
+        int64_t blocks = std::max(plan.grid.blocks(), int64_t(1));
+        int64_t parts = blocks * part_rows * job.row * 8, vectors = 4 * job.row * 8;
+        int64_t shares = threads_ * sizeof(Taken);
+        scratch_bytes_ = (std::max(11 * plan.padded * 8 + 4 * plan.padded * 8, 4 * SEGMENT * 8) + 63) / 64 * 64;
+        char* memory = arena.take(parts + vectors + shares + threads_ * scratch_bytes_);
+        job.parts = (double*)memory;
+        job.vectors = memory + parts;
+        taken_ = (Taken*)(memory + parts + vectors);
+        scratch_ = memory + parts + vectors + shares;
+    }
+    ~Passes() { arena.trim(); }
+
+    void run(Pass pass, const Grid& grid) {
+        job.pass = pass;
+        job.grid = &grid;
+        bool writes = pass != MOMENTS && pass != GRAD_SUMS;
+        job.streaming = writes && grid.streaming && !in_place_;
+        backwards_ = pass == OUTPUT || pass == GRAD_INPUT;
+        tiles_ = grid.tiles();
+        if (!grid.channels) return;
+        int count = (int)std::min<int64_t>(threads_, tiles_);
+        shares_ = count;
+        for (int i = 0; i < count; ++i) new (taken_ + i) Taken;
+        auto task = [](void* context, int index) { ((Passes*)context)->work(index); };
+        if (count > 1) call_.threads->run(count, task, this);
+        else work(0);
+    }
+
+    Plan plan;
+    Job job;
+
+private:
+    // Take tiles: of one's own share, then of others'. A share is the same from pass to pass and from call
+    // to call, so that a thread finds in its cache what it left there: a second pass goes backwards.
+    void work(int me) {
+        for (int j = 0; j < shares_; ++j) {
+            int share = (me + j) % shares_;
+            int64_t first = share * tiles_ / shares_, end = (share + 1) * tiles_ / shares_;
+            for (;;) {
+                if (taken_[share].tiles.load(std::memory_order_relaxed) >= end - first) break;
+                int64_t i = taken_[share].tiles.fetch_add(1, std::memory_order_relaxed);
+                if (i >= end - first) break;
+                int64_t tile = backwards_ ? end - 1 - i : first + i;
+                call_.kernels->tile[job.dtype](job, tile, scratch_ + me * scratch_bytes_);
+            }
+        }
+    }
+
+    static bool in_place(std::initializer_list<const Operand*> data) {
+        const Operand* target = *(data.end() - 1);
+        return std::any_of(data.begin(), data.end() - 1, [=](auto* o) { return o->data == target->data; });
+    }
+
+    const Call& call_;
+    int threads_, shares_ = 1;
+    int64_t tiles_ = 0, scratch_bytes_;
+    bool backwards_ = false, in_place_;
+    Taken* taken_;
+    char* scratch_;
+};
+
+void moments(const Call& call, Passes& p) {
+    p.run(MOMENTS, p.plan.grid);
+    if (call.kernels->join_moments(p.job)) {  // with better pivots, and in float64
+        p.job.pivots_given = true;
+        p.job.fast = false;
+        p.run(MOMENTS, p.plan.grid);
+        call.kernels->join_moments(p.job);
+    }
+}
+
+}  // namespace
+
+bool forward(const Call& call, const Operand& x, const Operand& y, Wanted wanted, double fewest) {
+    // With y = x the plan is a forward pass's, and so are the results.
+    Passes p(call, {&x, wanted == Wanted::ALL ? &y : &x}, 4);
+    if (!p.plan.values) {
+        for (double* v : {call.count, call.mean, call.var, call.low})
+            std::fill_n(v, p.plan.channel_count, 0.0);
+        return true;
+    }
+    if (wanted == Wanted::ALL && p.plan.has_whole && !call.weights.data) {
+        p.run(FORWARD, p.plan.whole);
+        return true;
+    }
+    moments(call, p);
+    if (wanted == Wanted::STATISTICS) return true;
+    if (call.weights.data)  // looked at before y is written
+        for (int64_t c = 0; c < p.plan.channel_count; ++c)
+            if (!(call.count[c] >= fewest)) return false;
+    call.kernels->join_forward(p.job);
+    p.run(OUTPUT, p.plan.grid);
+    return true;
+}
+
+void inference(const Call& call, const Operand& x, const Operand& y) {
+    Passes p(call, {&x, &y}, 0);
+    if (!p.plan.values) return;
+    call.kernels->join_forward(p.job);
+    p.run(OUTPUT, p.plan.sweep);
+}
+
+void backward(
+    const Call& call, const Operand& dy, const Operand& x, const Operand& dx, double* dgamma,
+    double* dbeta) {
+    Passes p(call, {&dy, &x, &dx}, 2);
+    int64_t channels = p.plan.channel_count;
+    if (!p.plan.values) {
+        std::fill_n(dgamma, channels, 0.0);
+        std::fill_n(dbeta, channels, 0.0);
+        return;
+    }
+    if (p.plan.has_whole) {
+        p.run(BACKWARD, p.plan.whole);
+    } else {
+        call.kernels->join_means(p.job);
+        p.run(GRAD_SUMS, p.plan.grid);
+        if (call.kernels->join_sums(p.job)) {
+            p.job.fast = false;
+            p.run(GRAD_SUMS, p.plan.grid);
+            call.kernels->join_sums(p.job);
+        }
+        call.kernels->join_backward(p.job);
+        p.run(GRAD_INPUT, p.plan.grid);
+    }
+    std::memcpy(dgamma, p.job.part(0, 2, 0), channels * sizeof(double));
+    std::memcpy(dbeta, p.job.part(0, 2, 1), channels * sizeof(double));
+}
+
+namespace {
+
+void set_vectors(Passes& p, const void* const* vectors, int count) {
+    int64_t size = p.job.dtype == DOUBLE ? 8 : 4;
+    for (int k = 0; k < count; ++k)
+        std::memcpy((char*)p.job.vectors + k * p.job.row * size, vectors[k], p.plan.channel_count * size);
+}
+
+}  // namespace
+
+void scale_shift(const Call& call, const Operand& x, const void* const* m_a_b, const Operand& y) {
+    Passes p(call, {&x, &y}, 0);
+    if (!p.plan.values) return;
+    set_vectors(p, m_a_b, 3);
+    p.run(OUTPUT, p.plan.sweep);
+}
+
+void grad_sums(
+    const Call& call, const Operand& dy, const Operand& x, const void* m, double* sum_dy, double* sum_dy_d) {
+    // With dx = x, as in a backward pass.
+    Passes p(call, {&dy, &x, &x}, 2);
+    int64_t channels = p.plan.channel_count;
+    if (!p.plan.values) {
+        std::fill_n(sum_dy, channels, 0.0);
+        std::fill_n(sum_dy_d, channels, 0.0);
+        return;
+    }
+    set_vectors(p, &m, 1);
+    p.run(GRAD_SUMS, p.plan.grid);
+    if (call.kernels->join_sums(p.job)) {
+        p.job.fast = false;
+        p.run(GRAD_SUMS, p.plan.grid);
+        call.kernels->join_sums(p.job);
+    }
+    std::memcpy(sum_dy, p.job.part(0, 2, 0), channels * sizeof(double));
+    std::memcpy(sum_dy_d, p.job.part(0, 2, 1), channels * sizeof(double));
+}
+
+void grad_input(
+    const Call& call, const Operand& dy, const Operand& x, const void* const* m_a_b_c,
+    const Operand& dx) {
+    Passes p(call, {&dy, &x, &dx}, 0);
+    if (!p.plan.values) return;
+    set_vectors(p, m_a_b_c, 4);
+    p.run(GRAD_INPUT, p.plan.sweep);
+}
+
+// Instruction sets.
+
+namespace baseline { extern const Kernels KERNELS; }
+#ifdef BN_X86
+namespace avx2 { extern const Kernels KERNELS; }
+namespace avx512 { extern const Kernels KERNELS; }
+#endif
+
+namespace {
+
+#ifdef BN_X86
+bool has_f16c() {  // which __builtin_cpu_supports does not know everywhere
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+struct Isa {
+    const Kernels* kernels;
+    bool (*present)();
+};
+
+const Isa ISAS[] = {
+    {&baseline::KERNELS, [] { return true; }},
+#ifdef BN_X86
+    {&avx2::KERNELS,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }},
+    {&avx512::KERNELS,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+             && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_f16c();
+     }},
+#endif
+};
+
+}  // namespace
+
+const char* const* instruction_sets() {
+    static const char* names[4];
+    static const int count = [] {
+        int n = 0;
+        for (const Isa& isa : ISAS)
+            if (isa.present()) names[n++] = isa.kernels->name;
+        return n;
+    }();
+    (void)count;
+    return names;
+}
+
+const Kernels* kernels_for(const char* name) {
+    const Kernels* found = nullptr;
+    for (const Isa& isa : ISAS)
+        if (isa.present() && (!name || !std::strcmp(name, isa.kernels->name))) found = isa.kernels;
+    return found;
+}
+
+}  // namespace bn

@@ -1,0 +1,54 @@
+// What the threads of a call share, and the table of kernels of one instruction set.
+
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace bn {
+
+enum DType { NONE, HALF, BFLOAT16, SINGLE, DOUBLE, MASK, DTYPES };
+enum Pass { MOMENTS, OUTPUT, FORWARD, GRAD_SUMS, GRAD_INPUT, BACKWARD };
+
+struct Job {
+    const Plan* plan;
+    const Grid* grid;
+    Pass pass;
+    DType dtype;        // of x, y, dy and dx
+    DType weight_dtype; // NONE, MASK or a floating dtype
+    bool fast;          // whether sixteen terms may be added in float32 before they join a float64 sum
+    bool pivots_given;
+    bool streaming;
+    char* operand[MAX_OPERANDS];  // x, y or dy, x, dx; weights
+    int weights;                  // which operand they are
+    double eps;
+    const double* gamma;  // C values each; null for 1 and 0
+    const double* beta;
+    double *count, *mean, *var, *low;  // C each: results of a forward pass, arguments of a backward pass
+    void* vectors;     // 4 rows of the kernel's coefficients, in the type of the arithmetic
+    double* parts;     // sums of each block of a grid: 4 rows (n, s, q, pivot), or 2 (s, q)
+    int64_t row;       // from one row of `vectors` or `parts` to the next, in values
+
+    template <class C> C* vector(int k) const { return (C*)vectors + k * row; }
+    double* part(int64_t block, int rows, int k) const { return parts + (block * rows + k) * row; }
+};
+
+// Kernels of an instruction set, by the dtype of the data.
+struct Kernels {
+    const char* name;
+    void (*tile[DTYPES])(const Job& job, int64_t tile, char* scratch);
+    // From sums over all blocks (in the first block's place) to vectors; whether another reading is needed.
+    bool (*join_moments)(const Job& job);
+    void (*join_forward)(const Job& job);
+    void (*join_means)(const Job& job);
+    bool (*join_sums)(const Job& job);
+    void (*join_backward)(const Job& job);
+};
+
+// The kernels for this processor, or those that BATCHNORM_ISA names; null for an unknown name.
+const Kernels* kernels_for(const char* isa);
+// Names of the instruction sets that this processor has, from the oldest; null after the last.
+const char* const* instruction_sets();
+
+}  // namespace bn

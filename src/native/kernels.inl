@@ -1,0 +1,926 @@
+// The four kernels, and forward and backward passes of tiles of whole channels. Compiled once for each
+// instruction set, in a namespace of its own.
+//
+// Two traversals: spans, where a channel lies in long runs, and rows across channels (channels last, or
+// short runs of channels second), with a sum for each column. Either one adds up what `Terms` gives for
+// sixteen values, and writes what `Result` gives.
+
+// Sources of sixteen values: the i-th after one another along a span, or of the i-th of some rows.
+
+template <class T> struct Along {
+    const T* first;
+    INLINE const T* at(int i, int64_t t) const { return first + t + i * LANES; }
+};
+template <class T, int N> struct Down {
+    const T* row[N];
+    INLINE const T* at(int i, int64_t t) const { return row[i] + t; }
+};
+
+// Sixteen values, or the first n of them, in C.
+template <class C, class T> INLINE Vec<C> load_as(const T* at, int n) {
+    Vec<Compute<T>> v = n == LANES ? load(at) : load(at, n);
+    if constexpr (sizeof(C) == sizeof(Compute<T>)) return v;
+    else return wide(v);
+}
+
+INLINE Vec<float> first_lanes(float, int n) {
+    alignas(64) static const float ones[2 * LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    return load(ones + LANES - n);
+}
+INLINE Vec<double> first_lanes(double, int n) {
+    alignas(64) static const double ones[2 * LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    return load(ones + LANES - n);
+}
+
+// Terms of sums. `k` is the pivot, or the mean.
+
+template <class Number, class X> struct MomentTerms {
+    typedef Number C;
+    static constexpr int SUMS = 2;
+    X x;
+    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
+        Vec<C> d = load_as<C>(x.at(i, t), n) - k;
+        if (n < LANES) d = d * first_lanes(C(), n);
+        sum[0] = d;
+        sum[1] = d * d;
+    }
+};
+template <class X, class W> struct WeightedMomentTerms {
+    typedef double C;
+    static constexpr int SUMS = 3;
+    X x;
+    W w;
+    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[3]) const {
+        Vec<C> v = load_as<C>(w.at(i, t), n), d = where_positive(v, load_as<C>(x.at(i, t), n) - k);
+        sum[0] = v * d;
+        sum[1] = sum[0] * d;
+        sum[2] = v;
+    }
+};
+template <class Number, class X> struct GradTerms {
+    typedef Number C;
+    static constexpr int SUMS = 2;
+    X dy, x;
+    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
+        Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
+        if (n < LANES) d = d * first_lanes(C(), n);
+        sum[0] = g;
+        sum[1] = g * d;
+    }
+};
+template <class X, class W> struct WeightedGradTerms {
+    typedef double C;
+    static constexpr int SUMS = 2;
+    X dy, x;
+    W w;
+    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
+        Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
+        d = where_used(load_as<C>(w.at(i, t), n), g, d);
+        sum[0] = g;
+        sum[1] = g * d;
+    }
+};
+
+// The sums of the terms of N times sixteen values, as a tree.
+template <int N, class Terms>
+INLINE void tree(
+    const Terms& terms, int i, int64_t t, int n, const Vec<typename Terms::C>& k,
+    Vec<typename Terms::C> (&sum)[Terms::SUMS]) {
+    if constexpr (N == 1) {
+        terms(i, t, n, k, sum);
+    } else {
+        Vec<typename Terms::C> other[Terms::SUMS];
+        tree<N / 2>(terms, i, t, n, k, sum);
+        tree<N / 2>(terms, i + N / 2, t, n, k, other);
+        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + other[j];
+    }
+}
+
+// How many terms are added before their sum joins a float64 sum.
+template <class Terms> constexpr int GROUP = sizeof(typename Terms::C) == 4 ? 16 : 2;
+template <class Terms> constexpr int GROUP_ROWS =
+    sizeof(typename Terms::C) == 4 ? (Terms::SUMS == 2 ? 16 : 8) : 4;
+
+// The sums of a span, lane by lane.
+template <class Terms>
+INLINE void span_sums(
+    const Terms& terms, int64_t size, typename Terms::C pivot, Vec<double> (&sum)[Terms::SUMS]) {
+    typedef typename Terms::C C;
+    constexpr int N = GROUP<Terms>;
+    Vec<C> k = splat(pivot), term[Terms::SUMS];
+    for (int j = 0; j < Terms::SUMS; ++j) sum[j] = splat(0.0);
+    int64_t t = 0;
+    for (; t + N * LANES <= size; t += N * LANES) {
+        tree<N>(terms, 0, t, LANES, k, term);
+        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+    }
+    for (; t + LANES <= size; t += LANES) {
+        terms(0, t, LANES, k, term);
+        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+    }
+    if (t < size) {
+        terms(0, t, int(size - t), k, term);
+        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+    }
+}
+
+// Add the sums of N rows to those of their columns. The columns after `size` are of padding.
+template <int N, class Terms>
+void rows_sums(const Terms& terms, int64_t size, const typename Terms::C* k, double* const* sum) {
+    typedef typename Terms::C C;
+    Vec<C> term[Terms::SUMS];
+    int64_t t = 0;
+    for (; t + LANES <= size; t += LANES) {
+        tree<N>(terms, 0, t, LANES, load(k + t), term);
+        for (int j = 0; j < Terms::SUMS; ++j) store(sum[j] + t, load(sum[j] + t) + wide(term[j]));
+    }
+    if (t < size) {
+        tree<N>(terms, 0, t, int(size - t), load(k + t), term);
+        for (int j = 0; j < Terms::SUMS; ++j) store(sum[j] + t, load(sum[j] + t) + wide(term[j]));
+    }
+}
+
+// Results. `Coefficients` of a span are the same for all of it; those of rows are a column's.
+
+template <class C, int N> struct Coefficients {
+    Vec<C> v[N];
+    static INLINE Coefficients of(const C* const* vectors, int64_t c) {
+        Coefficients k;
+        for (int j = 0; j < N; ++j) k.v[j] = splat(vectors[j][c]);
+        return k;
+    }
+    static INLINE Coefficients load_at(const C* const* vectors, int64_t t) {
+        Coefficients k;
+        for (int j = 0; j < N; ++j) k.v[j] = load(vectors[j] + t);
+        return k;
+    }
+};
+
+template <class T, class X> struct Output {
+    typedef Compute<T> C;
+    typedef Coefficients<C, 3> K;  // m, a, b
+    X x;
+    INLINE Vec<C> operator()(int i, int64_t t, int n, const K& k) const {
+        return k.v[1] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[2];
+    }
+};
+template <class T, class X> struct GradInput {
+    typedef Compute<T> C;
+    typedef Coefficients<C, 4> K;  // m, a, b, c
+    X dy, x;
+    INLINE Vec<C> operator()(int i, int64_t t, int n, const K& k) const {
+        Vec<C> d = k.v[2] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[3];
+        return k.v[1] * (load_as<C>(dy.at(i, t), n) + d);
+    }
+};
+template <class T, class X, class W> struct WeightedGradInput {
+    typedef Compute<T> C;
+    typedef Coefficients<C, 4> K;
+    X dy, x;
+    W w;  // in C
+    INLINE Vec<C> operator()(int i, int64_t t, int n, const K& k) const {
+        Vec<C> v = load_as<C>(w.at(i, t), n);
+        Vec<C> d = k.v[2] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[3];
+        return k.v[1] * (load_as<C>(dy.at(i, t), n) + where_positive(v, v * d));
+    }
+};
+
+// Values before the first that streaming stores can begin at.
+template <class T> INLINE int64_t until_aligned(const T* y, int64_t size) {
+    int64_t n = -(uintptr_t)y % stream_bytes<T>() / sizeof(T);
+    return n < size ? n : size;
+}
+
+template <class T, class Result>
+INLINE void write_span(
+    const Result& result, T* y, int64_t size, const typename Result::K& k, bool streaming) {
+    int64_t t = 0;
+    if (streaming) {
+        t = until_aligned(y, size);
+        if (t) store(y, result(0, 0, int(t), k), int(t));
+        for (; t + LANES <= size; t += LANES) stream(y + t, result(0, t, LANES, k));
+    }
+    for (; t + LANES <= size; t += LANES) store(y + t, result(0, t, LANES, k));
+    if (t < size) store(y + t, result(0, t, int(size - t), k), int(size - t));
+}
+
+// N rows, which are `y` of each; where they are streamed, all have the same alignment.
+template <int N, class T, class Result>
+void write_rows(
+    const Result& result, T* const* y, int64_t size,
+    const typename Result::C* const* vectors, bool streaming) {
+    typedef typename Result::K K;
+    int64_t t = 0;
+    if (streaming) {
+        t = until_aligned(y[0], size);
+        if (t) {
+            K k = K::load_at(vectors, 0);
+            for (int i = 0; i < N; ++i) store(y[i], result(i, 0, int(t), k), int(t));
+        }
+        for (; t + LANES <= size; t += LANES) {
+            K k = K::load_at(vectors, t);
+            for (int i = 0; i < N; ++i) stream(y[i] + t, result(i, t, LANES, k));
+        }
+    }
+    for (; t + LANES <= size; t += LANES) {
+        K k = K::load_at(vectors, t);
+        for (int i = 0; i < N; ++i) store(y[i] + t, result(i, t, LANES, k));
+    }
+    if (t < size) {
+        K k = K::load_at(vectors, t);
+        for (int i = 0; i < N; ++i) store(y[i] + t, result(i, t, int(size - t), k), int(size - t));
+    }
+}
+
+// Values that lie a step apart, as neighbours: where they are, or copied to `room`.
+template <class T> INLINE const T* neighbours(const char* at, int64_t step, int64_t n, T* room) {
+    if (step == (int64_t)sizeof(T)) return (const T*)at;
+    for (int64_t i = 0; i < n; ++i) room[i] = *(const T*)(at + i * step);
+    return room;
+}
+
+template <class C, class W> void copy_weights(const char* at, int64_t step, int64_t n, C* room) {
+    for (int64_t i = 0; i < n; ++i) room[i] = (C)value(*(const W*)(at + i * step));
+}
+// Weights in C; those of a mask are 1 and 0.
+template <class C>
+const C* weights_as(DType dtype, const char* at, int64_t step, int64_t n, C* room) {
+    switch (dtype) {
+        case MASK:
+            for (int64_t i = 0; i < n; ++i) room[i] = at[i * step] ? C(1) : C(0);
+            break;
+        case HALF: copy_weights<C, Half>(at, step, n, room); break;
+        case BFLOAT16: copy_weights<C, BFloat16>(at, step, n, room); break;
+        case SINGLE: copy_weights<C, float>(at, step, n, room); break;
+        default: copy_weights<C, double>(at, step, n, room); break;
+    }
+    return room;
+}
+
+struct Bounds {
+    int64_t block, r0, r1, c0, c1;
+};
+INLINE Bounds bounds_of(const Grid& grid, int64_t tile) {
+    int64_t across = (grid.channels + grid.across - 1) / grid.across, block = tile / across;
+    int64_t c0 = (tile - block * across) * grid.across, r0 = block * grid.block;
+    int64_t r1 = r0 + grid.block, c1 = c0 + grid.across;
+    return {block, r0, r1 < grid.reduced ? r1 : grid.reduced, c0, c1 < grid.channels ? c1 : grid.channels};
+}
+
+// Whether sums in float32 may have left its range.
+INLINE bool out_of_range(double n, double s, double q) {
+    double high = n * 0x1p100, low = n * 0x1p-90;
+    bool tiny = __builtin_fabs(q) < low && !(q == 0 && (s == 0 || __builtin_fabs(s) > n * 0x1p-60));
+    return !(__builtin_fabs(q) <= high) || !(__builtin_fabs(s) <= high) || tiny;
+}
+
+INLINE double finite_or_zero(double v) { return __builtin_fabs(v) <= __DBL_MAX__ ? v : 0.0; }
+
+// From sums to vectors, of the channels from c0 to c1.
+
+// Moments from the rows n, s, q and pivot of `sums`; better pivots, and true, where another reading is needed.
+template <class C> bool finish_moments(const Job& job, double* const* sums, int64_t c0, int64_t c1) {
+    int again = 0;
+    const double *n = sums[0], *s = sums[1], *q = sums[2];
+    for (int64_t c = c0; c < c1; ++c) {
+        again |= far_pivot(n[c], s[c], q[c]);
+        if (job.fast) again |= out_of_range(n[c], s[c], q[c]) && q[c] == q[c];
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+        ChannelMoments m = channel_moments(n[c], s[c], q[c], sums[3][c]);
+        job.count[c] = m.count;
+        job.mean[c] = m.mean;
+        job.var[c] = m.var;
+        job.low[c] = m.low;
+    }
+    if (again)
+        for (int64_t c = c0; c < c1; ++c) sums[3][c] = finite_or_zero((double)(C)job.mean[c]);
+    return again;
+}
+
+template <class C> void forward_vectors(const Job& job, int64_t c0, int64_t c1) {
+    C *m = job.vector<C>(0), *a = job.vector<C>(1), *b = job.vector<C>(2);
+    const double *mean = job.mean, *var = job.var, *low = job.low, *gamma = job.gamma, *beta = job.beta;
+    double eps = job.eps;
+    for (int64_t c = c0; c < c1; ++c)
+        forward_coefficients(
+            mean[c], low ? low[c] : 0.0, var[c], gamma ? gamma[c] : 1.0, beta ? beta[c] : 0.0, eps, m[c],
+            a[c], b[c]);
+}
+
+template <class C> void means(const Job& job, int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c) job.vector<C>(0)[c] = (C)job.mean[c];
+}
+
+// The coefficients of dx; `sums` become dgamma and dbeta.
+template <class C> void backward_vectors(const Job& job, double* const* sums, int64_t c0, int64_t c1) {
+    C *m = job.vector<C>(0), *a = job.vector<C>(1), *b = job.vector<C>(2), *s = job.vector<C>(3);
+    for (int64_t c = c0; c < c1; ++c) {
+        double sum_dy = sums[0][c], dgamma;
+        backward_coefficients(
+            job.count[c], job.mean[c], job.low ? job.low[c] : 0.0, job.var[c],
+            job.gamma ? job.gamma[c] : 1.0, job.eps, sum_dy, sums[1][c], dgamma, m[c], a[c], b[c], s[c]);
+        sums[0][c] = dgamma;
+        sums[1][c] = sum_dy;
+    }
+}
+
+bool gradients_out_of_range(const Job& job, double* const* sums, int64_t c0, int64_t c1) {
+    int again = 0;
+    if (job.fast)
+        for (int64_t c = c0; c < c1; ++c)
+            again |= out_of_range((double)job.plan->values, sums[0][c], sums[1][c]);
+    return again;
+}
+
+// A tile of some dtype.
+template <class T> struct Kernel {
+    typedef Compute<T> C;
+    const Job& job;
+    const Plan& plan;
+    char* scratch;
+    bool fast;  // as in a job; a second reading is not
+
+    Kernel(const Job& job, char* scratch)
+        : job(job), plan(*job.plan), scratch(scratch), fast(job.fast) {}
+
+    bool weighted() const { return job.weight_dtype != NONE; }
+
+    // Spans.
+
+    int64_t segments() const { return (plan.reduced.inner().length + SEGMENT - 1) / SEGMENT; }
+
+    template <class V> V* room(int k) const { return (V*)(scratch + k * SEGMENT * 8); }
+
+    struct Place {
+        const char* at;
+        int64_t step;
+    };
+    Place place(int operand, int64_t c, int64_t row, int64_t start) const {
+        int64_t step = plan.reduced.inner().step[operand];
+        return {job.operand[operand] + plan.channels.place(operand, c) + plan.reduced.outer(operand, row)
+                    + start * step,
+                step};
+    }
+    const T* span(int operand, int64_t c, int64_t row, int64_t start, int64_t size) const {
+        Place p = place(operand, c, row, start);
+        return neighbours<T>(p.at, p.step, size, room<T>(operand));
+    }
+    template <class V> const V* weight_span(int64_t c, int64_t row, int64_t start, int64_t size) const {
+        Place p = place(job.weights, c, row, start);
+        return weights_as<V>(job.weight_dtype, p.at, p.step, size, room<V>(3));
+    }
+
+    // Call `each(row, start, size)` for the segments from `first` to `last`.
+    template <class Each> INLINE void for_segments(int64_t first, int64_t last, Each each) const {
+        int64_t per = segments(), length = plan.reduced.inner().length;
+        int64_t row = first / per, segment = first - row * per;
+        for (int64_t i = first; i < last; ++i) {
+            int64_t start = segment * SEGMENT, rest = length - start;
+            each(row, start, rest < SEGMENT ? rest : SEGMENT);
+            if (++segment == per) segment = 0, ++row;
+        }
+    }
+
+    // s, q and, with weights, n of a channel's segments.
+    template <class Terms, class Of>
+    void add_segments(int64_t first, int64_t last, double pivot, Of terms_of, double (&result)[3]) const {
+        Vec<double> high[Terms::SUMS], low[Terms::SUMS], sum[Terms::SUMS];
+        for (int j = 0; j < Terms::SUMS; ++j) high[j] = low[j] = splat(0.0);
+        for_segments(first, last, [&](int64_t row, int64_t start, int64_t size) {
+            Terms terms = terms_of(row, start, size);
+            span_sums(terms, size, (typename Terms::C)pivot, sum);
+            for (int j = 0; j < Terms::SUMS; ++j) two_sum(high[j], low[j], sum[j]);
+        });
+        for (int j = 0; j < Terms::SUMS; ++j) result[j] = total(high[j]) + total(low[j]);
+    }
+
+    typedef Along<T> X;
+    typedef Along<double> W;
+
+    void channel_moments_sums(int64_t c, int64_t first, int64_t last, double* const* out) const {
+        double sum[3], pivot = out[3][c];
+        if (weighted()) {
+            add_segments<WeightedMomentTerms<X, W>>(
+                first, last, pivot,
+                [&](int64_t row, int64_t start, int64_t size) {
+                    return WeightedMomentTerms<X, W>{
+                        {span(0, c, row, start, size)}, {weight_span<double>(c, row, start, size)}};
+                },
+                sum);
+        } else {
+            sum[2] = 0;
+            auto terms = [&](auto kind) {
+                typedef decltype(kind) Terms;
+                add_segments<Terms>(
+                    first, last, pivot,
+                    [&](int64_t row, int64_t start, int64_t size) {
+                        return Terms{{span(0, c, row, start, size)}};
+                    },
+                    sum);
+            };
+            if (fast) terms(MomentTerms<C, X>());
+            else terms(MomentTerms<double, X>());
+            for_segments(first, last, [&](int64_t, int64_t, int64_t size) { sum[2] += (double)size; });
+        }
+        out[0][c] = sum[2];
+        out[1][c] = sum[0];
+        out[2][c] = sum[1];
+    }
+
+    // The mean of a channel's first values, as the type of the arithmetic rounds it. It only has to be
+    // within a standard deviation of the mean.
+    double channel_pivot(int64_t c) const {
+        int64_t length = plan.reduced.inner().length, size = length < 64 ? length : 64;
+        const T* x = span(0, c, 0, 0, size);
+        const double* w = weighted() ? weight_span<double>(c, 0, 0, size) : nullptr;
+        double n = 0, s = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            double v = w ? w[i] : 1.0;
+            if (v > 0) n += v, s += v * (double)value(x[i]);
+        }
+        return finite_or_zero((double)(C)(n > 0 ? s / n : 0.0));
+    }
+
+    void channel_grad_sums(int64_t c, int64_t first, int64_t last, double m, double* const* out) const {
+        double sum[3];
+        if (weighted()) {
+            typedef WeightedGradTerms<X, W> Terms;
+            add_segments<Terms>(
+                first, last, m,
+                [&](int64_t row, int64_t start, int64_t size) {
+                    return Terms{{span(0, c, row, start, size)}, {span(1, c, row, start, size)},
+                                 {weight_span<double>(c, row, start, size)}};
+                },
+                sum);
+        } else {
+            auto terms = [&](auto kind) {
+                typedef decltype(kind) Terms;
+                add_segments<Terms>(
+                    first, last, m,
+                    [&](int64_t row, int64_t start, int64_t size) {
+                        return Terms{{span(0, c, row, start, size)}, {span(1, c, row, start, size)}};
+                    },
+                    sum);
+            };
+            if (fast) terms(GradTerms<C, X>());
+            else terms(GradTerms<double, X>());
+        }
+        out[0][c] = sum[0];
+        out[1][c] = sum[1];
+    }
+
+    // y or dx of segments of the channels from c0 to c1, in the order in which they usually lie in memory.
+    template <int N, class Result, class Of>
+    void write_segments(const Bounds& b, int target, Of result_of) const {
+        const C* vectors[N];
+        for (int k = 0; k < N; ++k) vectors[k] = job.vector<C>(k);
+        int64_t per = segments(), length = plan.reduced.inner().length;
+        int64_t step = plan.reduced.inner().step[target];
+        bool dense = step == sizeof(T);
+        for (int k = 0; k < target; ++k) dense &= plan.reduced.inner().step[k] == sizeof(T);
+        dense &= !weighted();
+        for (int64_t first = b.r0; first < b.r1;) {
+            int64_t row = first / per, end = (row + 1) * per < b.r1 ? (row + 1) * per : b.r1;
+            int64_t start = (first - row * per) * SEGMENT, stop = (end - row * per) * SEGMENT;
+            if (stop > length) stop = length;
+            int64_t most = dense ? stop - start : SEGMENT;  // what is copied has room for a segment
+            for (int64_t c = b.c0; c < b.c1; ++c) {
+                typename Result::K k = Result::K::of(vectors, c);
+                for (int64_t at = start; at < stop; at += most) {
+                    int64_t size = stop - at < most ? stop - at : most;
+                    Result result = result_of(c, row, at, size);
+                    char* to = (char*)place(target, c, row, at).at;
+                    if (step == sizeof(T)) {
+                        write_span<T>(result, (T*)to, size, k, job.streaming);
+                    } else {
+                        T* y = room<T>(target);
+                        write_span<T>(result, y, size, k, false);
+                        for (int64_t i = 0; i < size; ++i) *(T*)(to + i * step) = y[i];
+                    }
+                }
+            }
+            first = end;
+        }
+    }
+
+    void write_spans(const Bounds& b) const {
+        if (job.pass == OUTPUT || job.pass == FORWARD) {
+            write_segments<3, Output<T, X>>(b, 1, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
+                return Output<T, X>{{span(0, c, row, at, size)}};
+            });
+        } else if (weighted()) {
+            typedef WeightedGradInput<T, X, Along<C>> Result;
+            write_segments<4, Result>(b, 2, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
+                return Result{{span(0, c, row, at, size)}, {span(1, c, row, at, size)},
+                              {weight_span<C>(c, row, at, size)}};
+            });
+        } else {
+            typedef GradInput<T, X> Result;
+            write_segments<4, Result>(b, 2, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
+                return Result{{span(0, c, row, at, size)}, {span(1, c, row, at, size)}};
+            });
+        }
+    }
+
+    void spans(const Bounds& b) {
+        switch (job.pass) {
+            case MOMENTS: {
+                double* out[4] = {job.part(b.block, 4, 0), job.part(b.block, 4, 1), job.part(b.block, 4, 2),
+                                  job.part(b.block, 4, 3)};
+                for (int64_t c = b.c0; c < b.c1; ++c) {
+                    // The same in each tile, so that none has to wait for another.
+                    if (!job.pivots_given) out[3][c] = channel_pivot(c);
+                    channel_moments_sums(c, b.r0, b.r1, out);
+                }
+                break;
+            }
+            case FORWARD: {
+                double* out[4] = {job.part(0, 4, 0), job.part(0, 4, 1), job.part(0, 4, 2), job.part(0, 4, 3)};
+                for (int64_t c = b.c0; c < b.c1; ++c) {
+                    out[3][c] = channel_pivot(c);
+                    fast = job.fast;
+                    channel_moments_sums(c, b.r0, b.r1, out);
+                    if (finish_moments<C>(job, out, c, c + 1)) {
+                        fast = false;
+                        channel_moments_sums(c, b.r0, b.r1, out);
+                        finish_moments<C>(job, out, c, c + 1);
+                    }
+                    forward_vectors<C>(job, c, c + 1);
+                    write_spans({b.block, b.r0, b.r1, c, c + 1});
+                }
+                break;
+            }
+            case GRAD_SUMS: {
+                double* out[2] = {job.part(b.block, 2, 0), job.part(b.block, 2, 1)};
+                for (int64_t c = b.c0; c < b.c1; ++c)
+                    channel_grad_sums(c, b.r0, b.r1, (double)job.vector<C>(0)[c], out);
+                break;
+            }
+            case BACKWARD: {
+                double* out[2] = {job.part(0, 2, 0), job.part(0, 2, 1)};
+                for (int64_t c = b.c0; c < b.c1; ++c) {
+                    means<C>(job, c, c + 1);
+                    double m = (double)job.vector<C>(0)[c];
+                    fast = job.fast;
+                    channel_grad_sums(c, b.r0, b.r1, m, out);
+                    if (gradients_out_of_range(job, out, c, c + 1)) {
+                        fast = false;
+                        channel_grad_sums(c, b.r0, b.r1, m, out);
+                    }
+                    backward_vectors<C>(job, out, c, c + 1);
+                    write_spans({b.block, b.r0, b.r1, c, c + 1});
+                }
+                break;
+            }
+            default: write_spans(b);
+        }
+    }
+
+    // Rows. A channel has `length` neighbouring columns, or one in each of so many `copies`.
+
+    double* column_sums(int k) const { return (double*)scratch + k * plan.padded; }  // 11 rows
+    C* column_vectors(int k) const { return (C*)(column_sums(11)) + k * plan.padded; }  // 4 rows
+    double* wide_vector() const { return column_sums(10); }
+    // Weights of a few rows in C, or double.
+    template <class V> V* weight_row() const { return (V*)(column_sums(9)); }
+
+    int64_t columns(const Bounds& b) const { return (b.c1 - b.c0) * plan.length * plan.copies; }
+
+    const T* row_at(int operand, const Bounds& b, int64_t r) const {
+        return (const T*)(job.operand[operand] + b.c0 * plan.channels.axis[0].step[operand]
+                          + plan.reduced.outer(operand, r));
+    }
+    template <int N> Down<T, N> rows_at(int operand, const Bounds& b, int64_t r) const {
+        Down<T, N> rows;
+        for (int i = 0; i < N; ++i) rows.row[i] = row_at(operand, b, r + i);
+        return rows;
+    }
+    template <class V> Down<V, 1> weights_at(const Bounds& b, int64_t r) const {
+        int64_t step = plan.channels.axis[0].step[job.weights];
+        const char* at = job.operand[job.weights] + b.c0 * step + plan.reduced.outer(job.weights, r);
+        return {{weights_as<V>(job.weight_dtype, at, step, columns(b), weight_row<V>())}};
+    }
+
+    // A vector with a value for each column: where it is, or in `room`.
+    template <class V, class S> const V* spread(const S* v, const Bounds& b, V* room) const {
+        if constexpr (sizeof(V) == sizeof(S))
+            if (plan.length == 1 && plan.copies == 1) return v + b.c0;
+        V* to = room;
+        for (int64_t j = 0; j < plan.copies; ++j)
+            for (int64_t c = b.c0; c < b.c1; ++c)
+                for (int64_t t = 0; t < plan.length; ++t) *to++ = (V)v[c];
+        for (int t = 0; t < LANES; ++t) to[t] = V(0);
+        return room;
+    }
+
+    void clear_sums(int first, int last, int64_t size) const {
+        for (int k = first; k < last; ++k)
+            for (int64_t t = 0; t < size; t += LANES) store(column_sums(k) + t, splat(0.0));
+    }
+
+    // Move partial sums to their totals, which are kept in two parts.
+    void carry(int part, int high, int low, int64_t size) const {
+        for (int64_t t = 0; t < size; t += LANES) {
+            Vec<double> h = load(column_sums(high) + t), l = load(column_sums(low) + t);
+            two_sum(h, l, load(column_sums(part) + t));
+            store(column_sums(high) + t, h);
+            store(column_sums(low) + t, l);
+            store(column_sums(part) + t, splat(0.0));
+        }
+    }
+
+    // The sum of each channel's columns; of float64 data, of sums in two parts.
+    void fold(int high, int low, const Bounds& b, double* out) const {
+        const double *h = column_sums(high), *l = column_sums(low);
+        int64_t count = b.c1 - b.c0;
+        Vec<double> s, rest;
+        auto add = [&](int64_t column, int n) {
+            if constexpr (BATCHES) {
+                two_sum(s, rest, load(h + column, n));
+                rest = rest + load(l + column, n);
+            } else {
+                s = s + load(h + column, n);
+            }
+        };
+        if (plan.length == 1) {
+            for (int64_t c = 0; c < count; c += LANES) {
+                int n = count - c < LANES ? int(count - c) : LANES;
+                s = rest = splat(0.0);
+                for (int64_t j = 0; j < plan.copies; ++j) add(j * count + c, n);
+                store(out + b.c0 + c, s + rest, n);
+            }
+            return;
+        }
+        for (int64_t c = 0; c < count; ++c) {
+            s = rest = splat(0.0);
+            for (int64_t t = 0; t < plan.length; t += LANES)
+                add(c * plan.length + t, plan.length - t < LANES ? int(plan.length - t) : LANES);
+            out[b.c0 + c] = total(s) + total(rest);
+        }
+    }
+
+    // The sums of rows, `Terms<...>` made by `of(rows, r)`; `weights` says that rows come one by one.
+    template <template <class, class> class Terms, class Number, int OPERANDS>
+    void add_rows(const Bounds& b, int64_t r, int64_t last, const Number* k, double* const* sum) const {
+        constexpr int N = GROUP_ROWS<Terms<Number, Down<T, 1>>> / OPERANDS;
+        int64_t size = columns(b);
+        auto some = [&](auto n) {
+            constexpr int rows = decltype(n)::N;
+            typedef Down<T, rows> Source;
+            if constexpr (OPERANDS == 1)
+                rows_sums<rows>(Terms<Number, Source>{rows_at<rows>(0, b, r)}, size, k, sum);
+            else
+                rows_sums<rows>(
+                    Terms<Number, Source>{rows_at<rows>(0, b, r), rows_at<rows>(1, b, r)}, size, k, sum);
+            r += rows;
+        };
+        while (r + N <= last) some(Rows<N>());
+        if constexpr (N > 4)
+            while (r + 4 <= last) some(Rows<4>());
+        while (r < last) some(Rows<1>());
+    }
+    template <int n> struct Rows {
+        static constexpr int N = n;
+    };
+
+    // Float64 values are added in batches, whose sums are added in two parts; for others, float64 has
+    // digits enough.
+    static constexpr bool BATCHES = sizeof(T) == 8;
+
+    // Sums of the columns of a tile: rows 3 + j are their high parts and 6 + j their low parts, of s, q, n.
+    template <int OPERANDS, class S> void tile_sums(const Bounds& b, const S* pivots) const {
+        constexpr bool GRAD = OPERANDS == 2;
+        int64_t size = columns(b);
+        int first = BATCHES ? 0 : 3, sums = weighted() && !GRAD ? 3 : 2;
+        clear_sums(first, BATCHES ? 9 : 6, size);
+        double* sum[3] = {column_sums(first), column_sums(first + 1), column_sums(first + 2)};
+        bool narrow = fast && !weighted();
+        const C* k = narrow ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
+        const double* wide_k = narrow ? nullptr : spread<double>(pivots, b, wide_vector());
+        int64_t step = BATCHES ? BATCH : b.r1 - b.r0;
+        for (int64_t r = b.r0; r < b.r1; r += step) {
+            int64_t last = r + step < b.r1 ? r + step : b.r1;
+            if (weighted()) {
+                for (int64_t i = r; i < last; ++i) {
+                    typedef Down<T, 1> X;
+                    typedef Down<double, 1> W;
+                    W w = weights_at<double>(b, i);
+                    if constexpr (GRAD)
+                        rows_sums<1>(
+                            WeightedGradTerms<X, W>{rows_at<1>(0, b, i), rows_at<1>(1, b, i), w}, size,
+                            wide_k, sum);
+                    else
+                        rows_sums<1>(WeightedMomentTerms<X, W>{rows_at<1>(0, b, i), w}, size, wide_k, sum);
+                }
+            } else if (narrow) {
+                if constexpr (GRAD) add_rows<GradTerms, C, 2>(b, r, last, k, sum);
+                else add_rows<MomentTerms, C, 1>(b, r, last, k, sum);
+            } else {
+                if constexpr (GRAD) add_rows<GradTerms, double, 2>(b, r, last, wide_k, sum);
+                else add_rows<MomentTerms, double, 1>(b, r, last, wide_k, sum);
+            }
+            if (BATCHES)
+                for (int j = 0; j < sums; ++j) carry(j, 3 + j, 6 + j, size);
+        }
+    }
+
+    void tile_moments(const Bounds& b, double* const* out) const {
+        tile_sums<1>(b, (const double*)out[3]);
+        fold(3, 6, b, out[1]);
+        fold(4, 7, b, out[2]);
+        if (weighted()) {
+            fold(5, 8, b, out[0]);
+        } else {
+            double n = double((b.r1 - b.r0) * plan.length * plan.copies);
+            for (int64_t c = b.c0; c < b.c1; ++c) out[0][c] = n;
+        }
+    }
+
+    void tile_grad_sums(const Bounds& b, double* const* out) const {
+        tile_sums<2>(b, (const C*)job.vector<C>(0));
+        fold(3, 6, b, out[0]);
+        fold(4, 7, b, out[1]);
+    }
+
+    // The mean of each channel's first values, as the type of the arithmetic rounds it.
+    void tile_pivots(const Bounds& b, double* pivots) const {
+        int64_t all = plan.grid.reduced, width = plan.length < LANES ? plan.length : LANES;
+        if (plan.length > 1) {
+            int64_t rows = 16 / width < all ? (16 / width ? 16 / width : 1) : all;
+            for (int64_t c = b.c0; c < b.c1; ++c) {
+                double s = 0;
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t t = 0; t < width; ++t)
+                        s += (double)value(row_at(0, b, r)[(c - b.c0) * plan.length + t]);
+                pivots[c] = finite_or_zero((double)(C)(s / double(rows * width)));
+            }
+            return;
+        }
+        int64_t rows = (16 + plan.copies - 1) / plan.copies, size = columns(b), count = b.c1 - b.c0;
+        if (rows > all) rows = all;
+        double *s = column_sums(3), *n = column_sums(5);
+        clear_sums(3, 6, size);
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* x = row_at(0, b, r);
+            const double* w = weighted() ? weights_at<double>(b, r).row[0] : nullptr;
+            for (int64_t t = 0; t < size; t += LANES) {
+                int m = size - t < LANES ? int(size - t) : LANES;
+                Vec<double> v = w ? load(w + t, m) : splat(1.0);
+                Vec<double> d = where_positive(v, load_as<double>(x + t, m));
+                store(s + t, load(s + t) + v * d);
+                store(n + t, load(n + t) + v);
+            }
+        }
+        for (int64_t c = 0; c < count; ++c) {
+            double some = 0, sum = 0;
+            for (int64_t j = 0; j < plan.copies; ++j) some += n[j * count + c], sum += s[j * count + c];
+            pivots[b.c0 + c] = finite_or_zero((double)(C)(some > 0 ? sum / some : 0.0));
+        }
+    }
+
+    template <int N, template <int> class ResultOf, class Of>
+    void write_tile(const Bounds& b, int target, Of result_of) const {
+        const C* vectors[N];
+        for (int k = 0; k < N; ++k) vectors[k] = spread<C>(job.vector<C>(k), b, column_vectors(k));
+        int64_t size = columns(b), r = b.r0;
+        T* y[4];
+        auto some = [&](auto n) {
+            constexpr int rows = decltype(n)::N;
+            for (int i = 0; i < rows; ++i) y[i] = (T*)row_at(target, b, r + i);
+            write_rows<rows>(result_of(n, r), y, size, vectors, job.streaming);
+            r += rows;
+        };
+        // Rows that are streamed together have to be aligned alike.
+        auto alike = [&] {
+            for (int i = 1; i < 4; ++i)
+                if (((uintptr_t)row_at(target, b, r + i) - (uintptr_t)row_at(target, b, r))
+                    % stream_bytes<T>())
+                    return false;
+            return true;
+        };
+        if (!weighted())
+            while (r + 4 <= b.r1 && (!job.streaming || alike())) some(Rows<4>());
+        while (r < b.r1) some(Rows<1>());
+    }
+    template <int rows> using OutputOf = Output<T, Down<T, rows>>;
+    template <int rows> using GradInputOf = GradInput<T, Down<T, rows>>;
+    template <int rows> using WeightedGradInputOf = WeightedGradInput<T, Down<T, rows>, Down<C, rows>>;
+
+    void write_rows_of(const Bounds& b) const {
+        if (job.pass == OUTPUT || job.pass == FORWARD) {
+            write_tile<3, OutputOf>(b, 1, [&](auto n, int64_t r) {
+                constexpr int rows = decltype(n)::N;
+                return OutputOf<rows>{rows_at<rows>(0, b, r)};
+            });
+        } else if (weighted()) {
+            write_tile<4, WeightedGradInputOf>(b, 2, [&](auto n, int64_t r) {
+                constexpr int rows = decltype(n)::N;
+                WeightedGradInputOf<rows> result = {rows_at<rows>(0, b, r), rows_at<rows>(1, b, r), {}};
+                if constexpr (rows == 1) result.w = weights_at<C>(b, r);
+                return result;
+            });
+        } else {
+            write_tile<4, GradInputOf>(b, 2, [&](auto n, int64_t r) {
+                constexpr int rows = decltype(n)::N;
+                return GradInputOf<rows>{rows_at<rows>(0, b, r), rows_at<rows>(1, b, r)};
+            });
+        }
+    }
+
+    void rows(const Bounds& b) {
+        double *out[4], **sums = out;
+        bool gradient = job.pass == GRAD_SUMS || job.pass == BACKWARD;
+        for (int k = 0; k < 4; ++k) out[k] = job.part(b.block, gradient ? 2 : 4, gradient ? k % 2 : k);
+        switch (job.pass) {
+            case MOMENTS:
+                // The same in each tile, so that none has to wait for another.
+                if (!job.pivots_given) tile_pivots(b, out[3]);
+                tile_moments(b, sums);
+                break;
+            case FORWARD:
+                tile_pivots(b, out[3]);
+                tile_moments(b, sums);
+                if (finish_moments<C>(job, sums, b.c0, b.c1)) {
+                    fast = false;
+                    tile_moments(b, sums);
+                    finish_moments<C>(job, sums, b.c0, b.c1);
+                }
+                forward_vectors<C>(job, b.c0, b.c1);
+                write_rows_of(b);
+                break;
+            case GRAD_SUMS: tile_grad_sums(b, sums); break;
+            case BACKWARD:
+                means<C>(job, b.c0, b.c1);
+                tile_grad_sums(b, sums);
+                if (gradients_out_of_range(job, sums, b.c0, b.c1)) {
+                    fast = false;
+                    tile_grad_sums(b, sums);
+                }
+                backward_vectors<C>(job, sums, b.c0, b.c1);
+                write_rows_of(b);
+                break;
+            default: write_rows_of(b);
+        }
+    }
+
+    void run(int64_t tile) {
+        Bounds b = bounds_of(*job.grid, tile);
+        if (job.grid->rows) rows(b);
+        else spans(b);
+        if (job.streaming) stream_fence();  // before another thread, or the caller, reads the result
+    }
+};
+
+template <class T> void run_tile(const Job& job, int64_t tile, char* scratch) {
+    Kernel<T>(job, scratch).run(tile);
+}
+
+// Between two passes over the tiles, for all channels.
+
+// Add the sums of all blocks to those of the first.
+static void add_blocks(const Job& job, int rows, int sums) {
+    int64_t blocks = job.plan->grid.blocks(), channels = job.plan->channel_count;
+    for (int64_t block = 1; block < blocks; ++block)
+        for (int k = 0; k < sums; ++k) {
+            double* to = job.part(0, rows, k);
+            const double* from = job.part(block, rows, k);
+            for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+        }
+}
+
+static bool join_moments(const Job& job) {
+    add_blocks(job, 4, 3);
+    double* sums[4] = {job.part(0, 4, 0), job.part(0, 4, 1), job.part(0, 4, 2), job.part(0, 4, 3)};
+    int64_t channels = job.plan->channel_count;
+    bool again = job.dtype == DOUBLE ? finish_moments<double>(job, sums, 0, channels)
+                                     : finish_moments<float>(job, sums, 0, channels);
+    if (again)
+        for (int64_t block = 1; block < job.plan->grid.blocks(); ++block)
+            __builtin_memcpy(job.part(block, 4, 3), sums[3], sizeof(double) * channels);
+    return again;
+}
+static void join_forward(const Job& job) {
+    if (job.dtype == DOUBLE) forward_vectors<double>(job, 0, job.plan->channel_count);
+    else forward_vectors<float>(job, 0, job.plan->channel_count);
+}
+static void join_means(const Job& job) {
+    if (job.dtype == DOUBLE) means<double>(job, 0, job.plan->channel_count);
+    else means<float>(job, 0, job.plan->channel_count);
+}
+static bool join_sums(const Job& job) {
+    add_blocks(job, 2, 2);
+    double* sums[2] = {job.part(0, 2, 0), job.part(0, 2, 1)};
+    return gradients_out_of_range(job, sums, 0, job.plan->channel_count);
+}
+static void join_backward(const Job& job) {
+    double* sums[2] = {job.part(0, 2, 0), job.part(0, 2, 1)};
+    if (job.dtype == DOUBLE) backward_vectors<double>(job, sums, 0, job.plan->channel_count);
+    else backward_vectors<float>(job, sums, 0, job.plan->channel_count);
+}
+
+constexpr Kernels table = {
+    ISA_NAME,
+    {nullptr, run_tile<Half>, run_tile<BFloat16>, run_tile<float>, run_tile<double>},
+    join_moments, join_forward, join_means, join_sums, join_backward,
+};

@@ -1,0 +1,778 @@
+// The binding: NumPy arrays and PyTorch's CPU tensors to passes of the core.
+//
+// Each function takes its arguments by position and returns None for what it does not take, before
+// anything is written: Python then checks the arguments, and explains or runs them in general. `trusted`
+// says that it has: where values of weights and the memory of `out` have been looked at.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "core.h"
+#include "dlpack.h"
+#include "values.h"
+
+namespace {
+
+using namespace bn;
+
+// What Python gives at the beginning.
+PyObject* moments_type;     // a named tuple of count, mean, var and mean_lo
+PyObject* get_num_threads;  // how many threads a call may use
+PyObject* empty_like;       // memory for a large NumPy array, of the pool of outputs
+PyObject* tensor_types[2];  // of PyTorch: tensors and parameters, whose memory dlpack describes
+const DLPackExchangeAPI* dlpack;
+const Kernels* kernels;
+
+constexpr int64_t POOLED_BYTES = 1 << 20;
+// Below this, other threads wait for the interpreter no longer than a switch to them takes.
+constexpr int64_t RELEASED_BYTES = 1 << 14;
+
+struct Array {
+    PyObject* object;
+    char* data;
+    int ndim;
+    DType dtype;
+    bool aligned, writeable, tensor;
+    int64_t shape[MAX_AXES], strides[MAX_AXES];  // in bytes
+
+    int itemsize() const {
+        static const int SIZES[DTYPES] = {0, 2, 2, 4, 8, 1};
+        return SIZES[dtype];
+    }
+    bool floating() const { return dtype != NONE && dtype != MASK; }
+    int64_t size() const {
+        int64_t n = 1;
+        for (int i = 0; i < ndim; ++i) n *= shape[i];
+        return n;
+    }
+    int64_t nbytes() const { return size() * itemsize(); }
+    bool same_shape(const Array& o) const {
+        return ndim == o.ndim && !std::memcmp(shape, o.shape, ndim * sizeof(int64_t));
+    }
+    bool same_place(const Array& o) const {
+        return data == o.data && dtype == o.dtype && same_shape(o)
+            && !std::memcmp(strides, o.strides, ndim * sizeof(int64_t));
+    }
+    bool contiguous() const {
+        int64_t step = itemsize();
+        for (int i = ndim - 1; i >= 0; step *= shape[i--])
+            if (shape[i] != 1 && strides[i] != step) return false;
+        return true;
+    }
+    void extent(char*& low, char*& high) const {
+        low = data;
+        high = data + itemsize();
+        for (int i = 0; i < ndim; ++i) (strides[i] < 0 ? low : high) += (shape[i] - 1) * strides[i];
+    }
+    bool overlaps(const Array& o) const {
+        char *low, *high, *other_low, *other_high;
+        extent(low, high);
+        o.extent(other_low, other_high);
+        return low < other_high && other_low < high;
+    }
+    Operand operand() const { return {data, dtype, strides}; }
+};
+
+bool numpy_is_there() {
+    static bool there = false;
+    if (there) return true;
+    PyObject* name = PyUnicode_FromString("numpy");
+    PyObject* numpy = name ? PyImport_GetModule(name) : nullptr;
+    Py_XDECREF(name);
+    if (!numpy) {
+        PyErr_Clear();
+        return false;
+    }
+    Py_DECREF(numpy);
+    there = _import_array() >= 0;
+    if (!there) PyErr_Clear();
+    return there;
+}
+
+DType dtype_of(PyArrayObject* a) {
+    static int bfloat16 = -1;
+    int type = PyArray_TYPE(a);
+    switch (type) {
+        case NPY_HALF: return HALF;
+        case NPY_FLOAT: return SINGLE;
+        case NPY_DOUBLE: return DOUBLE;
+        case NPY_BOOL: return MASK;
+        default: break;
+    }
+    if (type == bfloat16) return BFLOAT16;
+    if (bfloat16 >= 0 || type < NPY_USERDEF) return NONE;
+    PyObject* name = PyObject_GetAttrString((PyObject*)PyArray_DESCR(a), "name");  // that of ml_dtypes
+    bool found = name && PyUnicode_CompareWithASCIIString(name, "bfloat16") == 0;
+    Py_XDECREF(name);
+    PyErr_Clear();
+    if (found) bfloat16 = type;
+    return found ? BFLOAT16 : NONE;
+}
+
+bool read_numpy(PyObject* object, Array& to) {
+    PyArrayObject* a = (PyArrayObject*)object;
+    to.dtype = PyArray_ISNOTSWAPPED(a) ? dtype_of(a) : NONE;
+    to.ndim = PyArray_NDIM(a);
+    to.data = PyArray_BYTES(a);
+    to.writeable = PyArray_ISWRITEABLE(a);
+    to.aligned = PyArray_ISALIGNED(a);
+    to.tensor = false;
+    int64_t size = to.itemsize();
+    for (int i = 0; i < to.ndim; ++i) {
+        to.shape[i] = PyArray_DIM(a, i);
+        to.strides[i] = PyArray_STRIDE(a, i);
+        if (size && to.strides[i] % size) to.aligned = false;
+    }
+    return to.dtype != NONE;
+}
+
+bool read_tensor(PyObject* object, Array& to) {
+    DLTensor t;
+    if (dlpack->dltensor_from_py_object_no_sync(object, &t)) {
+        PyErr_Clear();
+        return false;
+    }
+    if (t.device.device_type != DL_CPU || t.ndim > MAX_AXES || t.dtype.lanes != 1) return false;
+    switch (t.dtype.code) {
+        case DL_FLOAT: to.dtype = t.dtype.bits == 16 ? HALF : t.dtype.bits == 32 ? SINGLE
+                                : t.dtype.bits == 64 ? DOUBLE : NONE; break;
+        case DL_BFLOAT: to.dtype = t.dtype.bits == 16 ? BFLOAT16 : NONE; break;
+        case DL_BOOL: to.dtype = MASK; break;
+        default: to.dtype = NONE;
+    }
+    to.ndim = t.ndim;
+    to.data = (char*)t.data + t.byte_offset;
+    to.writeable = to.tensor = true;
+    int64_t size = to.itemsize(), step = size;
+    to.aligned = !size || (uintptr_t)to.data % size == 0;
+    for (int i = t.ndim - 1; i >= 0; --i) {
+        to.shape[i] = t.shape[i];
+        to.strides[i] = t.strides ? t.strides[i] * size : step;
+        step *= t.shape[i];
+    }
+    return to.dtype != NONE;
+}
+
+// Whether an object is an array that the core reads. Subclasses have meanings of their own.
+bool read(PyObject* object, Array& to) {
+    to.object = object;
+    PyObject* type = (PyObject*)Py_TYPE(object);
+    if (dlpack && (type == tensor_types[0] || type == tensor_types[1])) return read_tensor(object, to);
+    return numpy_is_there() && PyArray_CheckExact(object) && read_numpy(object, to);
+}
+
+bool read_big(PyObject* object, Array& to) {
+    return read(object, to) && to.floating() && to.aligned;
+}
+
+bool number(PyObject* object, double& v) {
+    if (PyFloat_Check(object)) {
+        v = PyFloat_AsDouble(object);
+        return true;
+    }
+    if (!PyLong_CheckExact(object)) return false;
+    v = PyLong_AsDouble(object);
+    if (v == -1.0 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return false;
+    }
+    return true;
+}
+
+bool number_at_least_0(PyObject* object, double& v) {
+    return number(object, v) && v >= 0 && v <= 1.7976931348623157e308;
+}
+
+// The channel axes of an array of some shape.
+struct Channels {
+    uint64_t mask = 0;
+    int ndim = 0;
+    int64_t shape[MAX_AXES];
+    int64_t count = 1, values = 1;
+
+    bool set(PyObject* axis, const Array& x) {
+        if (PyTuple_CheckExact(axis)) {
+            long last = -1;
+            for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(axis); ++i)
+                if (!add(PyTuple_GET_ITEM(axis, i), x, last)) return false;
+        } else {
+            long last = -1;
+            if (!add(axis, x, last)) return false;
+        }
+        for (int i = 0; i < x.ndim; ++i)
+            if (!(mask >> i & 1)) values *= x.shape[i];
+        return true;
+    }
+    // Whether a vector has one value for each channel.
+    bool fits(const Array& v) const {
+        return v.ndim == ndim && !std::memcmp(v.shape, shape, ndim * sizeof(int64_t));
+    }
+
+private:
+    bool add(PyObject* object, const Array& x, long& last) {
+        if (!PyLong_CheckExact(object)) return false;
+        int overflow;
+        long axis = PyLong_AsLongAndOverflow(object, &overflow);
+        if (overflow || axis < -x.ndim || axis >= x.ndim) return false;
+        if (axis < 0) axis += x.ndim;
+        if (axis <= last) return false;
+        last = axis;
+        mask |= uint64_t(1) << axis;
+        shape[ndim++] = x.shape[axis];
+        count *= x.shape[axis];
+        return true;
+    }
+};
+
+// A vector as C doubles: where it is, or copied.
+class Doubles {
+public:
+    double* room(int64_t n) {
+        if (n <= SMALL) return small_;
+        large_.reset(new double[n]);
+        return large_.get();
+    }
+    const double* of(const Array& v) {
+        if (v.dtype == DOUBLE && v.aligned && v.contiguous()) return (const double*)v.data;
+        int64_t n = v.size();
+        double* to = room(n);
+        if (v.dtype == SINGLE && v.aligned && v.contiguous()) {
+            const float* from = (const float*)v.data;
+            for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+        } else {
+            int64_t index[MAX_AXES] = {};
+            const char* at = v.data;
+            for (int64_t i = 0; i < n; ++i) {
+                to[i] = read_value(v.dtype, at);
+                next(v, index, at);
+            }
+        }
+        return to;
+    }
+
+private:
+    // The place of the next element in the order of axes.
+    static void next(const Array& v, int64_t* index, const char*& at) {
+        for (int k = v.ndim - 1; k >= 0; --k) {
+            at += v.strides[k];
+            if (++index[k] < v.shape[k]) return;
+            at -= v.strides[k] * v.shape[k];
+            index[k] = 0;
+        }
+    }
+    static constexpr int SMALL = 512;
+    double small_[SMALL];
+    std::unique_ptr<double[]> large_;
+};
+
+// Where an argument is None, or fits: null, or its values.
+bool optional_vector(PyObject* object, const Channels& channels, Array& v, Doubles& room, const double*& to) {
+    to = nullptr;
+    v.dtype = NONE;
+    if (object == Py_None) return true;
+    if (!read(object, v) || !v.floating() || !channels.fits(v)) return false;
+    to = room.of(v);
+    return true;
+}
+
+PyObject* declined() { Py_RETURN_NONE; }
+
+// New arrays.
+
+PyObject* new_like(const Array& x) {
+    if (x.nbytes() >= POOLED_BYTES) return PyObject_CallOneArg(empty_like, x.object);
+    return PyArray_NewLikeArray((PyArrayObject*)x.object, NPY_KEEPORDER, nullptr, 0);
+}
+
+PyObject* new_vector(const Channels& channels, PyArray_Descr* descr) {  // takes the reference
+    npy_intp shape[MAX_AXES];
+    for (int i = 0; i < channels.ndim; ++i) shape[i] = channels.shape[i];
+    return PyArray_NewFromDescr(&PyArray_Type, descr, channels.ndim, shape, nullptr, nullptr, 0, nullptr);
+}
+PyObject* new_vector(const Channels& channels, int type) {
+    return new_vector(channels, PyArray_DescrFromType(type));
+}
+double* doubles_of(PyObject* v) { return (double*)PyArray_DATA((PyArrayObject*)v); }
+
+PyObject* moments_of(PyObject* count, PyObject* mean, PyObject* var, PyObject* low) {  // takes references
+    PyObject* fields = PyTuple_New(4);
+    PyObject* arguments = PyTuple_New(1);
+    if (!fields || !arguments) {
+        for (PyObject* o : {fields, arguments, count, mean, var, low}) Py_XDECREF(o);
+        return nullptr;
+    }
+    PyTuple_SET_ITEM(fields, 0, count);
+    PyTuple_SET_ITEM(fields, 1, mean);
+    PyTuple_SET_ITEM(fields, 2, var);
+    PyTuple_SET_ITEM(fields, 3, low);
+    PyTuple_SET_ITEM(arguments, 0, fields);
+    PyObject* made = PyTuple_Type.tp_new((PyTypeObject*)moments_type, arguments, nullptr);
+    Py_DECREF(arguments);
+    return made;
+}
+
+PyObject* pair(PyObject* a, PyObject* b) {  // takes references
+    PyObject* made = a && b ? PyTuple_New(2) : nullptr;
+    if (!made) {
+        Py_XDECREF(a);
+        Py_XDECREF(b);
+        return nullptr;
+    }
+    PyTuple_SET_ITEM(made, 0, a);
+    PyTuple_SET_ITEM(made, 1, b);
+    return made;
+}
+
+// Weights with as many axes as x; axes of length 1 are repeated.
+struct Weights {
+    Array given;
+    int64_t strides[MAX_AXES];
+
+    bool set(PyObject* object, const Array& x, Call& call) {
+        if (object == Py_None) return true;
+        if (!read(object, given) || !given.aligned || given.ndim > x.ndim) return false;
+        int first = x.ndim - given.ndim;
+        for (int i = 0; i < x.ndim; ++i) {
+            int64_t n = i < first ? 1 : given.shape[i - first];
+            if (n != 1 && n != x.shape[i]) return false;
+            strides[i] = n == 1 ? 0 : given.strides[i - first];
+        }
+        call.weights = {given.data, given.dtype, strides};
+        return true;
+    }
+};
+
+// Whether `out` may be written to while the others are read. Its elements share no memory where it lies
+// as a contiguous array does, or as x.
+bool takes_out(PyObject* object, const Array& x, const Array* dy, bool trusted, Array& out) {
+    if (!read_big(object, out) || out.dtype != x.dtype || !out.same_shape(x) || !out.writeable) return false;
+    if (trusted) return true;
+    if (!out.contiguous()) return false;
+    if (out.overlaps(x) && !out.same_place(x)) return false;
+    return !dy || !out.overlaps(*dy) || out.same_place(*dy);
+}
+bool apart(const Array& out, const Array& v) { return v.dtype == NONE || !out.overlaps(v); }
+
+bool set_threads(Call& call, int64_t nbytes, bool tensor) {
+    call.kernels = kernels;
+    call.threads = nullptr;
+    call.thread_count = 1;
+    if (nbytes < POOLED_BYTES / 8) return true;
+    PyObject* count = PyObject_CallNoArgs(get_num_threads);
+    if (!count) return false;
+    call.thread_count = (int)PyLong_AsLong(count);
+    Py_DECREF(count);
+    if (PyErr_Occurred()) return false;
+    if (tensor) call.threads = torch_threads(call.thread_count);
+    if (!call.threads) call.threads = &own_threads();
+    return true;
+}
+
+// Run a pass, without the interpreter's lock where it takes a while.
+template <class Run> bool run(int64_t nbytes, Run pass) {
+    bool failed = false;
+    PyThreadState* state = nbytes >= RELEASED_BYTES ? PyEval_SaveThread() : nullptr;
+    try {
+        pass();
+    } catch (const std::bad_alloc&) {
+        failed = true;
+    }
+    if (state) PyEval_RestoreThread(state);
+    if (failed) PyErr_NoMemory();
+    return !failed;
+}
+
+Call call_of(const Array& x, const Channels& channels) {
+    Call call = {};
+    call.ndim = x.ndim;
+    call.shape = x.shape;
+    call.channel_axes = channels.mask;
+    return call;
+}
+
+bool arguments(Py_ssize_t got, Py_ssize_t expected) {
+    if (got == expected) return true;
+    PyErr_Format(PyExc_TypeError, "got %zd arguments, expected %zd", got, expected);
+    return false;
+}
+
+// forward(x, gamma, beta, axis, eps, where, out, trusted) -> (y, Moments) or None
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 8)) return nullptr;
+    bool trusted = args[7] == Py_True;
+    Array x, gamma, beta, out;
+    Channels channels;
+    if (!read_big(args[0], x) || x.tensor || !channels.set(args[3], x) || channels.values < 2)
+        return declined();
+    Call call = call_of(x, channels);
+    Doubles gamma_room, beta_room;
+    Weights weights;
+    if (!number_at_least_0(args[4], call.eps)
+        || !optional_vector(args[1], channels, gamma, gamma_room, call.gamma)
+        || !optional_vector(args[2], channels, beta, beta_room, call.beta)
+        || !weights.set(args[5], x, call))
+        return declined();
+    if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
+    bool given = args[6] != Py_None;
+    if (given) {
+        if (!takes_out(args[6], x, nullptr, trusted, out)) return declined();
+        if (!trusted
+            && !(apart(out, gamma) && apart(out, beta)
+                 && (!call.weights.data || apart(out, weights.given))))
+            return declined();
+    }
+    PyObject* y = given ? Py_NewRef(args[6]) : new_like(x);
+    PyObject* stats[4];
+    bool made = y;
+    for (PyObject*& v : stats) made &= (v = new_vector(channels, NPY_DOUBLE)) != nullptr;
+    made = made && (given || read_numpy(y, out)) && set_threads(call, x.nbytes(), false);
+    bool enough = true;
+    if (made) {
+        call.count = doubles_of(stats[0]);
+        call.mean = doubles_of(stats[1]);
+        call.var = doubles_of(stats[2]);
+        call.low = doubles_of(stats[3]);
+        double fewest = call.weights.data && call.weights.dtype == MASK ? 2 : 0;
+        made = run(x.nbytes(), [&] {
+            enough = bn::forward(call, x.operand(), out.operand(), Wanted::ALL, fewest);
+        });
+    }
+    if (!made || !enough) {
+        Py_XDECREF(y);
+        for (PyObject* v : stats) Py_XDECREF(v);
+        return made ? declined() : nullptr;
+    }
+    return pair(y, moments_of(stats[0], stats[1], stats[2], stats[3]));
+}
+
+// moments(x, axis, where) -> Moments or None
+PyObject* moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 3)) return nullptr;
+    Array x;
+    Channels channels;
+    if (!read_big(args[0], x) || x.tensor || !channels.set(args[1], x)) return declined();
+    Call call = call_of(x, channels);
+    Weights weights;
+    if (!weights.set(args[2], x, call)) return declined();
+    PyObject* stats[4];
+    bool made = true;
+    for (PyObject*& v : stats) made &= (v = new_vector(channels, NPY_DOUBLE)) != nullptr;
+    made = made && set_threads(call, x.nbytes(), false);
+    if (made) {
+        call.count = doubles_of(stats[0]);
+        call.mean = doubles_of(stats[1]);
+        call.var = doubles_of(stats[2]);
+        call.low = doubles_of(stats[3]);
+        made = run(x.nbytes(), [&] {
+            bn::forward(call, x.operand(), x.operand(), Wanted::STATISTICS, 0);
+        });
+    }
+    if (!made) {
+        for (PyObject* v : stats) Py_XDECREF(v);
+        return nullptr;
+    }
+    return moments_of(stats[0], stats[1], stats[2], stats[3]);
+}
+
+// inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted) -> y or None
+PyObject* inference(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 10)) return nullptr;
+    bool trusted = args[9] == Py_True;
+    Array x, v[5], out;
+    Channels channels;
+    if (!read_big(args[0], x) || x.tensor || !channels.set(args[6], x)) return declined();
+    Call call = call_of(x, channels);
+    Doubles room[5];
+    const double* vectors[5];
+    if (!number_at_least_0(args[7], call.eps)) return declined();
+    for (int i = 0; i < 5; ++i)
+        if (!optional_vector(args[1 + i], channels, v[i], room[i], vectors[i])) return declined();
+    if (!vectors[0] || !vectors[1]) return declined();
+    bool given = args[8] != Py_None;
+    if (given) {
+        if (!takes_out(args[8], x, nullptr, trusted, out)) return declined();
+        for (int i = 0; i < 5 && !trusted; ++i)
+            if (!apart(out, v[i])) return declined();
+    }
+    PyObject* y = given ? Py_NewRef(args[8]) : new_like(x);
+    bool made = y && (given || read_numpy(y, out)) && set_threads(call, x.nbytes(), false);
+    if (made) {
+        call.mean = (double*)vectors[0];
+        call.var = (double*)vectors[1];
+        call.low = (double*)vectors[2];
+        call.gamma = vectors[3];
+        call.beta = vectors[4];
+        made = run(x.nbytes(), [&] { bn::inference(call, x.operand(), out.operand()); });
+    }
+    if (!made) Py_CLEAR(y);
+    return y;
+}
+
+// Statistics of a backward pass. A count may be one number, for all channels.
+struct Statistics {
+    Array v[4];
+    Doubles room[4];
+    bool set(PyObject* count, PyObject* mean, PyObject* var, PyObject* low, const Channels& channels,
+             Call& call) {
+        const double* at[4];
+        double one;
+        PyObject* given[4] = {count, mean, var, low};
+        bool many = !number(count, one);
+        if (!many) {
+            double* to = room[0].room(channels.count);
+            for (int64_t c = 0; c < channels.count; ++c) to[c] = one;
+            at[0] = to;
+            v[0].dtype = NONE;
+        }
+        for (int i = many ? 0 : 1; i < 4; ++i)
+            if (!optional_vector(given[i], channels, v[i], room[i], at[i])) return false;
+        if (!at[0] || !at[1] || !at[2]) return false;
+        call.count = (double*)at[0];
+        call.mean = (double*)at[1];
+        call.var = (double*)at[2];
+        call.low = (double*)at[3];
+        return true;
+    }
+    bool set(PyObject* stats, const Channels& channels, Call& call) {
+        return (PyObject*)Py_TYPE(stats) == moments_type
+            && set(PyTuple_GET_ITEM(stats, 0), PyTuple_GET_ITEM(stats, 1), PyTuple_GET_ITEM(stats, 2),
+                   PyTuple_GET_ITEM(stats, 3), channels, call);
+    }
+};
+
+// A gradient in the dtype of its parameter.
+PyObject* gradient(const double* values, const Channels& channels, const Array& gamma, DType compute) {
+    DType dtype = gamma.dtype == NONE ? compute : gamma.dtype;
+    PyArray_Descr* descr = gamma.dtype == NONE
+        ? PyArray_DescrFromType(compute == DOUBLE ? NPY_DOUBLE : NPY_FLOAT)
+        : PyArray_DESCR((PyArrayObject*)gamma.object);
+    if (gamma.dtype != NONE) Py_INCREF(descr);
+    PyObject* made = new_vector(channels, descr);
+    if (made) write_values(dtype, PyArray_BYTES((PyArrayObject*)made), values, channels.count);
+    return made;
+}
+
+// backward(dy, x, stats, gamma, axis, eps, where, out, trusted) -> (dx, dgamma, dbeta) or None
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 9)) return nullptr;
+    bool trusted = args[8] == Py_True;
+    Array dy, x, gamma, out;
+    Channels channels;
+    if (!read_big(args[0], dy) || !read_big(args[1], x) || x.tensor || dy.tensor || dy.dtype != x.dtype
+        || !dy.same_shape(x) || !channels.set(args[4], x))
+        return declined();
+    Call call = call_of(x, channels);
+    Doubles gamma_room, dgamma_room, dbeta_room;
+    Statistics stats;
+    Weights weights;
+    if (!stats.set(args[2], channels, call)
+        || !optional_vector(args[3], channels, gamma, gamma_room, call.gamma)
+        || !number_at_least_0(args[5], call.eps) || !weights.set(args[6], x, call))
+        return declined();
+    if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
+    bool given = args[7] != Py_None;
+    if (given) {
+        if (!takes_out(args[7], x, &dy, trusted, out)) return declined();
+        if (!trusted) {
+            if (!apart(out, gamma) || (call.weights.data && !apart(out, weights.given))) return declined();
+            for (const Array& v : stats.v)
+                if (!apart(out, v)) return declined();
+        }
+    }
+    call.exact = gamma.dtype == DOUBLE;
+    PyObject* dx = given ? Py_NewRef(args[7]) : new_like(x);
+    bool made = dx && (given || read_numpy(dx, out)) && set_threads(call, x.nbytes(), false);
+    double* dgamma = dgamma_room.room(channels.count);
+    double* dbeta = dbeta_room.room(channels.count);
+    made = made && run(x.nbytes(), [&] {
+        bn::backward(call, dy.operand(), x.operand(), out.operand(), dgamma, dbeta);
+    });
+    if (!made) {
+        Py_XDECREF(dx);
+        return nullptr;
+    }
+    DType compute = x.dtype == DOUBLE ? DOUBLE : SINGLE;
+    PyObject* second = gradient(dgamma, channels, gamma, compute);
+    PyObject* third = gradient(dbeta, channels, gamma, compute);
+    PyObject* result = second && third ? PyTuple_New(3) : nullptr;
+    if (!result) {
+        for (PyObject* o : {dx, second, third}) Py_XDECREF(o);
+        return nullptr;
+    }
+    PyTuple_SET_ITEM(result, 0, dx);
+    PyTuple_SET_ITEM(result, 1, second);
+    PyTuple_SET_ITEM(result, 2, third);
+    return result;
+}
+
+// update_running(mean, var, stats, momentum, correction) -> (mean, var) or None
+PyObject* update_running(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 5)) return nullptr;
+    Array mean, var;
+    double momentum, correction;
+    if (!read(args[0], mean) || !read(args[1], var) || mean.tensor || var.tensor || !mean.floating()
+        || !var.floating() || !mean.same_shape(var) || !number_at_least_0(args[3], momentum)
+        || momentum > 1 || !number_at_least_0(args[4], correction))
+        return declined();
+    Channels channels;
+    channels.ndim = mean.ndim;
+    std::memcpy(channels.shape, mean.shape, mean.ndim * sizeof(int64_t));
+    channels.count = mean.size();
+    Call call = {};
+    Statistics stats;
+    if (!stats.set(args[2], channels, call)) return declined();
+    Doubles mean_room, var_room, new_mean, new_var;
+    const double *old_mean = mean_room.of(mean), *old_var = var_room.of(var);
+    double *to_mean = new_mean.room(channels.count), *to_var = new_var.room(channels.count);
+    for (int64_t c = 0; c < channels.count; ++c) {
+        double count = call.count[c], freedom = count > correction ? count - correction : count;
+        double m = count > 0 ? momentum : 0;
+        if (!(freedom > 0)) freedom = 1;
+        to_mean[c] = (1 - m) * old_mean[c] + m * call.mean[c];
+        to_var[c] = (1 - m) * old_var[c] + m * (call.var[c] * (count / freedom));
+    }
+    return pair(gradient(to_mean, channels, mean, DOUBLE), gradient(to_var, channels, var, DOUBLE));
+}
+
+// The kernels of `Backend`. Vectors come in the type of the arithmetic, contiguous, with C values.
+
+const void* vector(PyObject* object, const Channels& channels, DType dtype) {
+    Array v;
+    bool fits = read(object, v) && v.dtype == (dtype == DOUBLE ? DOUBLE : SINGLE) && v.aligned
+        && v.contiguous() && v.size() == channels.count;
+    return fits ? v.data : nullptr;
+}
+
+// scale_shift(x, m, a, b, axis, out) -> y or None
+PyObject* scale_shift(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 6)) return nullptr;
+    Array x, out;
+    Channels channels;
+    if (!read_big(args[0], x) || x.tensor || !channels.set(args[4], x)) return declined();
+    const void* vectors[3];
+    for (int k = 0; k < 3; ++k)
+        if (!(vectors[k] = vector(args[1 + k], channels, x.dtype))) return declined();
+    bool given = args[5] != Py_None;
+    if (given && !takes_out(args[5], x, nullptr, true, out)) return declined();
+    Call call = call_of(x, channels);
+    PyObject* y = given ? Py_NewRef(args[5]) : new_like(x);
+    bool made = y && (given || read_numpy(y, out)) && set_threads(call, x.nbytes(), false);
+    made = made && run(x.nbytes(), [&] { bn::scale_shift(call, x.operand(), vectors, out.operand()); });
+    if (!made) Py_CLEAR(y);
+    return y;
+}
+
+// grad_sums(dy, x, m, where, axis) -> (sum_dy, sum_dy_d) or None
+PyObject* grad_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 5)) return nullptr;
+    Array dy, x;
+    Channels channels;
+    if (!read_big(args[0], dy) || !read_big(args[1], x) || x.tensor || dy.tensor || dy.dtype != x.dtype
+        || !dy.same_shape(x) || !channels.set(args[4], x))
+        return declined();
+    Call call = call_of(x, channels);
+    call.exact = true;  // their results are float64
+    Weights weights;
+    const void* m = vector(args[2], channels, x.dtype);
+    if (!m || !weights.set(args[3], x, call)) return declined();
+    PyObject* sum_dy = new_vector(channels, NPY_DOUBLE);
+    PyObject* sum_dy_d = new_vector(channels, NPY_DOUBLE);
+    bool made = sum_dy && sum_dy_d && set_threads(call, x.nbytes(), false);
+    made = made && run(x.nbytes(), [&] {
+        bn::grad_sums(call, dy.operand(), x.operand(), m, doubles_of(sum_dy), doubles_of(sum_dy_d));
+    });
+    if (!made) {
+        Py_XDECREF(sum_dy);
+        Py_XDECREF(sum_dy_d);
+        return nullptr;
+    }
+    return pair(sum_dy, sum_dy_d);
+}
+
+// grad_input(dy, x, m, a, b, c, where, axis, out) -> dx or None
+PyObject* grad_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 9)) return nullptr;
+    Array dy, x, out;
+    Channels channels;
+    if (!read_big(args[0], dy) || !read_big(args[1], x) || x.tensor || dy.tensor || dy.dtype != x.dtype
+        || !dy.same_shape(x) || !channels.set(args[7], x))
+        return declined();
+    const void* vectors[4];
+    for (int k = 0; k < 4; ++k)
+        if (!(vectors[k] = vector(args[2 + k], channels, x.dtype))) return declined();
+    Call call = call_of(x, channels);
+    Weights weights;
+    if (!weights.set(args[6], x, call)) return declined();
+    bool given = args[8] != Py_None;
+    if (given && !takes_out(args[8], x, &dy, true, out)) return declined();
+    PyObject* dx = given ? Py_NewRef(args[8]) : new_like(x);
+    bool made = dx && (given || read_numpy(dx, out)) && set_threads(call, x.nbytes(), false);
+    made = made && run(x.nbytes(), [&] {
+        bn::grad_input(call, dy.operand(), x.operand(), vectors, out.operand());
+    });
+    if (!made) Py_CLEAR(dx);
+    return dx;
+}
+
+// setup(Moments, get_num_threads, empty_like)
+PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 3)) return nullptr;
+    moments_type = Py_NewRef(args[0]);
+    get_num_threads = Py_NewRef(args[1]);
+    empty_like = Py_NewRef(args[2]);
+    Py_RETURN_NONE;
+}
+
+// instruction_sets() -> names, from the oldest, and the one in use
+PyObject* isas(PyObject*, PyObject*) {
+    PyObject* names = PyList_New(0);
+    for (const char* const* name = instruction_sets(); names && *name; ++name) {
+        PyObject* v = PyUnicode_FromString(*name);
+        if (!v || PyList_Append(names, v)) Py_CLEAR(names);
+        Py_XDECREF(v);
+    }
+    return names ? pair(names, PyUnicode_FromString(kernels->name)) : nullptr;
+}
+
+#define FUNCTION(name, function, doc) {name, (PyCFunction)(void (*)())function, METH_FASTCALL, doc}
+PyMethodDef METHODS[] = {
+    FUNCTION("setup", setup, "setup(Moments, get_num_threads, empty_like)"),
+    FUNCTION("forward", forward, "forward(x, gamma, beta, axis, eps, where, out, trusted)"),
+    FUNCTION("moments", moments, "moments(x, axis, where)"),
+    FUNCTION("inference", inference,
+             "inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted)"),
+    FUNCTION("backward", backward, "backward(dy, x, stats, gamma, axis, eps, where, out, trusted)"),
+    FUNCTION("update_running", update_running, "update_running(mean, var, stats, momentum, correction)"),
+    FUNCTION("scale_shift", scale_shift, "scale_shift(x, m, a, b, axis, out)"),
+    FUNCTION("grad_sums", grad_sums, "grad_sums(dy, x, m, where, axis)"),
+    FUNCTION("grad_input", grad_input, "grad_input(dy, x, m, a, b, c, where, axis, out)"),
+    {"instruction_sets", isas, METH_NOARGS, "instruction_sets() -> (names, the one in use)"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_core", "The compiled core of batchnorm.", -1, METHODS,
+                      nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__core() {
+    const char* isa = std::getenv("BATCHNORM_ISA");
+    kernels = kernels_for(isa && *isa ? isa : nullptr);
+    if (!kernels) {
+        PyErr_Format(
+            PyExc_ImportError, "BATCHNORM_ISA: got '%s', expected one that this processor has: %s", isa,
+            instruction_sets()[0]);
+        return nullptr;
+    }
+    return PyModule_Create(&MODULE);
+}
