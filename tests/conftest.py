@@ -1,24 +1,11 @@
-"""All tests of this repository: compiled loops are kept from one process to the next."""
+"""All tests of this repository: which cases are slow."""
 
 import os
 import re
-import shutil
-import tempfile
 
 import pytest
 
-KEPT = "BATCHNORM_CACHE_COMPILED", "NUMBA_CACHE_DIR"
-
-# Numba compiles a loop for a second and all loops for a minute, in each worker and in each program that
-# a test starts. So each loop is compiled once in a run, and read by the others; what is read is never
-# older than the run. Set before anything imports the loops; workers have the environment of who starts
-# them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # other workers have the other cores
-_folder = None
-if not any(name in os.environ for name in KEPT):
-    _folder = tempfile.mkdtemp(prefix="batchnorm-compiled-")
-    os.environ.update(zip(KEPT, ("1", _folder), strict=True))
-
 
 # Slow cases that are not marked where they are; each has a fast one beside it.
 SLOW = re.compile(
@@ -36,7 +23,3 @@ def pytest_collection_modifyitems(items):
         if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
 
-
-def pytest_unconfigure():
-    if _folder is not None:
-        shutil.rmtree(_folder, ignore_errors=True)

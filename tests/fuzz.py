@@ -5,7 +5,7 @@ stride 0, unaligned, read-only, `out` that is x or dy.
 
 python tests/fuzz.py TARGET [--cases 20000] [--first 0]
 
-TARGET is one of the suite's, "numpy[numba]" or "torch[cpu-numpy]" say. A case is its number alone: with
+TARGET is one of the suite's, "numpy[native]" or "torch[cpu-numpy]" say. A case is its number alone: with
 `--first N --cases 1` it runs again.
 """
 
@@ -35,7 +35,7 @@ class Draw:
     def __init__(self, number, target):
         self.rng = np.random.default_rng(number)
         self.target = target
-        self.skewed = getattr(target, "kernels", "") != "numba"  # which refuses big arrays so
+        self.skewed = getattr(target, "kernels", "") != "native"  # which refuses big arrays so
         self.shape = ()
         self.floats = FLOATS if target.library != "array_api_strict" else FLOATS[2:]
 
@@ -199,7 +199,7 @@ def training(draw):
     y, stats = draw.call(forward, x, gamma, beta, where, out=draw.out(x), aliased=aliased)
     expected = Problem(original, gamma, beta, where=where, **options)
     verdict.forward(y, expected, dtype)
-    verdict.moments(stats, expected)
+    verdict.moments(stats, expected, x.dtype.name)
 
     dy, x = draw.gradient(shape), draw.laid(original, broadcast=False)
     out, aliased = draw.out(x), None

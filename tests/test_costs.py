@@ -57,15 +57,15 @@ print(resident("VmHWM") - before - result[0].nbytes)
 @pytest.mark.parametrize(
     ("kernels", "masked"),
     [
-        ("numba", "no mask"),
+        ("native", "no mask"),
         ("numpy", "no mask"),
         ("numpy", "broadcast weights"),
         *(
             pytest.param(kernels, masked, marks=pytest.mark.slow)
             for kernels, masked in (
-                ("numba", "mask"),
-                ("numba", "broadcast mask"),
-                ("numba", "broadcast weights"),
+                ("native", "mask"),
+                ("native", "broadcast mask"),
+                ("native", "broadcast weights"),
                 ("numpy", "mask"),
                 ("numpy", "broadcast mask"),
             )
@@ -73,8 +73,8 @@ print(resident("VmHWM") - before - result[0].nbytes)
     ],
 )
 def test_peak_memory_is_the_output_and_little_more(kernels, layout, which, masked):
-    if kernels == "numba":
-        pytest.importorskip("numba")
+    if kernels == "native":
+        CORE
     command = [sys.executable, "-c", PEAK, kernels, layout, which, masked]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) < 8 * MB, f"{int(done.stdout) / MB:.1f} MB beside the output"
@@ -121,7 +121,7 @@ import batchnorm as bn
 
 bn.set_kernels("numpy")
 bn.batch_norm(np.ones((4, 3), np.float32))
-assert "numba" not in sys.modules
+assert "native" not in sys.modules
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -369,7 +369,7 @@ def test_cuda_tensors_without_cupy_say_so(monkeypatch, cuda_tensor):
     with asked("cupy"), pytest.raises(TypeError, match="'cupy' asked for, but CuPy is not installed"):
         bn.kernels_for(cuda_tensor)
     with (
-        asked("numba"),
+        asked("native"),
         pytest.raises(TypeError, match="'numba' asked for, but x is an array of torch on"),
     ):
         bn.kernels_for(cuda_tensor)

@@ -116,7 +116,7 @@ def test_sums_of_equal_terms_do_not_drift():
     x = np.tile(np.where(np.arange(4096) % 2, 1.1, 1.3)[:, None], (1, 8))
     expected = Problem(x)
     var = expected.flat(expected.var)
-    for name, bound in (("generic", 1), ("numpy", 2), ("numba", 2)):
+    for name, bound in (("generic", 1), ("numpy", 2), ("native", 2)):
         with kernels(name):
             verdict.assert_close(bn.moments(x).var, var, var, "float64", bound, name)
 

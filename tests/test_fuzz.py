@@ -17,7 +17,7 @@ TARGETS = [
     target
     for library in ("numpy", "torch", "array_api_strict")
     for target in targets(library)
-    if target.device_name in ("numba", "numpy", "generic", "CPU_DEVICE") or "cpu" in target.device_name
+    if target.device_name in ("native", "numpy", "generic", "CPU_DEVICE") or "cpu" in target.device_name
 ]
 CASES = {"few": range(60), "more": range(60, 420)}
 

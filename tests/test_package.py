@@ -16,7 +16,7 @@ import pytest
 import batchnorm as bn
 
 ROOT = pathlib.Path(__file__).parents[1]
-OPTIONAL = ("cupy", "dask", "jax", "matplotlib", "ndonnx", "numba", "rich", "sklearn", "torch")
+OPTIONAL = ("cupy", "dask", "jax", "matplotlib", "ndonnx", "native", "rich", "sklearn", "torch")
 
 
 def test_import_loads_no_array_library():
@@ -158,7 +158,7 @@ def test_wheel(wheel):
     plain = sorted(line.split()[1].partition(">")[0] for line in needed if "extra" not in line)
     assert plain == ["array-api-compat", "numpy"]
     extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
-    wanted = {"numba", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors", "mpi"}
+    wanted = {"native", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors", "mpi"}
     wanted |= {"demo", "docs", "test"}
     assert extras == wanted
 

@@ -196,7 +196,7 @@ def test_the_table_speaks_of_what_exists():
     found = gap("jax", "jit", "float32", "out")
     assert found is not None
     assert "immutable" in found.why
-    assert gap("numpy", "numba", "float16", "forward") is None
+    assert gap("numpy", "native", "float16", "forward") is None
     assert works("array_api_strict", "no_float64")[0] == ["float32"]
 
 

@@ -12,7 +12,7 @@ from batchnorm.testing import data
 from batchnorm.testing.libraries import kernels
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("numba")
+CORE
 from batchnorm.backends.compiled import openmp as team  # noqa: E402
 from batchnorm.backends.compiled import pool as crew  # noqa: E402
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP 
 @pytest.fixture(autouse=True)
 def compiled():
     before = torch.get_num_threads()
-    with kernels("numba"):
+    with kernels("native"):
         yield
     bn.set_num_threads(None)
     torch.set_num_threads(before)

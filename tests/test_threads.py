@@ -17,7 +17,7 @@ from batchnorm import outputs, threads
 from batchnorm.testing import data
 from batchnorm.testing.libraries import kernels
 
-pytest.importorskip("numba")
+CORE
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def default_settings():
     bn.set_output_pool(None)
 
 
-@pytest.fixture(params=["numba", "numpy"])
+@pytest.fixture(params=["native", "numpy"])
 def chosen(request):
     with kernels(request.param):
         yield request.param
@@ -61,11 +61,11 @@ def test_eight_callers_at_once(chosen):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("name", ["numba", pytest.param("numpy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["native", pytest.param("numpy", marks=pytest.mark.slow)])
 def test_two_hundred_forks(name):
     """Children of a process whose threads run, and hold its locks: right results, no hang."""
-    if name == "numba":
-        pytest.importorskip("numba")
+    if name == "native":
+        CORE
     command = [sys.executable, "-m", "forks", name]
     here = Path(__file__).parent
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=here)
@@ -80,7 +80,7 @@ import os, signal, threading
 import numpy as np
 import batchnorm as bn
 from numba.core import event
-bn.set_kernels("numba")
+bn.set_kernels("native")
 x = np.random.default_rng(0).normal(size=(16, 24, 200)).astype(np.float32)
 bn.kernels_for(x)  # imports them
 compiling, forking = threading.Event(), threading.Event()
@@ -126,7 +126,7 @@ def test_calls_while_the_interpreter_ends(tmp_path):
 import atexit, threading
 import numpy as np
 import batchnorm as bn
-bn.set_kernels({"numba"!r})
+bn.set_kernels({"native"!r})
 bn.set_num_threads(2)
 x = np.random.default_rng(0).normal(size=(16, 24, 2000)).astype(np.float32)
 class Late:

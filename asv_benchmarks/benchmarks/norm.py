@@ -100,13 +100,13 @@ class Gate:
     """
 
     param_names = ("kernels", "shape", "pass")
-    params = (["numba", "numpy"], ["ResNet-50 stage 1"], list(PASSES))
+    params = (["native", "numpy"], ["ResNet-50 stage 1"], list(PASSES))
     unit = "copies"
     timeout = 300
     processes = 7
 
     def track_copies(self, kernels, shape, which):
-        library = {"numba": "batchnorm (Numba)", "numpy": "batchnorm (NumPy)"}[kernels]
+        library = {"native": "batchnorm (Numba)", "numpy": "batchnorm (NumPy)"}[kernels]
         ready(library, "MLP, small", "second", "float32", which)  # some loops, before the fork
         context = multiprocessing.get_context("fork")
         with context.Pool(1, maxtasksperchild=1) as pool:

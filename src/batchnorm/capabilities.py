@@ -43,7 +43,7 @@ class Library(NamedTuple):
 
 LIBRARIES = {
     "numpy": Library(
-        "numpy", ("numba", "numpy", "generic"), "", "each backend; bfloat16 from ml_dtypes"
+        "numpy", ("native", "numpy", "generic"), "", "each backend; bfloat16 from ml_dtypes"
     ),
     "array_api_strict": Library(
         "array_api_strict",
@@ -53,7 +53,7 @@ LIBRARIES = {
     ),
     "torch": Library(
         "torch",
-        ("cpu-numba", "cpu-numpy", "cpu-generic", "cuda-cupy", "cuda-generic"),
+        ("cpu-native", "cpu-numpy", "cpu-generic", "cuda-cupy", "cuda-generic"),
         "torch",
         "cuda: not run yet",
     ),

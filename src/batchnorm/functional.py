@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm import groups
+from batchnorm import groups, optimistic
 from batchnorm.arguments import validate_bool, validate_group, validate_number
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.coefficients import weights_of
@@ -12,9 +12,6 @@ from batchnorm.moments import Moments
 from batchnorm.overlap import validate_no_overlap
 from batchnorm.tracing import traceable
 from batchnorm.validation import (
-    call_key,
-    known_layout,
-    remember,
     validate_count,
     validate_input,
     validate_out,
@@ -86,20 +83,18 @@ def batch_norm(
     Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift, Algorithm 1.
     """
+    if group is None:
+        done = optimistic.for_array(x).forward(x, gamma, beta, axis, eps, where, out, False)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     validate_group(group)
     with groups.call(group, "batch_norm") as call:
-        plain = where is None and group is None
-        key = call_key("batch_norm", axis, out, x, gamma, beta) if plain else None
-        layout = known_layout(key)
-        if layout is None:
-            layout = validate_input(x, axis)
-            validate_vectors(layout, gamma=gamma, beta=beta)
-            validate_weights(layout, x, where)
-            if group is None:
-                validate_count(layout, x, where)
-            validate_out(layout, x, out)
-            validate_number("eps", eps, 0)
-            remember(key, layout)
+        layout = validate_input(x, axis)
+        validate_vectors(layout, gamma=gamma, beta=beta)
+        validate_weights(layout, x, where)
+        if group is None:
+            validate_count(layout, x, where)
+        validate_out(layout, x, out)
         validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where)
         eps = validate_number("eps", eps, 0)
 
@@ -159,20 +154,18 @@ def batch_norm_backward(
     ----------
     Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
     """
+    if group is None:
+        done = optimistic.for_array(x).backward(dy, x, stats, gamma, axis, eps, where, out, False)
+        if done is not None:
+            return done  # type: ignore[no-any-return]
     validate_group(group)
     with groups.call(group, "batch_norm_backward") as call:
-        plain = where is None and group is None and isinstance(stats, Moments)
-        key = call_key("batch_norm_backward", axis, out, dy, x, gamma, *stats) if plain else None
-        layout = known_layout(key)
-        if layout is None:
-            layout = validate_input(x, axis)
-            validate_same_shape(layout, x, "dy", dy)
-            validate_stats(layout, stats)
-            validate_vectors(layout, gamma=gamma)
-            validate_weights(layout, x, where)
-            validate_out(layout, x, out)
-            validate_number("eps", eps, 0)
-            remember(key, layout)
+        layout = validate_input(x, axis)
+        validate_same_shape(layout, x, "dy", dy)
+        validate_stats(layout, stats)
+        validate_vectors(layout, gamma=gamma)
+        validate_weights(layout, x, where)
+        validate_out(layout, x, out)
         if out is not None:
             named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
             validate_no_overlap(out, dy=dy, x=x, gamma=gamma, where=where, **named)
@@ -228,13 +221,14 @@ def normalize(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    key = call_key("normalize", axis, out, x, mean, var, gamma, beta)
-    layout = known_layout(key)
-    if layout is None:
-        layout = validate_input(x, axis)
-        validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
-        validate_out(layout, x, out)
-        remember(key, layout)
+    done = optimistic.for_array(x).inference(
+        x, mean, var, None, gamma, beta, axis, eps, out, False
+    )
+    if done is not None:
+        return done
+    layout = validate_input(x, axis)
+    validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
+    validate_out(layout, x, out)
     validate_no_overlap(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
     eps = validate_number("eps", eps, 0)
     backend = backend_for(x, mean, var, gamma, beta, out)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import array_api_compat as compat
 
-from batchnorm import groups
+from batchnorm import groups, optimistic
 from batchnorm.arguments import (
     validate_axis,
     validate_bool,
@@ -262,6 +262,10 @@ class BatchNorm(groups.Shared):
             JAX traces a training pass of a layer that was made outside of the traced function.
         """
         group = self.group if group is None else group
+        if self._bound and where is None and group is None and out is None:
+            done = self._whole_call(x)
+            if done is not None:
+                return done
         validate_group(group)
         if not (self.batch_statistics or self.update_statistics):
             group = None  # there is nothing to join
@@ -336,11 +340,11 @@ class BatchNorm(groups.Shared):
                 got = "no forward pass to go back from"
                 fail(RuntimeError, "backward", got, "a call of the layer first")
         x, stats, by_batch, gamma, where, group, pending = self._saved
+        running = None
         # Statistics of another pass are not this one's to commit, nor those that were committed.
-        with groups.call(group if by_batch else None, "backward"):
-            running = (
-                self._updated(pending) if pending is not None and pending is self._pending else None
-            )
+        if pending is not None and pending is self._pending:
+            with groups.call(group if by_batch else None, "backward"):
+                running = self._updated(pending)
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
         if by_batch:
             dx, dgamma, dbeta = batch_norm_backward(
@@ -412,6 +416,36 @@ class BatchNorm(groups.Shared):
         names = ("axis", "eps", "momentum", "correction", "affine", "track_running_stats")
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({self.num_features}, {settings})"
+
+    def _whole_call(self, x: Array) -> Array | None:
+        """Run a call in compiled code, which reads the arrays as they are; None if it does not take it."""
+        state = self.gamma, self.beta, self.running_mean, self.running_var
+        fast = optimistic.for_array(x)
+        by_batch, updates = self.batch_statistics, self.update_statistics
+        if (
+            (updates and (not by_batch or self.running_mean is None))
+            or self._collected is not None
+            or not fast.fits(x, self.axis, *state)
+        ):
+            return None
+        gamma, beta, mean, var = state
+        if by_batch:
+            found = fast.forward(x, gamma, beta, self.axis, self.eps, None, None, False)
+        else:
+            if mean is None or self._pending is not None:  # which may be a reason for a warning
+                return None
+            y = fast.inference(x, mean, var, None, gamma, beta, self.axis, self.eps, None, False)
+            found = None if y is None else (y, Moments(1, mean, var))  # type: ignore[arg-type]
+        if found is None:
+            return None
+        y, stats = found
+        if gamma is None and mean is None and stats.mean.shape != channels(self.num_features):
+            return None
+        pending = None
+        if updates:
+            pending = self._pending = _detached(stats)
+        self._saved = _Pass(x, stats, by_batch, gamma, None, None, pending)
+        return y  # type: ignore[no-any-return]
 
     def _validated(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
         """Check an input; its layout, and the layer's arrays in its library."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
+from batchnorm import optimistic
 from batchnorm.arguments import validate_number
 from batchnorm.layout import definite, two_parts
 from batchnorm.validation import validate_input, validate_parts, validate_stats, validate_vectors
@@ -126,6 +127,9 @@ def update_running(
     TypeError, ValueError
         As `batch_norm`; or a number is out of range.
     """
+    done = optimistic.for_array(mean).update_running(mean, var, stats, momentum, correction, False)
+    if done is not None:
+        return done  # type: ignore[no-any-return]
     layout = validate_input(mean, tuple(range(getattr(mean, "ndim", 0))), "mean")
     validate_vectors(layout, var=var)
     validate_stats(layout, stats)

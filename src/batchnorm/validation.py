@@ -32,16 +32,6 @@ _TWO_VALUES = "at least 2 values per channel to normalize by their own statistic
 # Per-channel arguments that have no default.
 REQUIRED = ("mean", "var", "stats.mean", "stats.var")
 
-# Layouts of calls that passed, by what decides whether a call passes. Most calls are like the last.
-_passed: dict[Any, Layout] = {}
-_PLAIN = {
-    ("numpy", "ndarray"),
-    ("cupy", "ndarray"),
-    ("torch", "Tensor"),
-    ("torch.nn.parameter", "Parameter"),
-}
-_plain: dict[type, bool] = {}
-
 
 def validate_real(argument: str, xp: ModuleType, a: Array) -> None:
     """Check that an array holds numbers, or truths, of kinds that some argument takes."""
@@ -65,43 +55,6 @@ def validate_input(x: Array, axis: int | tuple[int, ...], argument: str = "x") -
         got = f"chunks of unknown size (shape {tuple(x.shape)})"
         fail(ValueError, argument, got, "known ones: call compute_chunk_sizes() on it first")
     return layout_of(argument, xp, x, validate_axes(axis, x.ndim, argument), device_of(x))
-
-
-def call_key(call: str, axis: Any, out: Array | None, *arrays: Array | None) -> Any:
-    """Return what decides whether a call is valid; None where shapes, dtypes and devices do not."""
-    if type(axis) is not int or not (out is None or any(out is a for a in arrays[:2])):
-        return None
-    parts: list[Any] = [call, axis, out is None or _writable(out)]
-    for a in (out, *arrays):
-        if a is None:
-            parts.append(None)
-            continue
-        cls = type(a)
-        plain = _plain.get(cls)
-        if plain is None:
-            plain = _plain[cls] = (cls.__module__, cls.__name__) in _PLAIN
-        if not plain:
-            return None
-        device = a.device
-        try:
-            place = getattr(device, "id", device)  # CuPy's has no hash
-            parts.append((cls, a.shape, a.dtype, place, getattr(a, "layout", None)))
-        except RuntimeError:  # a nested tensor, which has no shape
-            return None
-    return tuple(parts)
-
-
-def known_layout(key: Any) -> Layout | None:
-    """Return the layout of an earlier call of the same key."""
-    return None if key is None else _passed.get(key)
-
-
-def remember(key: Any, layout: Layout) -> None:
-    """Keep the layout of a call that passed."""
-    if key is not None:
-        if len(_passed) >= 4096:
-            _passed.clear()
-        _passed[key] = layout
 
 
 def validate_same_shape(layout: Layout, x: Array, argument: str, other: Array) -> None:

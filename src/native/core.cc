@@ -43,6 +43,9 @@ private:
 };
 thread_local Arena arena;
 
+// Values of a channel, at least, for sums in float32.
+constexpr int64_t FEW = 256;
+
 struct alignas(64) Taken {
     std::atomic<int64_t> tiles{0};
 };
@@ -78,8 +81,8 @@ public:
         job.mean = call.mean;
         job.var = call.var;
         job.low = call.low;
-        // Sums of few values are as fast in float64.
-        job.fast = !call.exact && job.dtype != DOUBLE && !call.weights.data && plan.values >= SEGMENT;
+        // Of few values, roundings do not average out.
+        job.fast = !call.exact && job.dtype != DOUBLE && !call.weights.data && plan.values >= FEW;
         job.pivots_given = false;
         job.row = (plan.channel_count + 31) / 16 * 16;
         threads_ = plan.alone ? 1 : std::max(1, call.thread_count);

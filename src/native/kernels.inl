@@ -5,15 +5,19 @@
 // short runs of channels second), with a sum for each column. Either one adds up what `Terms` gives for
 // sixteen values, and writes what `Result` gives.
 
-// Sources of sixteen values: the i-th after one another along a span, or of the i-th of some rows.
+// Sources of sixteen values: the i-th after one another along a span, or in the i-th of rows that lie a step
+// (in bytes) apart.
 
 template <class T> struct Along {
     const T* first;
-    INLINE const T* at(int i, int64_t t) const { return first + t + i * LANES; }
+    INLINE const T* at(int64_t i, int64_t t) const { return first + t + i * LANES; }
 };
-template <class T, int N> struct Down {
-    const T* row[N];
-    INLINE const T* at(int i, int64_t t) const { return row[i] + t; }
+template <class T> struct Down {
+    const T* first;
+    int64_t step;
+    INLINE const T* at(int64_t i, int64_t t) const {
+        return (const T*)((const char*)first + i * step) + t;
+    }
 };
 
 // Sixteen values, or the first n of them, in C.
@@ -36,9 +40,10 @@ INLINE Vec<double> first_lanes(double, int n) {
 
 template <class Number, class X> struct MomentTerms {
     typedef Number C;
-    static constexpr int SUMS = 2;
+    static constexpr bool WEIGHTED = false;
+    static constexpr int SUMS = 2, OPERANDS = 1;
     X x;
-    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
+    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
         Vec<C> d = load_as<C>(x.at(i, t), n) - k;
         if (n < LANES) d = d * first_lanes(C(), n);
         sum[0] = d;
@@ -47,10 +52,11 @@ template <class Number, class X> struct MomentTerms {
 };
 template <class X, class W> struct WeightedMomentTerms {
     typedef double C;
-    static constexpr int SUMS = 3;
+    static constexpr bool WEIGHTED = true;
+    static constexpr int SUMS = 3, OPERANDS = 1;
     X x;
     W w;
-    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[3]) const {
+    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[3]) const {
         Vec<C> v = load_as<C>(w.at(i, t), n), d = where_positive(v, load_as<C>(x.at(i, t), n) - k);
         sum[0] = v * d;
         sum[1] = sum[0] * d;
@@ -59,9 +65,10 @@ template <class X, class W> struct WeightedMomentTerms {
 };
 template <class Number, class X> struct GradTerms {
     typedef Number C;
-    static constexpr int SUMS = 2;
+    static constexpr bool WEIGHTED = false;
+    static constexpr int SUMS = 2, OPERANDS = 2;
     X dy, x;
-    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
+    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
         Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
         if (n < LANES) d = d * first_lanes(C(), n);
         sum[0] = g;
@@ -70,10 +77,11 @@ template <class Number, class X> struct GradTerms {
 };
 template <class X, class W> struct WeightedGradTerms {
     typedef double C;
-    static constexpr int SUMS = 2;
+    static constexpr bool WEIGHTED = true;
+    static constexpr int SUMS = 2, OPERANDS = 2;
     X dy, x;
     W w;
-    INLINE void operator()(int i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
+    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
         Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
         d = where_used(load_as<C>(w.at(i, t), n), g, d);
         sum[0] = g;
@@ -84,7 +92,7 @@ template <class X, class W> struct WeightedGradTerms {
 // The sums of the terms of N times sixteen values, as a tree.
 template <int N, class Terms>
 INLINE void tree(
-    const Terms& terms, int i, int64_t t, int n, const Vec<typename Terms::C>& k,
+    const Terms& terms, int64_t i, int64_t t, int n, const Vec<typename Terms::C>& k,
     Vec<typename Terms::C> (&sum)[Terms::SUMS]) {
     if constexpr (N == 1) {
         terms(i, t, n, k, sum);
@@ -99,7 +107,7 @@ INLINE void tree(
 // How many terms are added before their sum joins a float64 sum.
 template <class Terms> constexpr int GROUP = sizeof(typename Terms::C) == 4 ? 16 : 2;
 template <class Terms> constexpr int GROUP_ROWS =
-    sizeof(typename Terms::C) == 4 ? (Terms::SUMS == 2 ? 16 : 8) : 4;
+    sizeof(typename Terms::C) == 8 ? (Terms::WEIGHTED ? 1 : 4) : Terms::OPERANDS == 1 ? 16 : 8;
 
 // The sums of a span, lane by lane.
 template <class Terms>
@@ -124,19 +132,47 @@ INLINE void span_sums(
     }
 }
 
-// Add the sums of N rows to those of their columns. The columns after `size` are of padding.
+// Add the sums of `count` rows to those of their columns, from i on, N rows at a time; the first row that
+// is left over. The columns after `size` are of padding.
 template <int N, class Terms>
-void rows_sums(const Terms& terms, int64_t size, const typename Terms::C* k, double* const* sum) {
-    typedef typename Terms::C C;
-    Vec<C> term[Terms::SUMS];
-    int64_t t = 0;
-    for (; t + LANES <= size; t += LANES) {
-        tree<N>(terms, 0, t, LANES, load(k + t), term);
-        for (int j = 0; j < Terms::SUMS; ++j) store(sum[j] + t, load(sum[j] + t) + wide(term[j]));
+INLINE int64_t add_groups(
+    const Terms& terms, int64_t i, int64_t count, int64_t t, int n, const Vec<typename Terms::C>& k,
+    Vec<double> (&sum)[Terms::SUMS]) {
+    Vec<typename Terms::C> term[Terms::SUMS];
+    for (; i + N <= count; i += N) {
+        tree<N>(terms, i, t, n, k, term);
+        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
     }
-    if (t < size) {
-        tree<N>(terms, 0, t, int(size - t), load(k + t), term);
-        for (int j = 0; j < Terms::SUMS; ++j) store(sum[j] + t, load(sum[j] + t) + wide(term[j]));
+    return i;
+}
+
+template <int N, class Terms>
+INLINE void add_columns(
+    const Terms& terms, int64_t first, int64_t count, int64_t t, int n, const typename Terms::C* k,
+    double* const* sums) {
+    Vec<typename Terms::C> pivot = load(k + t);
+    Vec<double> sum[Terms::SUMS];
+    for (int j = 0; j < Terms::SUMS; ++j) sum[j] = load(sums[j] + t);
+    int64_t i = add_groups<N>(terms, first, count, t, n, pivot, sum);
+    if constexpr (N > 4) i = add_groups<4>(terms, i, count, t, n, pivot, sum);
+    add_groups<1>(terms, i, count, t, n, pivot, sum);
+    for (int j = 0; j < Terms::SUMS; ++j) store(sums[j] + t, sum[j]);
+}
+
+// Rows that are in the first-level cache are read column by column, with the sums in registers; others
+// group by group, as they lie in memory.
+constexpr int64_t NEAR_BYTES = 1 << 15;
+
+template <class Terms>
+void rows_sums(
+    const Terms& terms, int64_t count, int64_t size, int64_t row_bytes, const typename Terms::C* k,
+    double* const* sums) {
+    constexpr int N = GROUP_ROWS<Terms>;
+    int64_t most = count * row_bytes <= NEAR_BYTES ? count : N;
+    for (int64_t i = 0; i < count; i += most) {
+        int64_t last = i + most < count ? i + most : count, t = 0;
+        for (; t + LANES <= size; t += LANES) add_columns<N>(terms, i, last, t, LANES, k, sums);
+        if (t < size) add_columns<N>(terms, i, last, t, int(size - t), k, sums);
     }
 }
 
@@ -160,7 +196,7 @@ template <class T, class X> struct Output {
     typedef Compute<T> C;
     typedef Coefficients<C, 3> K;  // m, a, b
     X x;
-    INLINE Vec<C> operator()(int i, int64_t t, int n, const K& k) const {
+    INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
         return k.v[1] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[2];
     }
 };
@@ -168,7 +204,7 @@ template <class T, class X> struct GradInput {
     typedef Compute<T> C;
     typedef Coefficients<C, 4> K;  // m, a, b, c
     X dy, x;
-    INLINE Vec<C> operator()(int i, int64_t t, int n, const K& k) const {
+    INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
         Vec<C> d = k.v[2] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[3];
         return k.v[1] * (load_as<C>(dy.at(i, t), n) + d);
     }
@@ -178,7 +214,7 @@ template <class T, class X, class W> struct WeightedGradInput {
     typedef Coefficients<C, 4> K;
     X dy, x;
     W w;  // in C
-    INLINE Vec<C> operator()(int i, int64_t t, int n, const K& k) const {
+    INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
         Vec<C> v = load_as<C>(w.at(i, t), n);
         Vec<C> d = k.v[2] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[3];
         return k.v[1] * (load_as<C>(dy.at(i, t), n) + where_positive(v, v * d));
@@ -204,31 +240,37 @@ INLINE void write_span(
     if (t < size) store(y + t, result(0, t, int(size - t), k), int(size - t));
 }
 
-// N rows, which are `y` of each; where they are streamed, all have the same alignment.
-template <int N, class T, class Result>
-void write_rows(
-    const Result& result, T* const* y, int64_t size,
+// Rows from i on, which lie `step` bytes apart. Where they are streamed, all have the same alignment.
+template <class T, class Result>
+INLINE void write_columns(
+    const Result& result, T* y, int64_t step, int64_t first, int64_t last, int64_t t, int n,
     const typename Result::C* const* vectors, bool streaming) {
-    typedef typename Result::K K;
-    int64_t t = 0;
-    if (streaming) {
-        t = until_aligned(y[0], size);
-        if (t) {
-            K k = K::load_at(vectors, 0);
-            for (int i = 0; i < N; ++i) store(y[i], result(i, 0, int(t), k), int(t));
-        }
-        for (; t + LANES <= size; t += LANES) {
-            K k = K::load_at(vectors, t);
-            for (int i = 0; i < N; ++i) stream(y[i] + t, result(i, t, LANES, k));
-        }
+    typename Result::K k = Result::K::load_at(vectors, t);
+    for (int64_t i = first; i < last; ++i) {
+        T* to = (T*)((char*)y + i * step) + t;
+        if (n < LANES) store(to, result(i, t, n, k), n);
+        else if (streaming) stream(to, result(i, t, LANES, k));
+        else store(to, result(i, t, LANES, k));
     }
-    for (; t + LANES <= size; t += LANES) {
-        K k = K::load_at(vectors, t);
-        for (int i = 0; i < N; ++i) store(y[i] + t, result(i, t, LANES, k));
-    }
-    if (t < size) {
-        K k = K::load_at(vectors, t);
-        for (int i = 0; i < N; ++i) store(y[i] + t, result(i, t, int(size - t), k), int(size - t));
+}
+
+template <class T, class Result>
+void write_rows(
+    const Result& result, T* y, int64_t step, int64_t count, int64_t size, int64_t row_bytes,
+    const typename Result::C* const* vectors, bool streaming) {
+    int64_t most = count * row_bytes <= NEAR_BYTES ? count : 4;
+    if (streaming && step % stream_bytes<T>()) most = 1;
+    for (int64_t i = 0; i < count; i += most) {
+        int64_t last = i + most < count ? i + most : count, t = 0;
+        if (streaming) {
+            t = until_aligned((T*)((char*)y + i * step), size);
+            if (t) write_columns(result, y, step, i, last, 0, int(t), vectors, false);
+            for (; t + LANES <= size; t += LANES)
+                write_columns(result, y, step, i, last, t, LANES, vectors, true);
+        }
+        for (; t + LANES <= size; t += LANES)
+            write_columns(result, y, step, i, last, t, LANES, vectors, false);
+        if (t < size) write_columns(result, y, step, i, last, t, int(size - t), vectors, false);
     }
 }
 
@@ -587,19 +629,32 @@ template <class T> struct Kernel {
 
     int64_t columns(const Bounds& b) const { return (b.c1 - b.c0) * plan.length * plan.copies; }
 
-    const T* row_at(int operand, const Bounds& b, int64_t r) const {
-        return (const T*)(job.operand[operand] + b.c0 * plan.channels.axis[0].step[operand]
-                          + plan.reduced.outer(operand, r));
+    // Rows that one step leads through, of the innermost of the axes of rows.
+    Down<T> rows_at(int operand, const Bounds& b, int64_t r) const {
+        return {(const T*)(job.operand[operand] + b.c0 * plan.channels.axis[0].step[operand]
+                           + plan.reduced.outer(operand, r)),
+                row_step(operand)};
     }
-    template <int N> Down<T, N> rows_at(int operand, const Bounds& b, int64_t r) const {
-        Down<T, N> rows;
-        for (int i = 0; i < N; ++i) rows.row[i] = row_at(operand, b, r + i);
-        return rows;
+    int64_t row_step(int operand) const {
+        int axes = plan.reduced.count;
+        return axes > 1 ? plan.reduced.axis[axes - 2].step[operand] : 0;
     }
-    template <class V> Down<V, 1> weights_at(const Bounds& b, int64_t r) const {
+    // Call `each(r, count)` for such rows, and at most as many as `most`.
+    template <class Each> void for_rows(int64_t r0, int64_t r1, int64_t most, Each each) const {
+        int axes = plan.reduced.count;
+        int64_t length = axes > 1 ? plan.reduced.axis[axes - 2].length : 1;
+        for (int64_t r = r0; r < r1;) {
+            int64_t n = length - r % length;
+            if (n > r1 - r) n = r1 - r;
+            if (n > most) n = most;
+            each(r, n);
+            r += n;
+        }
+    }
+    template <class V> Down<V> weights_at(const Bounds& b, int64_t r) const {
         int64_t step = plan.channels.axis[0].step[job.weights];
         const char* at = job.operand[job.weights] + b.c0 * step + plan.reduced.outer(job.weights, r);
-        return {{weights_as<V>(job.weight_dtype, at, step, columns(b), weight_row<V>())}};
+        return {weights_as<V>(job.weight_dtype, at, step, columns(b), weight_row<V>()), 0};
     }
 
     // A vector with a value for each column: where it is, or in `room`.
@@ -660,30 +715,6 @@ template <class T> struct Kernel {
         }
     }
 
-    // The sums of rows, `Terms<...>` made by `of(rows, r)`; `weights` says that rows come one by one.
-    template <template <class, class> class Terms, class Number, int OPERANDS>
-    void add_rows(const Bounds& b, int64_t r, int64_t last, const Number* k, double* const* sum) const {
-        constexpr int N = GROUP_ROWS<Terms<Number, Down<T, 1>>> / OPERANDS;
-        int64_t size = columns(b);
-        auto some = [&](auto n) {
-            constexpr int rows = decltype(n)::N;
-            typedef Down<T, rows> Source;
-            if constexpr (OPERANDS == 1)
-                rows_sums<rows>(Terms<Number, Source>{rows_at<rows>(0, b, r)}, size, k, sum);
-            else
-                rows_sums<rows>(
-                    Terms<Number, Source>{rows_at<rows>(0, b, r), rows_at<rows>(1, b, r)}, size, k, sum);
-            r += rows;
-        };
-        while (r + N <= last) some(Rows<N>());
-        if constexpr (N > 4)
-            while (r + 4 <= last) some(Rows<4>());
-        while (r < last) some(Rows<1>());
-    }
-    template <int n> struct Rows {
-        static constexpr int N = n;
-    };
-
     // Float64 values are added in batches, whose sums are added in two parts; for others, float64 has
     // digits enough.
     static constexpr bool BATCHES = sizeof(T) == 8;
@@ -698,30 +729,41 @@ template <class T> struct Kernel {
         bool narrow = fast && !weighted();
         const C* k = narrow ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
         const double* wide_k = narrow ? nullptr : spread<double>(pivots, b, wide_vector());
-        int64_t step = BATCHES ? BATCH : b.r1 - b.r0;
-        for (int64_t r = b.r0; r < b.r1; r += step) {
-            int64_t last = r + step < b.r1 ? r + step : b.r1;
-            if (weighted()) {
-                for (int64_t i = r; i < last; ++i) {
-                    typedef Down<T, 1> X;
-                    typedef Down<double, 1> W;
-                    W w = weights_at<double>(b, i);
-                    if constexpr (GRAD)
-                        rows_sums<1>(
-                            WeightedGradTerms<X, W>{rows_at<1>(0, b, i), rows_at<1>(1, b, i), w}, size,
-                            wide_k, sum);
-                    else
-                        rows_sums<1>(WeightedMomentTerms<X, W>{rows_at<1>(0, b, i), w}, size, wide_k, sum);
-                }
-            } else if (narrow) {
-                if constexpr (GRAD) add_rows<GradTerms, C, 2>(b, r, last, k, sum);
-                else add_rows<MomentTerms, C, 1>(b, r, last, k, sum);
-            } else {
-                if constexpr (GRAD) add_rows<GradTerms, double, 2>(b, r, last, wide_k, sum);
-                else add_rows<MomentTerms, double, 1>(b, r, last, wide_k, sum);
-            }
-            if (BATCHES)
+        // Weights of a row are copied to where the next row's are.
+        int64_t most = weighted() ? 1 : BATCHES ? BATCH : b.r1 - b.r0, pending = 0;
+        for_rows(b.r0, b.r1, most, [&](int64_t r, int64_t count) {
+            add_rows<GRAD>(b, r, count, size, k, wide_k, sum);
+            if (BATCHES && (pending += count) >= BATCH) {
                 for (int j = 0; j < sums; ++j) carry(j, 3 + j, 6 + j, size);
+                pending = 0;
+            }
+        });
+        if (pending)
+            for (int j = 0; j < sums; ++j) carry(j, 3 + j, 6 + j, size);
+    }
+
+    // Add rows to the sums of their columns; in the type of the arithmetic where `k` is there.
+    template <bool GRAD>
+    void add_rows(
+        const Bounds& b, int64_t r, int64_t count, int64_t size, const C* k, const double* wide_k,
+        double* const* sum) const {
+        typedef Down<T> X;
+        typedef Down<double> W;
+        int64_t bytes = size * sizeof(T);
+        X x = rows_at(GRAD ? 1 : 0, b, r);
+        if constexpr (GRAD) {
+            X dy = rows_at(0, b, r);
+            if (weighted())
+                rows_sums(
+                    WeightedGradTerms<X, W>{dy, x, weights_at<double>(b, r)}, count, size, bytes, wide_k, sum);
+            else if (k) rows_sums(GradTerms<C, X>{dy, x}, count, size, 2 * bytes, k, sum);
+            else rows_sums(GradTerms<double, X>{dy, x}, count, size, 2 * bytes, wide_k, sum);
+        } else {
+            if (weighted())
+                rows_sums(
+                    WeightedMomentTerms<X, W>{x, weights_at<double>(b, r)}, count, size, bytes, wide_k, sum);
+            else if (k) rows_sums(MomentTerms<C, X>{x}, count, size, bytes, k, sum);
+            else rows_sums(MomentTerms<double, X>{x}, count, size, bytes, wide_k, sum);
         }
     }
 
@@ -752,80 +794,54 @@ template <class T> struct Kernel {
                 double s = 0;
                 for (int64_t r = 0; r < rows; ++r)
                     for (int64_t t = 0; t < width; ++t)
-                        s += (double)value(row_at(0, b, r)[(c - b.c0) * plan.length + t]);
+                        s += (double)value(rows_at(0, b, r).first[(c - b.c0) * plan.length + t]);
                 pivots[c] = finite_or_zero((double)(C)(s / double(rows * width)));
             }
             return;
         }
         int64_t rows = (16 + plan.copies - 1) / plan.copies, size = columns(b), count = b.c1 - b.c0;
         if (rows > all) rows = all;
-        double *s = column_sums(3), *n = column_sums(5);
+        double *zero = wide_vector(), *sum[3] = {column_sums(3), column_sums(4), column_sums(5)};
         clear_sums(3, 6, size);
-        for (int64_t r = 0; r < rows; ++r) {
-            const T* x = row_at(0, b, r);
-            const double* w = weighted() ? weights_at<double>(b, r).row[0] : nullptr;
-            for (int64_t t = 0; t < size; t += LANES) {
-                int m = size - t < LANES ? int(size - t) : LANES;
-                Vec<double> v = w ? load(w + t, m) : splat(1.0);
-                Vec<double> d = where_positive(v, load_as<double>(x + t, m));
-                store(s + t, load(s + t) + v * d);
-                store(n + t, load(n + t) + v);
-            }
-        }
+        for (int64_t t = 0; t < size; t += LANES) store(zero + t, splat(0.0));
+        for_rows(0, rows, weighted() ? 1 : rows, [&](int64_t r, int64_t n) {
+            add_rows<false>(b, r, n, size, nullptr, zero, sum);
+        });
+        const double *s = sum[0], *n = sum[2];
         for (int64_t c = 0; c < count; ++c) {
-            double some = 0, sum = 0;
-            for (int64_t j = 0; j < plan.copies; ++j) some += n[j * count + c], sum += s[j * count + c];
-            pivots[b.c0 + c] = finite_or_zero((double)(C)(some > 0 ? sum / some : 0.0));
+            double total = 0, some = weighted() ? 0 : double(rows * plan.copies);
+            for (int64_t j = 0; j < plan.copies; ++j) {
+                total += s[j * count + c];
+                if (weighted()) some += n[j * count + c];
+            }
+            pivots[b.c0 + c] = finite_or_zero((double)(C)(some > 0 ? total / some : 0.0));
         }
     }
 
-    template <int N, template <int> class ResultOf, class Of>
-    void write_tile(const Bounds& b, int target, Of result_of) const {
+    template <int N, class Of> void write_tile(const Bounds& b, int target, Of result_of) const {
         const C* vectors[N];
         for (int k = 0; k < N; ++k) vectors[k] = spread<C>(job.vector<C>(k), b, column_vectors(k));
-        int64_t size = columns(b), r = b.r0;
-        T* y[4];
-        auto some = [&](auto n) {
-            constexpr int rows = decltype(n)::N;
-            for (int i = 0; i < rows; ++i) y[i] = (T*)row_at(target, b, r + i);
-            write_rows<rows>(result_of(n, r), y, size, vectors, job.streaming);
-            r += rows;
-        };
-        // Rows that are streamed together have to be aligned alike.
-        auto alike = [&] {
-            for (int i = 1; i < 4; ++i)
-                if (((uintptr_t)row_at(target, b, r + i) - (uintptr_t)row_at(target, b, r))
-                    % stream_bytes<T>())
-                    return false;
-            return true;
-        };
-        if (!weighted())
-            while (r + 4 <= b.r1 && (!job.streaming || alike())) some(Rows<4>());
-        while (r < b.r1) some(Rows<1>());
+        int64_t size = columns(b), bytes = size * sizeof(T) * (target + 1);
+        for_rows(b.r0, b.r1, weighted() ? 1 : b.r1 - b.r0, [&](int64_t r, int64_t count) {
+            T* y = const_cast<T*>(rows_at(target, b, r).first);
+            write_rows<T>(
+                result_of(r), y, row_step(target), count, size, bytes, vectors, job.streaming);
+        });
     }
-    template <int rows> using OutputOf = Output<T, Down<T, rows>>;
-    template <int rows> using GradInputOf = GradInput<T, Down<T, rows>>;
-    template <int rows> using WeightedGradInputOf = WeightedGradInput<T, Down<T, rows>, Down<C, rows>>;
 
     void write_rows_of(const Bounds& b) const {
-        if (job.pass == OUTPUT || job.pass == FORWARD) {
-            write_tile<3, OutputOf>(b, 1, [&](auto n, int64_t r) {
-                constexpr int rows = decltype(n)::N;
-                return OutputOf<rows>{rows_at<rows>(0, b, r)};
+        typedef Down<T> X;
+        if (job.pass == OUTPUT || job.pass == FORWARD)
+            write_tile<3>(b, 1, [&](int64_t r) { return Output<T, X>{rows_at(0, b, r)}; });
+        else if (weighted())
+            write_tile<4>(b, 2, [&](int64_t r) {
+                return WeightedGradInput<T, X, Down<C>>{
+                    rows_at(0, b, r), rows_at(1, b, r), weights_at<C>(b, r)};
             });
-        } else if (weighted()) {
-            write_tile<4, WeightedGradInputOf>(b, 2, [&](auto n, int64_t r) {
-                constexpr int rows = decltype(n)::N;
-                WeightedGradInputOf<rows> result = {rows_at<rows>(0, b, r), rows_at<rows>(1, b, r), {}};
-                if constexpr (rows == 1) result.w = weights_at<C>(b, r);
-                return result;
+        else
+            write_tile<4>(b, 2, [&](int64_t r) {
+                return GradInput<T, X>{rows_at(0, b, r), rows_at(1, b, r)};
             });
-        } else {
-            write_tile<4, GradInputOf>(b, 2, [&](auto n, int64_t r) {
-                constexpr int rows = decltype(n)::N;
-                return GradInputOf<rows>{rows_at<rows>(0, b, r), rows_at<rows>(1, b, r)};
-            });
-        }
     }
 
     void rows(const Bounds& b) {

@@ -29,8 +29,14 @@ using namespace bn;
 PyObject* moments_type;     // a named tuple of count, mean, var and mean_lo
 PyObject* get_num_threads;  // how many threads a call may use
 PyObject* empty_like;       // memory for a large NumPy array, of the pool of outputs
-PyObject* tensor_types[2];  // of PyTorch: tensors and parameters, whose memory dlpack describes
+
+// What PyTorch gives, once it is there: tensors and parameters, what describes their memory, and new
+// tensors: empty_tensor_like(x) and empty_tensors(count, shape, tag of a dtype).
+PyObject* tensor_types[2];
 const DLPackExchangeAPI* dlpack;
+PyObject* empty_tensor_like;
+PyObject* empty_tensors;
+
 const Kernels* kernels;
 
 constexpr int64_t POOLED_BYTES = 1 << 20;
@@ -199,8 +205,10 @@ struct Channels {
     int ndim = 0;
     int64_t shape[MAX_AXES];
     int64_t count = 1, values = 1;
+    bool tensor = false;  // vectors are of the library of x
 
     bool set(PyObject* axis, const Array& x) {
+        tensor = x.tensor;
         if (PyTuple_CheckExact(axis)) {
             long last = -1;
             for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(axis); ++i)
@@ -276,45 +284,97 @@ private:
 };
 
 // Where an argument is None, or fits: null, or its values.
-bool optional_vector(PyObject* object, const Channels& channels, Array& v, Doubles& room, const double*& to) {
+bool optional_vector(
+    PyObject* object, const Channels& channels, Array& v, Doubles& room, const double*& to) {
     to = nullptr;
     v.dtype = NONE;
     if (object == Py_None) return true;
-    if (!read(object, v) || !v.floating() || !channels.fits(v)) return false;
+    if (!read(object, v) || !v.floating() || v.tensor != channels.tensor || !channels.fits(v)) return false;
     to = room.of(v);
     return true;
 }
 
 PyObject* declined() { Py_RETURN_NONE; }
 
-// New arrays.
+// New arrays, of the library of x.
 
 PyObject* new_like(const Array& x) {
+    if (x.tensor) return PyObject_CallOneArg(empty_tensor_like, x.object);
     if (x.nbytes() >= POOLED_BYTES) return PyObject_CallOneArg(empty_like, x.object);
     return PyArray_NewLikeArray((PyArrayObject*)x.object, NPY_KEEPORDER, nullptr, 0);
 }
 
-PyObject* new_vector(const Channels& channels, PyArray_Descr* descr) {  // takes the reference
-    npy_intp shape[MAX_AXES];
-    for (int i = 0; i < channels.ndim; ++i) shape[i] = channels.shape[i];
-    return PyArray_NewFromDescr(&PyArray_Type, descr, channels.ndim, shape, nullptr, nullptr, 0, nullptr);
-}
-PyObject* new_vector(const Channels& channels, int type) {
-    return new_vector(channels, PyArray_DescrFromType(type));
-}
-double* doubles_of(PyObject* v) { return (double*)PyArray_DATA((PyArrayObject*)v); }
+// Some vectors of one number per channel, and where their values are.
+struct Vectors {
+    static constexpr int MOST = 4;
+    int count = 0;
+    PyObject* object[MOST] = {};
+    char* data[MOST];
 
-PyObject* moments_of(PyObject* count, PyObject* mean, PyObject* var, PyObject* low) {  // takes references
+    ~Vectors() {
+        for (PyObject* o : object) Py_XDECREF(o);
+    }
+    PyObject* release(int i) {
+        PyObject* o = object[i];
+        object[i] = nullptr;
+        return o;
+    }
+    double* doubles(int i) const { return (double*)data[i]; }
+
+    // False with a Python exception. bfloat16 arrays of NumPy have the dtype of `example`.
+    bool make(int n, const Channels& channels, DType dtype, const Array& x, const Array* example = nullptr) {
+        count = n;
+        return x.tensor ? tensors(channels, dtype) : arrays(channels, dtype, example);
+    }
+
+private:
+    bool arrays(const Channels& channels, DType dtype, const Array* example) {
+        static const int TYPES[DTYPES] = {NPY_DOUBLE, NPY_HALF, NPY_HALF, NPY_FLOAT, NPY_DOUBLE, NPY_BOOL};
+        npy_intp shape[MAX_AXES];
+        for (int i = 0; i < channels.ndim; ++i) shape[i] = channels.shape[i];
+        for (int k = 0; k < count; ++k) {
+            PyArray_Descr* descr;
+            if (example && example->dtype == dtype) {
+                descr = PyArray_DESCR((PyArrayObject*)example->object);
+                Py_INCREF(descr);
+            } else {
+                descr = PyArray_DescrFromType(TYPES[dtype]);
+            }
+            object[k] = PyArray_NewFromDescr(
+                &PyArray_Type, descr, channels.ndim, shape, nullptr, nullptr, 0, nullptr);
+            if (!object[k]) return false;
+            data[k] = PyArray_BYTES((PyArrayObject*)object[k]);
+        }
+        return true;
+    }
+    bool tensors(const Channels& channels, DType dtype) {
+        PyObject* shape = PyTuple_New(channels.ndim);
+        for (int i = 0; shape && i < channels.ndim; ++i)
+            PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(channels.shape[i]));
+        PyObject* made =
+            shape ? PyObject_CallFunction(empty_tensors, "iOi", count, shape, (int)dtype) : nullptr;
+        Py_XDECREF(shape);
+        bool right = made && PyTuple_Check(made) && PyTuple_GET_SIZE(made) == count;
+        for (int k = 0; right && k < count; ++k) {
+            Array v;
+            object[k] = Py_NewRef(PyTuple_GET_ITEM(made, k));
+            right = read(object[k], v);
+            if (right) data[k] = v.data;
+        }
+        Py_XDECREF(made);
+        if (!right && !PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "no memory of new tensors");
+        return right;
+    }
+};
+
+PyObject* moments_of(Vectors& stats) {
     PyObject* fields = PyTuple_New(4);
-    PyObject* arguments = PyTuple_New(1);
-    if (!fields || !arguments) {
-        for (PyObject* o : {fields, arguments, count, mean, var, low}) Py_XDECREF(o);
+    PyObject* arguments = fields ? PyTuple_New(1) : nullptr;
+    if (!arguments) {
+        Py_XDECREF(fields);
         return nullptr;
     }
-    PyTuple_SET_ITEM(fields, 0, count);
-    PyTuple_SET_ITEM(fields, 1, mean);
-    PyTuple_SET_ITEM(fields, 2, var);
-    PyTuple_SET_ITEM(fields, 3, low);
+    for (int i = 0; i < 4; ++i) PyTuple_SET_ITEM(fields, i, stats.release(i));
     PyTuple_SET_ITEM(arguments, 0, fields);
     PyObject* made = PyTuple_Type.tp_new((PyTypeObject*)moments_type, arguments, nullptr);
     Py_DECREF(arguments);
@@ -340,7 +400,8 @@ struct Weights {
 
     bool set(PyObject* object, const Array& x, Call& call) {
         if (object == Py_None) return true;
-        if (!read(object, given) || !given.aligned || given.ndim > x.ndim) return false;
+        if (!read(object, given) || !given.aligned || given.tensor != x.tensor || given.ndim > x.ndim)
+            return false;
         int first = x.ndim - given.ndim;
         for (int i = 0; i < x.ndim; ++i) {
             int64_t n = i < first ? 1 : given.shape[i - first];
@@ -355,7 +416,9 @@ struct Weights {
 // Whether `out` may be written to while the others are read. Its elements share no memory where it lies
 // as a contiguous array does, or as x.
 bool takes_out(PyObject* object, const Array& x, const Array* dy, bool trusted, Array& out) {
-    if (!read_big(object, out) || out.dtype != x.dtype || !out.same_shape(x) || !out.writeable) return false;
+    if (!read_big(object, out) || out.tensor != x.tensor || out.dtype != x.dtype || !out.same_shape(x)
+        || !out.writeable)
+        return false;
     if (trusted) return true;
     if (!out.contiguous()) return false;
     if (out.overlaps(x) && !out.same_place(x)) return false;
@@ -363,25 +426,25 @@ bool takes_out(PyObject* object, const Array& x, const Array* dy, bool trusted, 
 }
 bool apart(const Array& out, const Array& v) { return v.dtype == NONE || !out.overlaps(v); }
 
-bool set_threads(Call& call, int64_t nbytes, bool tensor) {
+bool set_threads(Call& call, const Array& x) {
     call.kernels = kernels;
     call.threads = nullptr;
     call.thread_count = 1;
-    if (nbytes < POOLED_BYTES / 8) return true;
+    if (x.nbytes() < POOLED_BYTES / 8) return true;  // one is faster
     PyObject* count = PyObject_CallNoArgs(get_num_threads);
     if (!count) return false;
     call.thread_count = (int)PyLong_AsLong(count);
     Py_DECREF(count);
     if (PyErr_Occurred()) return false;
-    if (tensor) call.threads = torch_threads(call.thread_count);
+    if (x.tensor) call.threads = torch_threads(call.thread_count);
     if (!call.threads) call.threads = &own_threads();
     return true;
 }
 
 // Run a pass, without the interpreter's lock where it takes a while.
-template <class Run> bool run(int64_t nbytes, Run pass) {
+template <class Run> bool run(const Array& x, Run pass) {
     bool failed = false;
-    PyThreadState* state = nbytes >= RELEASED_BYTES ? PyEval_SaveThread() : nullptr;
+    PyThreadState* state = x.nbytes() >= RELEASED_BYTES ? PyEval_SaveThread() : nullptr;
     try {
         pass();
     } catch (const std::bad_alloc&) {
@@ -400,6 +463,35 @@ Call call_of(const Array& x, const Channels& channels) {
     return call;
 }
 
+void set_statistics(Call& call, const Vectors& stats) {
+    call.count = stats.doubles(0);
+    call.mean = stats.doubles(1);
+    call.var = stats.doubles(2);
+    call.low = stats.doubles(3);
+}
+
+// The array that a pass writes to: `out`, which has been read to `array`, or a new one.
+struct Result {
+    PyObject* object;
+    Result(const Array& x, PyObject* out, Array& array) {
+        if (out != Py_None) {
+            object = Py_NewRef(out);
+            return;
+        }
+        object = new_like(x);
+        if (object && !read(object, array)) {
+            Py_CLEAR(object);
+            PyErr_SetString(PyExc_SystemError, "no memory of a new array");
+        }
+    }
+    ~Result() { Py_XDECREF(object); }
+    PyObject* release() {
+        PyObject* o = object;
+        object = nullptr;
+        return o;
+    }
+};
+
 bool arguments(Py_ssize_t got, Py_ssize_t expected) {
     if (got == expected) return true;
     PyErr_Format(PyExc_TypeError, "got %zd arguments, expected %zd", got, expected);
@@ -412,8 +504,9 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     bool trusted = args[7] == Py_True;
     Array x, gamma, beta, out;
     Channels channels;
-    if (!read_big(args[0], x) || x.tensor || !channels.set(args[3], x) || channels.values < 2)
+    if (!read_big(args[0], x) || !channels.set(args[3], x) || channels.values < 2)
         return declined();
+    if (x.tensor && !trusted) return declined();
     Call call = call_of(x, channels);
     Doubles gamma_room, beta_room;
     Weights weights;
@@ -431,28 +524,17 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
                  && (!call.weights.data || apart(out, weights.given))))
             return declined();
     }
-    PyObject* y = given ? Py_NewRef(args[6]) : new_like(x);
-    PyObject* stats[4];
-    bool made = y;
-    for (PyObject*& v : stats) made &= (v = new_vector(channels, NPY_DOUBLE)) != nullptr;
-    made = made && (given || read_numpy(y, out)) && set_threads(call, x.nbytes(), false);
+    Vectors stats;
+    Result y(x, args[6], out);
+    if (!y.object || !stats.make(4, channels, DOUBLE, x) || !set_threads(call, x)) return nullptr;
+    set_statistics(call, stats);
+    double fewest = call.weights.data && call.weights.dtype == MASK ? 2 : 0;
     bool enough = true;
-    if (made) {
-        call.count = doubles_of(stats[0]);
-        call.mean = doubles_of(stats[1]);
-        call.var = doubles_of(stats[2]);
-        call.low = doubles_of(stats[3]);
-        double fewest = call.weights.data && call.weights.dtype == MASK ? 2 : 0;
-        made = run(x.nbytes(), [&] {
+    if (!run(x, [&] {
             enough = bn::forward(call, x.operand(), out.operand(), Wanted::ALL, fewest);
-        });
-    }
-    if (!made || !enough) {
-        Py_XDECREF(y);
-        for (PyObject* v : stats) Py_XDECREF(v);
-        return made ? declined() : nullptr;
-    }
-    return pair(y, moments_of(stats[0], stats[1], stats[2], stats[3]));
+        }))
+        return nullptr;
+    return enough ? pair(y.release(), moments_of(stats)) : declined();
 }
 
 // moments(x, axis, where) -> Moments or None
@@ -460,28 +542,17 @@ PyObject* moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 3)) return nullptr;
     Array x;
     Channels channels;
-    if (!read_big(args[0], x) || x.tensor || !channels.set(args[1], x)) return declined();
+    if (!read_big(args[0], x) || !channels.set(args[1], x)) return declined();
     Call call = call_of(x, channels);
+    call.exact = true;  // their results are float64
     Weights weights;
     if (!weights.set(args[2], x, call)) return declined();
-    PyObject* stats[4];
-    bool made = true;
-    for (PyObject*& v : stats) made &= (v = new_vector(channels, NPY_DOUBLE)) != nullptr;
-    made = made && set_threads(call, x.nbytes(), false);
-    if (made) {
-        call.count = doubles_of(stats[0]);
-        call.mean = doubles_of(stats[1]);
-        call.var = doubles_of(stats[2]);
-        call.low = doubles_of(stats[3]);
-        made = run(x.nbytes(), [&] {
-            bn::forward(call, x.operand(), x.operand(), Wanted::STATISTICS, 0);
-        });
-    }
-    if (!made) {
-        for (PyObject* v : stats) Py_XDECREF(v);
+    Vectors stats;
+    if (!stats.make(4, channels, DOUBLE, x) || !set_threads(call, x)) return nullptr;
+    set_statistics(call, stats);
+    if (!run(x, [&] { bn::forward(call, x.operand(), x.operand(), Wanted::STATISTICS, 0); }))
         return nullptr;
-    }
-    return moments_of(stats[0], stats[1], stats[2], stats[3]);
+    return moments_of(stats);
 }
 
 // inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted) -> y or None
@@ -490,7 +561,8 @@ PyObject* inference(PyObject*, PyObject* const* args, Py_ssize_t n) {
     bool trusted = args[9] == Py_True;
     Array x, v[5], out;
     Channels channels;
-    if (!read_big(args[0], x) || x.tensor || !channels.set(args[6], x)) return declined();
+    if (!read_big(args[0], x) || !channels.set(args[6], x)) return declined();
+    if (x.tensor && !trusted) return declined();
     Call call = call_of(x, channels);
     Doubles room[5];
     const double* vectors[5];
@@ -504,18 +576,15 @@ PyObject* inference(PyObject*, PyObject* const* args, Py_ssize_t n) {
         for (int i = 0; i < 5 && !trusted; ++i)
             if (!apart(out, v[i])) return declined();
     }
-    PyObject* y = given ? Py_NewRef(args[8]) : new_like(x);
-    bool made = y && (given || read_numpy(y, out)) && set_threads(call, x.nbytes(), false);
-    if (made) {
-        call.mean = (double*)vectors[0];
-        call.var = (double*)vectors[1];
-        call.low = (double*)vectors[2];
-        call.gamma = vectors[3];
-        call.beta = vectors[4];
-        made = run(x.nbytes(), [&] { bn::inference(call, x.operand(), out.operand()); });
-    }
-    if (!made) Py_CLEAR(y);
-    return y;
+    Result y(x, args[8], out);
+    if (!y.object || !set_threads(call, x)) return nullptr;
+    call.mean = (double*)vectors[0];
+    call.var = (double*)vectors[1];
+    call.low = (double*)vectors[2];
+    call.gamma = vectors[3];
+    call.beta = vectors[4];
+    if (!run(x, [&] { bn::inference(call, x.operand(), out.operand()); })) return nullptr;
+    return y.release();
 }
 
 // Statistics of a backward pass. A count may be one number, for all channels.
@@ -550,27 +619,16 @@ struct Statistics {
     }
 };
 
-// A gradient in the dtype of its parameter.
-PyObject* gradient(const double* values, const Channels& channels, const Array& gamma, DType compute) {
-    DType dtype = gamma.dtype == NONE ? compute : gamma.dtype;
-    PyArray_Descr* descr = gamma.dtype == NONE
-        ? PyArray_DescrFromType(compute == DOUBLE ? NPY_DOUBLE : NPY_FLOAT)
-        : PyArray_DESCR((PyArrayObject*)gamma.object);
-    if (gamma.dtype != NONE) Py_INCREF(descr);
-    PyObject* made = new_vector(channels, descr);
-    if (made) write_values(dtype, PyArray_BYTES((PyArrayObject*)made), values, channels.count);
-    return made;
-}
-
 // backward(dy, x, stats, gamma, axis, eps, where, out, trusted) -> (dx, dgamma, dbeta) or None
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 9)) return nullptr;
     bool trusted = args[8] == Py_True;
     Array dy, x, gamma, out;
     Channels channels;
-    if (!read_big(args[0], dy) || !read_big(args[1], x) || x.tensor || dy.tensor || dy.dtype != x.dtype
-        || !dy.same_shape(x) || !channels.set(args[4], x))
+    if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
+        || dy.tensor != x.tensor || !dy.same_shape(x) || !channels.set(args[4], x))
         return declined();
+    if (x.tensor && !trusted) return declined();
     Call call = call_of(x, channels);
     Doubles gamma_room, dgamma_room, dbeta_room;
     Statistics stats;
@@ -590,44 +648,43 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
         }
     }
     call.exact = gamma.dtype == DOUBLE;
-    PyObject* dx = given ? Py_NewRef(args[7]) : new_like(x);
-    bool made = dx && (given || read_numpy(dx, out)) && set_threads(call, x.nbytes(), false);
+    DType dtype = gamma.dtype != NONE ? gamma.dtype : x.dtype == DOUBLE ? DOUBLE : SINGLE;
+    Vectors grads;
+    Result dx(x, args[7], out);
+    if (!dx.object || !grads.make(2, channels, dtype, x, &gamma) || !set_threads(call, x)) return nullptr;
     double* dgamma = dgamma_room.room(channels.count);
     double* dbeta = dbeta_room.room(channels.count);
-    made = made && run(x.nbytes(), [&] {
-        bn::backward(call, dy.operand(), x.operand(), out.operand(), dgamma, dbeta);
-    });
-    if (!made) {
-        Py_XDECREF(dx);
+    if (!run(x, [&] {
+            bn::backward(call, dy.operand(), x.operand(), out.operand(), dgamma, dbeta);
+        }))
         return nullptr;
-    }
-    DType compute = x.dtype == DOUBLE ? DOUBLE : SINGLE;
-    PyObject* second = gradient(dgamma, channels, gamma, compute);
-    PyObject* third = gradient(dbeta, channels, gamma, compute);
-    PyObject* result = second && third ? PyTuple_New(3) : nullptr;
-    if (!result) {
-        for (PyObject* o : {dx, second, third}) Py_XDECREF(o);
-        return nullptr;
-    }
-    PyTuple_SET_ITEM(result, 0, dx);
-    PyTuple_SET_ITEM(result, 1, second);
-    PyTuple_SET_ITEM(result, 2, third);
+    write_values(dtype, grads.data[0], dgamma, channels.count);
+    write_values(dtype, grads.data[1], dbeta, channels.count);
+    PyObject* result = PyTuple_New(3);
+    if (!result) return nullptr;
+    PyTuple_SET_ITEM(result, 0, dx.release());
+    PyTuple_SET_ITEM(result, 1, grads.release(0));
+    PyTuple_SET_ITEM(result, 2, grads.release(1));
     return result;
 }
 
-// update_running(mean, var, stats, momentum, correction) -> (mean, var) or None
+// update_running(mean, var, stats, momentum, correction, in_place) -> (mean, var) or None
 PyObject* update_running(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 5)) return nullptr;
+    if (!arguments(n, 6)) return nullptr;
+    bool in_place = args[5] == Py_True;
     Array mean, var;
     double momentum, correction;
-    if (!read(args[0], mean) || !read(args[1], var) || mean.tensor || var.tensor || !mean.floating()
+    if (!read(args[0], mean) || !read(args[1], var) || mean.tensor != var.tensor || !mean.floating()
         || !var.floating() || !mean.same_shape(var) || !number_at_least_0(args[3], momentum)
         || momentum > 1 || !number_at_least_0(args[4], correction))
+        return declined();
+    if (in_place && !(mean.contiguous() && var.contiguous() && mean.writeable && var.writeable))
         return declined();
     Channels channels;
     channels.ndim = mean.ndim;
     std::memcpy(channels.shape, mean.shape, mean.ndim * sizeof(int64_t));
     channels.count = mean.size();
+    channels.tensor = mean.tensor;
     Call call = {};
     Statistics stats;
     if (!stats.set(args[2], channels, call)) return declined();
@@ -641,7 +698,20 @@ PyObject* update_running(PyObject*, PyObject* const* args, Py_ssize_t n) {
         to_mean[c] = (1 - m) * old_mean[c] + m * call.mean[c];
         to_var[c] = (1 - m) * old_var[c] + m * (call.var[c] * (count / freedom));
     }
-    return pair(gradient(to_mean, channels, mean, DOUBLE), gradient(to_var, channels, var, DOUBLE));
+    Vectors made[2];
+    const Array* old[2] = {&mean, &var};
+    const double* to[2] = {to_mean, to_var};
+    for (int i = 0; i < 2; ++i) {
+        char* data = old[i]->data;
+        if (in_place) {
+            made[i].object[0] = Py_NewRef(old[i]->object);
+        } else {
+            if (!made[i].make(1, channels, old[i]->dtype, *old[i], old[i])) return nullptr;
+            data = made[i].data[0];
+        }
+        write_values(old[i]->dtype, data, to[i], channels.count);
+    }
+    return pair(made[0].release(0), made[1].release(0));
 }
 
 // The kernels of `Backend`. Vectors come in the type of the arithmetic, contiguous, with C values.
@@ -658,18 +728,17 @@ PyObject* scale_shift(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 6)) return nullptr;
     Array x, out;
     Channels channels;
-    if (!read_big(args[0], x) || x.tensor || !channels.set(args[4], x)) return declined();
+    if (!read_big(args[0], x) || !channels.set(args[4], x)) return declined();
     const void* vectors[3];
     for (int k = 0; k < 3; ++k)
         if (!(vectors[k] = vector(args[1 + k], channels, x.dtype))) return declined();
     bool given = args[5] != Py_None;
     if (given && !takes_out(args[5], x, nullptr, true, out)) return declined();
     Call call = call_of(x, channels);
-    PyObject* y = given ? Py_NewRef(args[5]) : new_like(x);
-    bool made = y && (given || read_numpy(y, out)) && set_threads(call, x.nbytes(), false);
-    made = made && run(x.nbytes(), [&] { bn::scale_shift(call, x.operand(), vectors, out.operand()); });
-    if (!made) Py_CLEAR(y);
-    return y;
+    Result y(x, args[5], out);
+    if (!y.object || !set_threads(call, x)) return nullptr;
+    if (!run(x, [&] { bn::scale_shift(call, x.operand(), vectors, out.operand()); })) return nullptr;
+    return y.release();
 }
 
 // grad_sums(dy, x, m, where, axis) -> (sum_dy, sum_dy_d) or None
@@ -677,26 +746,21 @@ PyObject* grad_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 5)) return nullptr;
     Array dy, x;
     Channels channels;
-    if (!read_big(args[0], dy) || !read_big(args[1], x) || x.tensor || dy.tensor || dy.dtype != x.dtype
-        || !dy.same_shape(x) || !channels.set(args[4], x))
+    if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
+        || dy.tensor != x.tensor || !dy.same_shape(x) || !channels.set(args[4], x))
         return declined();
     Call call = call_of(x, channels);
     call.exact = true;  // their results are float64
     Weights weights;
     const void* m = vector(args[2], channels, x.dtype);
     if (!m || !weights.set(args[3], x, call)) return declined();
-    PyObject* sum_dy = new_vector(channels, NPY_DOUBLE);
-    PyObject* sum_dy_d = new_vector(channels, NPY_DOUBLE);
-    bool made = sum_dy && sum_dy_d && set_threads(call, x.nbytes(), false);
-    made = made && run(x.nbytes(), [&] {
-        bn::grad_sums(call, dy.operand(), x.operand(), m, doubles_of(sum_dy), doubles_of(sum_dy_d));
-    });
-    if (!made) {
-        Py_XDECREF(sum_dy);
-        Py_XDECREF(sum_dy_d);
+    Vectors sums;
+    if (!sums.make(2, channels, DOUBLE, x) || !set_threads(call, x)) return nullptr;
+    if (!run(x, [&] {
+            bn::grad_sums(call, dy.operand(), x.operand(), m, sums.doubles(0), sums.doubles(1));
+        }))
         return nullptr;
-    }
-    return pair(sum_dy, sum_dy_d);
+    return pair(sums.release(0), sums.release(1));
 }
 
 // grad_input(dy, x, m, a, b, c, where, axis, out) -> dx or None
@@ -704,8 +768,8 @@ PyObject* grad_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 9)) return nullptr;
     Array dy, x, out;
     Channels channels;
-    if (!read_big(args[0], dy) || !read_big(args[1], x) || x.tensor || dy.tensor || dy.dtype != x.dtype
-        || !dy.same_shape(x) || !channels.set(args[7], x))
+    if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
+        || dy.tensor != x.tensor || !dy.same_shape(x) || !channels.set(args[7], x))
         return declined();
     const void* vectors[4];
     for (int k = 0; k < 4; ++k)
@@ -715,13 +779,13 @@ PyObject* grad_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!weights.set(args[6], x, call)) return declined();
     bool given = args[8] != Py_None;
     if (given && !takes_out(args[8], x, &dy, true, out)) return declined();
-    PyObject* dx = given ? Py_NewRef(args[8]) : new_like(x);
-    bool made = dx && (given || read_numpy(dx, out)) && set_threads(call, x.nbytes(), false);
-    made = made && run(x.nbytes(), [&] {
-        bn::grad_input(call, dy.operand(), x.operand(), vectors, out.operand());
-    });
-    if (!made) Py_CLEAR(dx);
-    return dx;
+    Result dx(x, args[8], out);
+    if (!dx.object || !set_threads(call, x)) return nullptr;
+    if (!run(x, [&] {
+            bn::grad_input(call, dy.operand(), x.operand(), vectors, out.operand());
+        }))
+        return nullptr;
+    return dx.release();
 }
 
 // setup(Moments, get_num_threads, empty_like)
@@ -731,6 +795,35 @@ PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t n) {
     get_num_threads = Py_NewRef(args[1]);
     empty_like = Py_NewRef(args[2]);
     Py_RETURN_NONE;
+}
+
+// use_tensors(Tensor, Parameter, DLPack's exchange interface, empty_like, empty_vectors)
+PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 5)) return nullptr;
+    auto* found = (const DLPackExchangeAPI*)PyCapsule_GetPointer(args[2], "dlpack_exchange_api");
+    if (!found) return nullptr;
+    if (found->header.version.major != 1) {
+        PyErr_SetString(PyExc_ImportError, "another version of DLPack than 1");
+        return nullptr;
+    }
+    tensor_types[0] = Py_NewRef(args[0]);
+    tensor_types[1] = Py_NewRef(args[1]);
+    empty_tensor_like = Py_NewRef(args[3]);
+    empty_tensors = Py_NewRef(args[4]);
+    dlpack = found;
+    Py_RETURN_NONE;
+}
+
+// fits(x, axis, *vectors) -> whether each vector is None, or has one number for each channel of x
+PyObject* fits(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    Array x, v;
+    Channels channels;
+    if (n < 2 || !read_big(args[0], x) || !channels.set(args[1], x)) Py_RETURN_FALSE;
+    for (Py_ssize_t i = 2; i < n; ++i)
+        if (args[i] != Py_None
+            && (!read(args[i], v) || !v.floating() || v.tensor != x.tensor || !channels.fits(v)))
+            Py_RETURN_FALSE;
+    Py_RETURN_TRUE;
 }
 
 // instruction_sets() -> names, from the oldest, and the one in use
@@ -752,10 +845,13 @@ PyMethodDef METHODS[] = {
     FUNCTION("inference", inference,
              "inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted)"),
     FUNCTION("backward", backward, "backward(dy, x, stats, gamma, axis, eps, where, out, trusted)"),
-    FUNCTION("update_running", update_running, "update_running(mean, var, stats, momentum, correction)"),
+    FUNCTION("update_running", update_running, "update_running(mean, var, stats, momentum, correction, in_place)"),
     FUNCTION("scale_shift", scale_shift, "scale_shift(x, m, a, b, axis, out)"),
     FUNCTION("grad_sums", grad_sums, "grad_sums(dy, x, m, where, axis)"),
     FUNCTION("grad_input", grad_input, "grad_input(dy, x, m, a, b, c, where, axis, out)"),
+    FUNCTION("use_tensors", use_tensors,
+             "use_tensors(Tensor, Parameter, exchange, empty_like, empty_vectors)"),
+    FUNCTION("fits", fits, "fits(x, axis, *vectors)"),
     {"instruction_sets", isas, METH_NOARGS, "instruction_sets() -> (names, the one in use)"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from batchnorm import frameworks, tracing
+from batchnorm import core, frameworks, optimistic, tracing
 from batchnorm.arguments import validate_choice
 from batchnorm.arrays import device_of, library_name, namespace
 from batchnorm.backends.base import Backend
@@ -22,7 +21,7 @@ Array = Any
 Arrays = tuple[Array | None, ...]
 
 VARIABLE = "BATCHNORM_KERNELS"
-NAMES = ("numba", "numpy", "cupy", "jax", "generic")
+NAMES = ("native", "numpy", "cupy", "jax", "generic")
 _BUT_GENERIC = tuple(name for name in NAMES if name != "generic")
 
 
@@ -37,11 +36,18 @@ class Candidate(NamedTuple):
     """Return why it cannot run on the arrays of a call, or None. See `Backend.refuses`."""
     required: Callable[[Arrays], str | None] | None = None
     """Return why PyTorch has to see its operators, or None: it then precedes what users add."""
+    whole: Callable[[], Any] | None = None
+    """Return what takes whole calls on arrays of the class of x, as `optimistic` has it, or None."""
 
 
 def backend_for(*arrays: Array | None) -> Backend:
     """Return the backend for the validated arrays of a call, of which the first is a big one."""
-    return _choose(arrays)[0].backend(arrays)
+    candidate = _choose(arrays)[0]
+    if candidate.whole is not None and not _added and get_kernels() in (None, "native"):
+        whole, kind = candidate.whole(), cast(Any, type(arrays[0]))
+        if whole is not None:
+            optimistic.calls[kind] = whole
+    return candidate.backend(arrays)
 
 
 def _choose(arrays: Arrays) -> tuple[Candidate, list[str]]:
@@ -104,27 +110,19 @@ def kernels_for(x: Array, *others: Array | None) -> Backend:
 # The table. Functions import a backend when an array of its class first comes.
 
 
-@functools.cache
-def _numba() -> Any:
-    """Return the module of compiled loops, or why there is none."""
-    if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed: pip install 'batchnorm[numba]'"
-    try:
-        from batchnorm.backends import numba
-    except Exception as error:  # an installation that does not fit NumPy's, say
-        return f"Numba cannot be used: {type(error).__name__}: {error}"
-    return numba
+def _native_refuses(arrays: Arrays) -> str | None:
+    missing = core.missing()
+    if missing is not None:
+        return _NO_CORE + missing
+    from batchnorm.backends import native
+
+    return native.NATIVE.refuses(arrays)
 
 
-def _numba_refuses(arrays: Arrays) -> str | None:
-    module = _numba()
-    refusal: str | None = module if isinstance(module, str) else module.NUMBA.refuses(arrays)
-    return refusal
+def _native_backend(arrays: Arrays) -> Backend:
+    from batchnorm.backends import native
 
-
-def _numba_backend(arrays: Arrays) -> Backend:
-    backend: Backend = _numba().NUMBA
-    return backend
+    return native.NATIVE
 
 
 def _numpy_backend(arrays: Arrays) -> Backend:
@@ -137,14 +135,13 @@ def _of(backend: Backend) -> Candidate:
     return Candidate((backend.name,), lambda arrays: backend, backend.refuses)
 
 
-_ON_NUMPY = (
-    Candidate(("numba",), _numba_backend, _numba_refuses),
-    Candidate(("numpy",), _numpy_backend),
-)
+_NO_CORE = "the compiled core is not there: "
+_NATIVE = Candidate(("native",), _native_backend, _native_refuses, whole=core.load)
+_NUMPY = Candidate(("numpy",), _numpy_backend)
 
 
 def _for_numpy() -> tuple[Candidate, ...]:
-    return *_ON_NUMPY, _of(GENERIC)
+    return _NATIVE, _NUMPY, _of(GENERIC)
 
 
 def _for_torch() -> tuple[Candidate, ...]:
@@ -153,10 +150,25 @@ def _for_torch() -> tuple[Candidate, ...]:
 
     def on_tensors(host: Candidate) -> Candidate:
         def refuses(arrays: Arrays) -> str | None:
-            why = tensors.refuses(arrays, "cpu")
+            why = tensors.refuses(arrays, "cpu") or tensors.without_view(arrays)
             return host.refuses(tensors.views(arrays)) if why is None else why
 
         return Candidate(host.names, lambda arrays: tensors.on_tensors(host.backend(arrays)), refuses)
+
+    def native_refuses(arrays: Arrays) -> str | None:
+        missing = core.missing()
+        if missing is not None:
+            return _NO_CORE + missing
+        return tensors.refuses(arrays, "cpu") if tensors.exchange() is not None else ""
+
+    def native(arrays: Arrays) -> Backend:
+        backend: Backend = frameworks.load("backends.native_tensors").NATIVE_TENSORS
+        return backend
+
+    def whole() -> Any:
+        if core.missing() is not None or tensors.exchange() is None:
+            return None
+        return frameworks.load("torch.eager")
 
     def cuda_refuses(arrays: Arrays) -> str | None:
         why = tensors.refuses(arrays, "cuda")
@@ -171,9 +183,11 @@ def _for_torch() -> tuple[Candidate, ...]:
 
     return (
         Candidate(NAMES, pytorch_operators, required=lambda arrays: tracing.transformed()),
-        Candidate(_BUT_GENERIC, registered_operators, required=tracing.recorded),
+        Candidate(_BUT_GENERIC, registered_operators, required=tracing.recorded, whole=whole),
         Candidate(("cupy",), devices.on_tensors, cuda_refuses),
-        *map(on_tensors, _ON_NUMPY),
+        Candidate(("native",), native, native_refuses, whole=whole),
+        on_tensors(_NATIVE),  # of older versions of PyTorch
+        on_tensors(_NUMPY),
         _of(tensors.OWN_OPERATORS),
     )
 
@@ -264,6 +278,7 @@ def add_kernels(kind: type, backend: Backend) -> Callable[[], None]:
         fail(TypeError, "backend", describe(backend), "a Backend")
     entry = (kind, backend)
     _added = (*_added, entry)
+    optimistic.calls.clear()
 
     def remove() -> None:
         global _added
@@ -277,7 +292,7 @@ def set_kernels(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"numba", "numpy", "cupy", "jax", "generic"} or None
+    name : {"native", "numpy", "cupy", "jax", "generic"} or None
         None for the default: the environment variable ``BATCHNORM_KERNELS``, or the fastest that can
         run. Where the named one cannot run on an array, the call is an error.
 
@@ -290,6 +305,7 @@ def set_kernels(name: str | None) -> None:
     if name is not None:
         validate_choice("name", name, NAMES, ", or None for the default")
     _asked = name
+    optimistic.calls.clear()
 
 
 def get_kernels() -> str | None:

@@ -1,6 +1,7 @@
 """The compiled core, for NumPy arrays: the four kernels, and forward and backward passes fused.
 
-The core is C++ in `src/native`; `core.py` loads it. It reads shapes, strides and dtypes itself.
+The core is C++ in `src/native`; `core.py` loads it. It reads shapes, strides and dtypes itself, and returns
+None for what it does not take.
 """
 
 from __future__ import annotations
@@ -16,20 +17,6 @@ from batchnorm.moments import Moments
 from batchnorm.validation import validate_mask_count
 
 Array = Any
-
-
-def _weights(w: Array | None) -> Array | None:
-    """Return weights in a dtype that the core reads; integers become float64."""
-    if w is None or (w.dtype == bool and w.flags.aligned):
-        return w
-    return np.require(w, w.dtype if _readable(w) else np.float64, "A")
-
-
-def _vector(v: Any) -> Any:
-    """Return a per-channel vector in a dtype that the core reads."""
-    if v is None or not hasattr(v, "dtype") or _readable(v):
-        return v
-    return np.asarray(v, np.float64)
 
 
 def _readable(v: Array) -> bool:
@@ -54,6 +41,22 @@ class Native(Backend):
                 return "values are not aligned in memory"
         return None
 
+    def weights(self, w: Array | None) -> Array | None:
+        """Return weights in a dtype that the core reads; integers become float64."""
+        if w is None or (w.dtype == bool and w.flags.aligned):
+            return w
+        return np.require(w, w.dtype if w.dtype == bool or _readable(w) else np.float64, "A")
+
+    def vector(self, v: Any) -> Any:
+        """Return a per-channel vector in a dtype that the core reads."""
+        if v is None or not hasattr(v, "dtype") or _readable(v):
+            return v
+        return np.asarray(v, np.float64)
+
+    def dense(self, v: Array) -> Array:
+        """Return a vector of a kernel as the core reads it; that of a single channel may be a user's."""
+        return np.require(v, None, ["C", "A"])
+
     def forward(
         self,
         x: Array,
@@ -66,8 +69,8 @@ class Native(Backend):
         out: Array | None = None,
     ) -> tuple[Array, Moments]:
         """Return y and the batch's moments."""
-        axes, w = layout.channel_axes, _weights(w)
-        found = _CORE.forward(x, _vector(gamma), _vector(beta), axes, eps, w, out, True)
+        axes, w = layout.channel_axes, self.weights(w)
+        found = _CORE.forward(x, self.vector(gamma), self.vector(beta), axes, eps, w, out, True)
         if found is None:  # a mask with too few values in a channel, before y was written
             validate_mask_count(layout, w, _CORE.moments(x, axes, w).count)
         return found  # type: ignore[no-any-return]
@@ -85,11 +88,11 @@ class Native(Backend):
         out: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """Return dx, and dgamma and dbeta in the dtype of gamma."""
-        stats = Moments(*(_vector(v) for v in stats))
-        axes, parameter = layout.channel_axes, _vector(gamma)
+        stats = Moments(*(self.vector(v) for v in stats))
+        axes, parameter = layout.channel_axes, self.vector(gamma)
         found = None
         if dy.dtype == x.dtype:
-            found = _CORE.backward(dy, x, stats, parameter, axes, eps, _weights(w), out, True)
+            found = _CORE.backward(dy, x, stats, parameter, axes, eps, self.weights(w), out, True)
         if found is None:
             return super().backward(dy, x, w, stats, gamma, eps, layout, out=out)
         dx, *grads = found
@@ -109,12 +112,12 @@ class Native(Backend):
         out: Array | None = None,
     ) -> Array:
         """Return y from statistics that are given."""
-        vectors = map(_vector, (stats.mean, stats.var, stats.mean_lo, gamma, beta))
+        vectors = map(self.vector, (stats.mean, stats.var, stats.mean_lo, gamma, beta))
         return _CORE.inference(x, *vectors, layout.channel_axes, eps, out, True)
 
     def statistics(self, x: Array, w: Array | None, layout: Layout) -> Moments:
         """Return count, mean and variance of each channel."""
-        return _CORE.moments(x, layout.channel_axes, _weights(w))  # type: ignore[no-any-return]
+        return _CORE.moments(x, layout.channel_axes, self.weights(w))  # type: ignore[no-any-return]
 
     def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
         """Return count, mean as a high and a low part, and population variance of each channel."""
@@ -125,14 +128,14 @@ class Native(Backend):
         self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
     ) -> Array:
         """Return y = a·(x − m) + b."""
-        vectors = map(np.ascontiguousarray, (m, a, b))
+        vectors = map(self.dense, (m, a, b))
         return _CORE.scale_shift(x, *vectors, layout.channel_axes, out)
 
     def grad_sums(
         self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout
     ) -> tuple[Array, Array]:
         """Return Σdy and Σdy·(x − m) of each channel."""
-        sums = _CORE.grad_sums(dy, x, np.ascontiguousarray(m), _weights(w), layout.channel_axes)
+        sums = _CORE.grad_sums(dy, x, self.dense(m), self.weights(w), layout.channel_axes)
         sum_dy, sum_dy_d = (v.reshape(layout.broadcast) for v in sums)
         return sum_dy, sum_dy_d
 
@@ -150,8 +153,8 @@ class Native(Backend):
         out: Array | None = None,
     ) -> Array:
         """Return dx = a·(dy + w·(b·(x − m) + c))."""
-        vectors = map(np.ascontiguousarray, (m, a, b, c))
-        return _CORE.grad_input(dy, x, *vectors, _weights(w), layout.channel_axes, out)
+        vectors = map(self.dense, (m, a, b, c))
+        return _CORE.grad_input(dy, x, *vectors, self.weights(w), layout.channel_axes, out)
 
 
 _CORE: Any = core.load()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,19 @@ def refuses(arrays: Arrays, device: str) -> str | None:
             return "the tensors are not strided memory"
         if a.is_neg():  # a view whose sign PyTorch changes as it reads
             return "the tensors include a negated view"
-        if a.dtype is torch.bfloat16 and device == "cpu" and _bfloat16() is None:
-            return "the tensors are bfloat16, for which ml_dtypes is not installed"
+    return None
+
+
+def exchange() -> Any:
+    """Return what describes the memory of tensors in C, DLPack's exchange interface; or None."""
+    return getattr(sys.modules["torch"].Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def without_view(arrays: Arrays) -> str | None:
+    """Return why there is no NumPy array of the memory of some tensors, or None."""
+    torch = sys.modules["torch"]
+    if any(a is not None and a.dtype is torch.bfloat16 for a in arrays) and _bfloat16() is None:
+        return "the tensors are bfloat16, for which ml_dtypes is not installed"
     return None
 
 
@@ -135,7 +146,7 @@ def _delegated(method: str, like: int | None) -> Any:
     """Make a method that runs the host's on the memory of tensors; a result in `out` is that tensor."""
 
     def call(self: OnTensors, *arguments: Any, out: Array | None = None) -> Any:
-        host = self.run(getattr(self.host, method))
+        host = getattr(self.host, method)
         if like is None:
             return _to_tensors(host(*map(_to_host, arguments)))
         target = out
@@ -152,8 +163,8 @@ def _delegated(method: str, like: int | None) -> Any:
 class OnTensors(Backend):
     """A backend for NumPy arrays, on CPU tensors."""
 
-    def __init__(self, host: Backend, run: Callable[[Any], Any]) -> None:
-        self.name, self.summary, self.host, self.run = host.name, host.summary, host, run
+    def __init__(self, host: Backend) -> None:
+        self.name, self.summary, self.host = host.name, host.summary, host
 
 
 # Method, and the argument that its first result is like; None where it has no `out`.
@@ -176,11 +187,7 @@ for _method, _like in {
 @functools.cache
 def on_tensors(host: Backend) -> Backend:
     """Return a backend for NumPy arrays as one for CPU tensors."""
-    if host.name != "numba":
-        return OnTensors(host, lambda kernel: kernel)
-    from batchnorm.backends.compiled.openmp import on_torch
-
-    return OnTensors(host, on_torch)
+    return OnTensors(host)
 
 
 class OwnOperators(Generic):

@@ -18,6 +18,7 @@ import array_api_compat as compat
 import numpy as np
 
 import batchnorm as bn
+from batchnorm import core
 from batchnorm.backends import dispatch
 from batchnorm.capabilities import LIBRARIES
 
@@ -132,15 +133,15 @@ def kernels(name: str | None) -> Iterator[None]:
 
 
 class OnKernels(Target):
-    """A device, perhaps with the backend that cases run on, as in "cpu-numba"."""
+    """A device, perhaps with the backend that cases run on, as in "cpu-native"."""
 
     def __init__(self, library: str, module: str, device: str) -> None:
         super().__init__(library, module, device)
         self.kind, _, self.kernels = device.partition("-")
 
     def missing(self) -> str | None:
-        if self.kernels == "numba" and importlib.util.find_spec("numba") is None:
-            return "Numba is not installed"
+        if self.kernels == "native" and core.missing() is not None:
+            return f"the compiled core is not there: {core.missing()}"
         why_not = super().missing()
         if self.kernels == "cupy" and why_not is None:
             from batchnorm.backends.cuda.devices import unusable

@@ -39,14 +39,23 @@ def backward(grads: tuple[Array, ...], expected: Gradients, dtype: str, paramete
         _close_or_rounded(v, getattr(expected, name), size, parameters, BACKWARD, name)
 
 
-def moments(stats: Any, expected: Problem) -> None:
-    """Check count, mean and variance to a few eps of the dtype that they came in."""
+def moments(stats: Any, expected: Problem, data: str = "float64") -> None:
+    """Check count, mean and variance to a few eps of the dtype that they came in.
+
+    Statistics of a forward pass are not better than y needs: for `data` of float32 and less, the mean is
+    within half a float32 eps of a standard deviation, and the variance within one float32 eps.
+    """
     dtype = stats.var.dtype.name
     n, mean, var = (expected.flat(v) for v in (expected.n, expected.mean, expected.var))
     assert_close(stats.count, n, n, dtype, 2, "count")
-    assert_close(stats.mean, mean, abs(mean) + np.sqrt(var), dtype, 2, "mean")
     # Where the mean has no end in decimals, a variance of 0 is one of 1e-98 in 50 digits.
-    size = var + mean * mean * UNSEEN if var.dtype == object else var
+    std, size = np.sqrt(var), var + mean * mean * UNSEEN if var.dtype == object else var
+    if data != "float64":
+        coarse = int(EPS["float32"] / EPS[dtype])  # eps of the statistics in one of the data
+        assert_close(stats.mean, mean, 2 * abs(mean) + (2 + coarse // 2) * std, dtype, 1, "mean")
+        assert_close(stats.var, var, (4 + coarse) * size, dtype, 1, "var")
+        return
+    assert_close(stats.mean, mean, abs(mean) + std, dtype, 2, "mean")
     assert_close(stats.var, var, size, dtype, 4, "var")
 
 

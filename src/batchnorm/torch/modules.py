@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm import groups
+from batchnorm import groups, optimistic
 from batchnorm.errors import fail
 from batchnorm.torch.leaving import is_exporting
 
@@ -46,10 +46,22 @@ def _forward(self: Module, x: Any) -> Any:
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 0.0 if count is None else 1.0 / count.double()
+        if not isinstance(momentum, torch.Tensor) and _updated_in_place(mean, var, stats, momentum):
+            return y
         n, batch_mean, batch_var = (v.detach() for v in stats[:3])
         for running, batch in ((mean, batch_mean), (var, batch_var * (n / (n - 1)))):
             running.copy_(running + momentum * (batch - running))
     return y
+
+
+def _updated_in_place(mean: Any, var: Any, stats: Any, momentum: float) -> bool:
+    """Update the running statistics in compiled code; return False where that does not take them."""
+    with torch.no_grad():
+        fast = optimistic.for_array(mean)
+        if fast.update_running(mean, var, stats, momentum, 1.0, True) is None:
+            return False
+    torch.autograd.graph.increment_version((mean, var))
+    return True
 
 
 torch.fx.wrap("_forward")  # symbolic tracing does not trace into the call, as with modules of torch.nn

@@ -22,7 +22,6 @@ from batchnorm.moments import Moments
 from batchnorm.torch import shapes, synchronized
 from batchnorm.torch.shapes import plain_axis
 from batchnorm.tracing import differentiates_weights
-from batchnorm.validation import call_key, known_layout, remember
 
 Array = Any
 
@@ -34,15 +33,10 @@ _ops = torch.ops.batchnorm
 
 def _layout(x: Array, axis: Sequence[int], **vectors: Array | None) -> Layout:
     """Return the layout of a call; where a compiled program makes it, no function was there to check."""
-    key = call_key("operator", plain_axis(axis), None, x, *vectors.values())
-    known = known_layout(key)
-    if known is not None:
-        return known
     layout = layout_of("x", namespace("x", x), x, tuple(a % x.ndim for a in axis), x.device)
     for name, v in vectors.items():
         if v is not None and tuple(v.shape) != layout.channels:
             fail(ValueError, name, f"shape {tuple(v.shape)}", f"{layout.channels}, the channels of x")
-    remember(key, layout)
     return layout
 
 
@@ -95,7 +89,7 @@ def _moments(x, where, axis):  # type: ignore[no-untyped-def]
 # Derivatives. A gradient that is None is 0; one that nobody needs is not given.
 
 
-def _save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
+def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
     x, gamma, beta, where, axis, eps = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[4])
@@ -104,7 +98,7 @@ def _save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.axis, ctx.eps = axis, eps
 
 
-def _grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: Any) -> Any:
+def grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: Any) -> Any:
     _not_to_weights(ctx, 3)
     x, gamma, where, n, mean, var, mean_lo = ctx.saved_tensors
     dx = dgamma = dbeta = None
@@ -234,7 +228,7 @@ def _no_third_order(ctx: Any, *_: Any) -> Any:
 
 # Name: implementation, what is saved for the gradient, the gradient.
 _OPERATORS: dict[str, Any] = {
-    "batch_norm": (_batch_norm, _save_batch_norm, _grad_batch_norm),
+    "batch_norm": (_batch_norm, save_batch_norm, grad_batch_norm),
     "batch_norm_backward": (
         _batch_norm_backward,
         _save_backward,
