@@ -179,7 +179,7 @@ runpy.run_module("batchnorm", run_name="__main__", alter_sys=True)
 def test_an_interrupt_is_one_line(moment, command, tmp_path):
     """While it imports, while it compiles, while it works."""
     if moment == "compile":
-        CORE
+        pytest.importorskip("batchnorm._core")
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, moment, *command],
         cwd=tmp_path,

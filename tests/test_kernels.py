@@ -13,7 +13,7 @@ from batchnorm.testing import data, oracle, verdict
 from batchnorm.testing.libraries import kernels
 from batchnorm.testing.oracle import Problem
 
-CORE
+pytest.importorskip("batchnorm._core")
 SETS = ("native", "numpy", "generic")
 
 

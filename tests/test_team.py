@@ -12,7 +12,7 @@ from batchnorm.testing import data
 from batchnorm.testing.libraries import kernels
 
 torch = pytest.importorskip("torch")
-CORE
+pytest.importorskip("batchnorm._core")
 from batchnorm.backends.compiled import openmp as team  # noqa: E402
 from batchnorm.backends.compiled import pool as crew  # noqa: E402
 

@@ -11,11 +11,13 @@
 #define NPY_TARGET_VERSION NPY_2_0_API_VERSION
 #include <numpy/arrayobject.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <thread>
 
 #include "core.h"
 #include "dlpack.h"
@@ -441,6 +443,17 @@ bool set_threads(Call& call, const Array& x) {
     return true;
 }
 
+// Take the interpreter's lock again. Where the interpreter has ended meanwhile, Python ends this thread by an
+// exception of the system, in whose way objects would be released: it stays here instead, until the process
+// ends.
+void restore(PyThreadState* state) {
+    try {
+        PyEval_RestoreThread(state);
+    } catch (...) {
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+}
+
 // Run a pass, without the interpreter's lock where it takes a while.
 template <class Run> bool run(const Array& x, Run pass) {
     bool failed = false;
@@ -450,7 +463,7 @@ template <class Run> bool run(const Array& x, Run pass) {
     } catch (const std::bad_alloc&) {
         failed = true;
     }
-    if (state) PyEval_RestoreThread(state);
+    if (state) restore(state);
     if (failed) PyErr_NoMemory();
     return !failed;
 }
