@@ -80,8 +80,8 @@ template <class V> BN_INLINE void two_sum(V& high, V& low, V term) {
     high = s;
 }
 
-// From n, the sum of d and the sum of d², with d = x - pivot, to moments. With d = mean - pivot,
-// var = q/n - d²; where d is below a standard deviation, next to nothing cancels.
+// From n, the sum of d and the sum of d^2, with d = x - pivot, to moments. With d = mean - pivot,
+// var = q/n - d^2; where d is below a standard deviation, next to nothing cancels.
 struct ChannelMoments {
     double count, mean, var, low;
 };
@@ -100,7 +100,7 @@ BN_INLINE bool far_pivot(double n, double s, double q) {
     return 2 * (d * d) > q / some;
 }
 
-// y = a·(x - m) + b, with m the mean as A, the type of the arithmetic, rounds it.
+// y = a (x - m) + b, with m the mean as A, the type of the arithmetic, rounds it.
 template <class A>
 BN_INLINE void forward_coefficients(
     double mean, double low, double var, double gamma, double beta, double eps, A& m, A& a, A& b) {
@@ -111,7 +111,7 @@ BN_INLINE void forward_coefficients(
     b = (A)(beta - scale * residual);
 }
 
-// dx = a·(dy + w·(b·(x - m) + c)), dgamma and dbeta, from the sums of dy and of dy·(x - m).
+// dx = a (dy + w (b (x - m) + c)), dgamma and dbeta, from the sums of dy and of dy (x - m).
 template <class A>
 BN_INLINE void backward_coefficients(
     double n, double mean, double low, double var, double gamma, double eps, double sum_dy,
