@@ -126,8 +126,8 @@ FAULTS = {
         "last < params.positions ? last + 1 :",
     ),
     "the neighbour's mean": (
-        "int local = tile.bundle * CH + ch;\n            double mean =",
-        "int local = tile.bundle * CH;\n            double mean =",
+        "int local = tile.bundle * CH + ch;\n            double sum_dy =",
+        "int local = tile.bundle * CH;\n            double sum_dy =",
     ),
     "a tree's node done too early": ("== siblings;", "+ 1 == siblings;"),
 }

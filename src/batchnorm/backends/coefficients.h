@@ -106,7 +106,7 @@ BN_INLINE void forward_coefficients(
     double mean, double low, double var, double gamma, double beta, double eps, A& m, A& a, A& b) {
     m = (A)mean;
     double residual = (mean - (double)m) + low;
-    double scale = gamma / sqrt(var + eps);
+    double rstd = 1 / sqrt(var + eps), scale = rstd * gamma;
     a = (A)scale;
     b = (A)(beta - scale * residual);
 }
