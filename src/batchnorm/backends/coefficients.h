@@ -100,6 +100,32 @@ BN_INLINE bool far_pivot(double n, double s, double q) {
     return 2 * (d * d) > q / some;
 }
 
+// Merging of moments (Chan et al. 1983, eq. 2.1, for any number of parts), without a division for each
+// part. The mean is mean + low; `squares` is n var, the sum of squared deviations from it.
+
+// What a part adds to the sums of d and of d^2, with d = x - pivot: zeros where it has no values.
+BN_INLINE void deviation_sums(
+    double n, double mean, double low, double squares, double pivot, double& s, double& q) {
+    double d = (mean - pivot) + low;
+    s = n * d;
+    q = squares + s * d;
+}
+
+// And back: the mean is pivot + d.
+BN_INLINE double squares_about_mean(double n, double s, double q, double& d) {
+    d = n > 0 ? s / n : 0;
+    return q - s * d;
+}
+
+// The last step, about a pivot that is the mean but for rounding errors: `mean` is the rounded mean.
+BN_INLINE void merged_moments(
+    double n, double s, double q, double pivot, double& mean, double& low, double& squares) {
+    double d, sum = squares_about_mean(n, s, q, d);
+    mean = pivot + d;
+    low = d - (mean - pivot);  // exact: Dekker 1971, Fast2Sum
+    squares = sum < 0 ? 0 : sum;  // NaN stays NaN
+}
+
 // y = a (x - m) + b, with m the mean as A, the type of the arithmetic, rounds it.
 template <class A>
 BN_INLINE void forward_coefficients(
