@@ -1,6 +1,7 @@
 """The results of the CUDA kernels, run on the host: this needs a C++ compiler and no GPU."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import re
@@ -84,6 +85,50 @@ def test_shapes(tiles, shape, axis, weighted):
         check(shape, axis, weighted=weighted)
 
 
+CONVERSIONS = """
+extern "C" void widen(const unsigned short* from, float* half, float* bfloat16, int n) {
+    for (int i = 0; i < n; ++i) {
+        half[i] = half_to_float(from[i]);
+        bfloat16[i] = bfloat16_to_float(from[i]);
+    }
+}
+extern "C" void narrow(const float* from, unsigned short* half, unsigned short* bfloat16, int n) {
+    for (int i = 0; i < n; ++i) {
+        half[i] = float_to_half(from[i]);
+        bfloat16[i] = float_to_bfloat16(from[i]);
+    }
+}
+"""
+
+
+def test_conversions_of_16_bit_numbers():
+    """All numbers, the halves between neighbours, and what is next to these round as elsewhere."""
+    import ml_dtypes
+
+    built = cuda_on_host.library((), cuda.source() + CONVERSIONS)
+
+    def converted(function, a, dtype):
+        found = [np.empty(a.shape, dtype) for _ in range(2)]
+        getattr(built, function)(*(ctypes.c_void_p(v.ctypes.data) for v in (a, *found)), a.size)
+        return found
+
+    every = np.arange(2**16, dtype=np.uint16)
+    dtypes = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+    for found, dtype in zip(converted("widen", every, np.float32), dtypes, strict=True):
+        values = every.view(dtype).astype(np.float32)
+        np.testing.assert_array_equal(found, values)
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(values))
+        bits = values.view(np.uint32)
+        middle = bits + (np.uint32(1) << np.uint32(12 if dtype == np.float16 else 15))
+        near = np.concatenate([bits, middle - 1, middle, middle + 1]).view(np.float32)
+        subnormal = np.ldexp(np.arange(-4096, 4096, dtype=np.float32), -26)  # in float16
+        near = np.concatenate([near, subnormal])
+        rounded = converted("narrow", near, np.uint16)[dtypes.index(dtype)].view(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = near.astype(dtype)
+        np.testing.assert_array_equal(rounded.astype(np.float32), expected.astype(np.float32))
+
+
 def test_results_do_not_depend_on_the_order_of_blocks():
     """Blocks run concurrently, in another order each time, and the results are bit-identical."""
     x, dy = data.batch((16, 9, 120)), data.batch((16, 9, 120), seed=1)
@@ -126,8 +171,8 @@ FAULTS = {
         "last < params.positions ? last + 1 :",
     ),
     "the neighbour's mean": (
-        "int local = tile.bundle * CH + ch;\n            double mean =",
-        "int local = tile.bundle * CH;\n            double mean =",
+        "int local = tile.bundle * CH + ch;\n            double sum_dy =",
+        "int local = tile.bundle * CH;\n            double sum_dy =",
     ),
     "a tree's node done too early": ("== siblings;", "+ 1 == siblings;"),
 }
@@ -233,8 +278,6 @@ class NullContext:
 @pytest.fixture
 def fake_cupy(monkeypatch):
     """Install a substitute for CuPy that runs kernels on the host, and yield the list of its calls."""
-    import ctypes
-
     calls = []
     host = cuda_on_host.device(cuda_on_host.LIMITS["small-tiles"])
 

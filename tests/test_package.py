@@ -149,6 +149,7 @@ def test_wheel(wheel):
         "testing/conftest.py",
         "testing/nist/nist.npz",
         "backends/generic.py",
+        "backends/coefficients.h",
         "backends/cuda/tasks.cu",
     ):
         assert f"batchnorm/{file}" in names

@@ -48,35 +48,6 @@ inline unsigned atomicExch(unsigned* p, unsigned v) { return __atomic_exchange_n
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __nanosleep(unsigned) { std::this_thread::yield(); }
 
-template <typename To, typename From> To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From), "");
-    To to;
-    memcpy(&to, &from, sizeof(to));
-    return to;
-}
-inline float __uint_as_float(unsigned v) { return bits_as<float>(v); }
-inline unsigned __float_as_uint(float v) { return bits_as<unsigned>(v); }
-
-inline float half_to_float(unsigned short bits) {
-    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                 : exponent     ? ldexpf(1024 + mantissa, exponent - 25)
-                                : ldexpf(mantissa, -24);
-    return bits & 0x8000 ? -size : size;
-}
-inline unsigned short float_to_half(float v) {
-    unsigned short sign = signbit(v) ? 0x8000 : 0;
-    float size = fabsf(v);
-    if (isnan(v)) return sign | 0x7e00;
-    if (size >= 65520) return sign | 0x7c00;
-    int exponent;
-    frexpf(size, &exponent);                 // size = f 2^exponent, 1/2 <= f < 1
-    exponent = std::max(exponent, -13);      // subnormal halves share the smallest exponent
-    unsigned units = (unsigned)nearbyintf(ldexpf(size, 11 - exponent));  // to even
-    // A mantissa of 2048 carries into the exponent by itself.
-    return sign | (units < 1024 ? units : (unsigned short)(((exponent + 13) << 10) + units));
-}
-
 namespace gpu {
 
 struct Fiber {

@@ -80,8 +80,8 @@ template <class V> BN_INLINE void two_sum(V& high, V& low, V term) {
     high = s;
 }
 
-// From n, the sum of d and the sum of d², with d = x - pivot, to moments. With d = mean - pivot,
-// var = q/n - d²; where d is below a standard deviation, next to nothing cancels.
+// From n, the sum of d and the sum of d^2, with d = x - pivot, to moments. With d = mean - pivot,
+// var = q/n - d^2; where d is below a standard deviation, next to nothing cancels.
 struct ChannelMoments {
     double count, mean, var, low;
 };
@@ -100,18 +100,44 @@ BN_INLINE bool far_pivot(double n, double s, double q) {
     return 2 * (d * d) > q / some;
 }
 
-// y = a·(x - m) + b, with m the mean as A, the type of the arithmetic, rounds it.
+// Merging of moments (Chan et al. 1983, eq. 2.1, for any number of parts), without a division for each
+// part. The mean is mean + low; `squares` is n var, the sum of squared deviations from it.
+
+// What a part adds to the sums of d and of d^2, with d = x - pivot: zeros where it has no values.
+BN_INLINE void deviation_sums(
+    double n, double mean, double low, double squares, double pivot, double& s, double& q) {
+    double d = (mean - pivot) + low;
+    s = n * d;
+    q = squares + s * d;
+}
+
+// And back: the mean is pivot + d.
+BN_INLINE double squares_about_mean(double n, double s, double q, double& d) {
+    d = n > 0 ? s / n : 0;
+    return q - s * d;
+}
+
+// The last step, about a pivot that is the mean but for rounding errors: `mean` is the rounded mean.
+BN_INLINE void merged_moments(
+    double n, double s, double q, double pivot, double& mean, double& low, double& squares) {
+    double d, sum = squares_about_mean(n, s, q, d);
+    mean = pivot + d;
+    low = d - (mean - pivot);  // exact: Dekker 1971, Fast2Sum
+    squares = sum < 0 ? 0 : sum;  // NaN stays NaN
+}
+
+// y = a (x - m) + b, with m the mean as A, the type of the arithmetic, rounds it.
 template <class A>
 BN_INLINE void forward_coefficients(
     double mean, double low, double var, double gamma, double beta, double eps, A& m, A& a, A& b) {
     m = (A)mean;
     double residual = (mean - (double)m) + low;
-    double scale = gamma / sqrt(var + eps);
+    double rstd = 1 / sqrt(var + eps), scale = rstd * gamma;
     a = (A)scale;
     b = (A)(beta - scale * residual);
 }
 
-// dx = a·(dy + w·(b·(x - m) + c)), dgamma and dbeta, from the sums of dy and of dy·(x - m).
+// dx = a (dy + w (b (x - m) + c)), dgamma and dbeta, from the sums of dy and of dy (x - m).
 template <class A>
 BN_INLINE void backward_coefficients(
     double n, double mean, double low, double var, double gamma, double eps, double sum_dy,

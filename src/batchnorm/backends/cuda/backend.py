@@ -1,8 +1,9 @@
 """The four kernels, and the forward and backward passes fused, in CUDA C++ for any array library.
 
-The kernels are in the `.cu` files, the launch arithmetic in `launches.py`. This module prepares the
-launches: it brings arrays into one memory layout, allocates results and packs the parameters. A `Device`
-has the operations that depend on the array library; `devices.py` makes those of CuPy and PyTorch.
+The kernels are in the `.cu` files, the arithmetic of single channels in `coefficients.h`, which the
+native core has too, and the launch arithmetic in `launches.py`. This module prepares the launches: it
+brings arrays into one memory layout, allocates results and packs the parameters. A `Device` has the
+operations that depend on the array library; `devices.py` makes those of CuPy and PyTorch.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ FILES = ("values", "tiling", "moments", "tasks", "forward", "backward")
 
 @functools.cache
 def source() -> str:
-    """Return the CUDA C++ source of all kernels as one text, so that a compiler's cache sees changes."""
-    folder = importlib.resources.files("batchnorm.backends") / "cuda"
-    return "\n".join((folder / f"{name}.cu").read_text() for name in FILES)
+    """Return the CUDA C++ source of all kernels as one text, so that a compiler's cache sees changes.
+
+    It is ASCII, because CuPy writes it to a file in the encoding of the locale.
+    """
+    folder = importlib.resources.files("batchnorm.backends")
+    files = (folder / "coefficients.h", *(folder / "cuda" / f"{name}.cu" for name in FILES))
+    return "\n".join(file.read_text(encoding="ascii") for file in files)
 
 
 # Launches.

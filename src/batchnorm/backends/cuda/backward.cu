@@ -76,7 +76,7 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Backward {
                     m[ch][k] += __ldcg(sums + i * params.channels * SUMS + ch * SUMS + k);
     }
 
-    // Gradients of the parameters, and the factors of dx as in coefficients.py.
+    // Gradients of the parameters, and the factors of dx.
     static __device__ void finish(
         const Params& params, const Tile& tile, Shared& shared, double (&m)[CH][SUMS]) {
         for (int ch = 0; ch < CH; ++ch) {
@@ -86,16 +86,14 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Backward {
                 params.stats[params.channels + c] = m[ch][1];
                 continue;
             }
+            const auto& inputs = shared.inputs;
             int local = tile.bundle * CH + ch;
-            double mean = shared.inputs[INPUT_MEAN][local], n = shared.inputs[N][local];
-            A rounded_mean = (A)mean;
-            double residual = (mean - rounded_mean) + shared.inputs[INPUT_LOW][local];
-            double rstd = 1 / sqrt(shared.inputs[VAR][local] + params.eps);
-            double sum_dy = m[ch][0], dgamma = rstd * (m[ch][1] - residual * sum_dy);
-            if (!(n > 0)) n = 1;
-            double b = -rstd * (dgamma / n);
-            double f[4] = {
-                rounded_mean, shared.inputs[GAMMA][local] * rstd, b, -sum_dy / n - b * residual};
+            double sum_dy = m[ch][0], dgamma;
+            A f[FACTORS];
+            backward_coefficients(
+                inputs[N][local], inputs[INPUT_MEAN][local], inputs[INPUT_LOW][local],
+                inputs[VAR][local], inputs[GAMMA][local], params.eps, sum_dy, m[ch][1], dgamma, f[0],
+                f[1], f[2], f[3]);
             store_channel(params.dgamma, c, dgamma);
             store_channel(params.dbeta, c, sum_dy);
             store_factors<Backward>(f, params, tile, shared, ch);

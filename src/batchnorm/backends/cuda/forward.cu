@@ -1,18 +1,5 @@
 // The forward pass: moments of each channel, then y = a (x - m) + b.
 
-// Factors of y = gamma (x - mean) / std + beta = a (x - m) + b: m is the mean, rounded to the type of
-// the arithmetic; b includes the residual of the mean.
-template <typename A, int LENGTH>
-__device__ inline void forward_factors(
-    double (&f)[4], const Params& params, const double (&inputs)[INPUTS][LENGTH], int c, double mean,
-    double low, double var) {
-    A m = (A)mean;
-    f[0] = m;
-    f[1] = inputs[GAMMA][c] * (1 / sqrt(var + params.eps));
-    f[2] = inputs[BETA][c] - f[1] * ((mean - m) + low);
-    f[3] = 0;
-}
-
 template <typename T, int V, bool ACROSS_CHANNELS, typename A, int CH>
 __device__ inline void output(const Params& params, const Tile& tile, const A (&f)[CH][4]) {
     const int IN_FLIGHT = V * sizeof(T) >= 8 ? 4 : 8;  // vectors in flight
@@ -133,9 +120,11 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Forward {
             params.stats[params.channels + c] = m[ch][MEAN];
             params.stats[2 * params.channels + c] = var;
             params.stats[3 * params.channels + c] = m[ch][LOW];
-            double f[4];
+            A f[FACTORS];
             int local = tile.bundle * CH + ch;
-            forward_factors<A>(f, params, shared.inputs, local, m[ch][MEAN], m[ch][LOW], var);
+            forward_coefficients(
+                m[ch][MEAN], m[ch][LOW], var, shared.inputs[GAMMA][local], shared.inputs[BETA][local],
+                params.eps, f[0], f[1], f[2]);
             store_factors<Forward>(f, params, tile, shared, ch);
         }
     }
@@ -167,15 +156,14 @@ __global__ void __launch_bounds__(THREADS, 4) normalize(const Params params) {
             __syncthreads();
         }
         for (int ch = 0; ch < CH && tile.begin < tile.end; ++ch) {
-            double g[4];
+            const auto& inputs = shared.inputs;
             int local = tile.bundle * CH + ch;
-            if (!(params.phases & GIVEN))
-                forward_factors<A>(
-                    g, params, shared.inputs, local, shared.inputs[INPUT_MEAN][local], 0,
-                    shared.inputs[VAR][local]);
-            for (int k = 0; k < 3; ++k)
-                f[ch][k] = params.phases & GIVEN ? ((const A*)params.factors[k])[tile.channel + ch]
-                                                 : (A)g[k];
+            if (params.phases & GIVEN)
+                for (int k = 0; k < 3; ++k) f[ch][k] = ((const A*)params.factors[k])[tile.channel + ch];
+            else
+                forward_coefficients(
+                    inputs[INPUT_MEAN][local], 0, inputs[VAR][local], inputs[GAMMA][local],
+                    inputs[BETA][local], params.eps, f[ch][0], f[ch][1], f[ch][2]);
         }
         output<T, V, ACROSS_CHANNELS>(params, tile, f);
     }

@@ -1,4 +1,4 @@
-// Moments of elements, lanes and parts. The same algebra as in moments.py, without its divisions.
+// Moments of elements, lanes and parts.
 
 enum Moment { COUNT, MEAN, LOW, SQUARES };  // the mean is MEAN + LOW; SQUARES: squared deviations
 
@@ -42,18 +42,17 @@ struct Accumulator {
     // Add the moments of a part.
     __device__ void add(const double (&m)[4]) {
         if (count == 0) pivot = m[MEAN];
-        double d = m[COUNT] > 0 ? (m[MEAN] - pivot) + m[LOW] : 0;
+        double s, q;
+        deviation_sums(m[COUNT], m[MEAN], m[LOW], m[SQUARES], pivot, s, q);
         count += m[COUNT];
-        sum += m[COUNT] * d;
-        squares += m[SQUARES] + m[COUNT] * d * d;
+        sum += s;
+        squares += q;
     }
 
     __device__ void result(double (&m)[4]) const {
-        double correction = count > 0 ? sum / count : 0;
         m[COUNT] = count;
         m[MEAN] = pivot;
-        m[LOW] = correction;
-        m[SQUARES] = squares - sum * correction;
+        m[SQUARES] = squares_about_mean(count, sum, squares, m[LOW]);
     }
 };
 
@@ -71,17 +70,13 @@ __device__ inline void merge_moments(
     for (int i = 0; i < CH; ++i) {
         count[i] = v[2 * i];
         high[i] = count[i] > 0 ? v[2 * i + 1] / count[i] : 0;
-        double d = (m[i][MEAN] - high[i]) + m[i][LOW];
-        v[2 * i] = m[i][COUNT] * d;
-        v[2 * i + 1] = m[i][SQUARES] + m[i][COUNT] * d * d;
+        deviation_sums(
+            m[i][COUNT], m[i][MEAN], m[i][LOW], m[i][SQUARES], high[i], v[2 * i], v[2 * i + 1]);
     }
     sum_over_lanes(v, shared, params, tile);
     for (int i = 0; i < CH; ++i) {
-        double residual = count[i] > 0 ? v[2 * i] / count[i] : 0;
         m[i][COUNT] = count[i];
-        m[i][MEAN] = high[i] + residual;
-        m[i][LOW] = residual - (m[i][MEAN] - high[i]);  // exact: Dekker 1971, Fast2Sum
-        double squares = v[2 * i + 1] - v[2 * i] * residual;
-        m[i][SQUARES] = squares < 0 ? 0 : squares;  // NaN stays NaN
+        merged_moments(
+            count[i], v[2 * i], v[2 * i + 1], high[i], m[i][MEAN], m[i][LOW], m[i][SQUARES]);
     }
 }

@@ -90,11 +90,11 @@ __device__ inline void load_factors(
 // Store factors for this block and, where outputs are separate tasks, for the blocks that write them.
 template <class P>
 __device__ inline void store_factors(
-    const double (&f)[4], const Params& params, const Tile& tile, typename P::Shared& shared, int i) {
+    const typename P::A (&f)[P::FACTORS], const Params& params, const Tile& tile,
+    typename P::Shared& shared, int i) {
     for (int k = 0; k < P::FACTORS; ++k) {
-        shared.factors[k][tile.bundle * P::CH + i] = (typename P::A)f[k];
-        if (params.phases & ORDERED)
-            ((typename P::A*)params.factors[k])[tile.channel + i] = (typename P::A)f[k];
+        shared.factors[k][tile.bundle * P::CH + i] = f[k];
+        if (params.phases & ORDERED) ((typename P::A*)params.factors[k])[tile.channel + i] = f[k];
     }
 }
 

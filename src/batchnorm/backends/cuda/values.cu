@@ -1,5 +1,7 @@
 // Types of the elements in memory and of the arithmetic; loads and stores.
 
+using namespace bn;  // of coefficients.h, which is the text before this
+
 struct Half {
     unsigned short bits;
 };
@@ -15,34 +17,15 @@ template <> struct Number<double> {
     typedef double Compute;
 };
 
-#ifdef __CUDACC__  // a host compiler takes these two from a header
-__device__ inline float half_to_float(unsigned short bits) {
-    float v;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
-    return v;
-}
-__device__ inline unsigned short float_to_half(float v) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-    return bits;
-}
-#endif
-
 __device__ inline double value(double v) { return v; }
 __device__ inline float value(float v) { return v; }
 __device__ inline float value(Half v) { return half_to_float(v.bits); }
-__device__ inline float value(BFloat16 v) { return __uint_as_float((unsigned)v.bits << 16); }
+__device__ inline float value(BFloat16 v) { return bfloat16_to_float(v.bits); }
 
 __device__ inline void set(double& to, double v) { to = v; }
 __device__ inline void set(float& to, float v) { to = v; }
 __device__ inline void set(Half& to, float v) { to.bits = float_to_half(v); }
-__device__ inline void set(BFloat16& to, float v) {
-    unsigned bits = __float_as_uint(v);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        to.bits = 0x7fc0;  // NaN: rounding could carry it into infinity
-    else
-        to.bits = (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to even
-}
+__device__ inline void set(BFloat16& to, float v) { to.bits = float_to_bfloat16(v); }
 
 // V contiguous elements that are loaded and stored at once: 2 to 16 bytes.
 template <int BYTES> struct Raw;
