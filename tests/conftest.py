@@ -22,4 +22,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
-

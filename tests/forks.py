@@ -1,6 +1,6 @@
 """Fork 200 children off a process whose threads run, and hold its locks; each normalizes a batch.
 
-python -m forks {numba,numpy}
+python -m forks {native,numpy}
 
 A program of its own, since a test process of some GB takes a tenth of a second per fork.
 """

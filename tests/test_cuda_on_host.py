@@ -413,7 +413,7 @@ def test_cuda_tensors_without_cupy_say_so(monkeypatch, cuda_tensor):
         bn.kernels_for(cuda_tensor)
     with (
         asked("native"),
-        pytest.raises(TypeError, match="'numba' asked for, but x is an array of torch on"),
+        pytest.raises(TypeError, match="'native' asked for, but x is an array of torch on"),
     ):
         bn.kernels_for(cuda_tensor)
 

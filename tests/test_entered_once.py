@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm import validation
+from batchnorm import core, optimistic, validation
 from batchnorm.testing import data
+
+
+class Never(dict):
+    """No class of arrays has a compiled function for whole calls: all calls go the general way."""
+
+    def __setitem__(self, kind, whole):
+        pass
 
 
 @pytest.fixture
@@ -23,9 +30,8 @@ def validations(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "batchnorm" and hasattr(module, "validate_input"):
             monkeypatch.setattr(module, "validate_input", counted)
-    validation._passed.clear()
-    yield seen
-    validation._passed.clear()
+    monkeypatch.setattr(optimistic, "calls", Never())
+    return seen
 
 
 class Alone:
@@ -121,10 +127,37 @@ def test_dask(validations):
 
 
 def test_layer(validations):
-    """A layer checks its input, `update_running` what it moves; a known call is not checked again."""
+    """In general: a layer checks its input, and calls functions that do."""
     layer, x = bn.BatchNorm(3), data.batch((20, 3, 5))
     layer.backward(layer(x))
     del validations[:]
     layer.backward(layer(x))
-    assert validations == [x.shape, layer.running_mean.shape]
+    assert validations == [x.shape, x.shape, layer.running_mean.shape, x.shape]
     assert np.isfinite(layer.running_mean).all()
+
+
+@pytest.mark.skipif(core.missing() is not None, reason="the compiled core is not there")
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_whole_calls_are_not_validated(validations, monkeypatch, library):
+    """The compiled core reads the arguments itself; what it declines is checked as ever."""
+    monkeypatch.setattr(optimistic, "calls", {})
+    x = data.batch((20, 3, 5))
+    if library == "torch":
+        x = pytest.importorskip("torch").from_numpy(x)
+    layer = bn.BatchNorm(3)
+
+    def step():
+        passes(x)
+        layer.backward(layer(x))
+        layer.eval()(x)
+        layer.train()
+        bn.update_running(*bn.batch_norm(x)[1][1:3], bn.batch_norm(x)[1])
+
+    step()
+    del validations[:]
+    step()
+    assert len(validations) == 1  # `normalize_backward`
+    with pytest.raises(ValueError, match="eps: got -1"):
+        bn.batch_norm(x, eps=-1)
+    with pytest.raises(ValueError, match="x: got shape"):
+        layer(x[:, :2])

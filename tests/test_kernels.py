@@ -1,6 +1,5 @@
 """The backends: which one runs and why, any strides, any number of threads, bad input."""
 
-import itertools
 import subprocess
 import sys
 
@@ -70,20 +69,24 @@ def test_any_strides(chosen, axis, step, reverse, weighted):
     y, stats = bn.batch_norm(x, gamma, beta, axis=axis, where=where, out=out)
     assert y is out
     np.testing.assert_allclose(y, expected, rtol=0, atol=4e-6)
-    np.testing.assert_allclose(stats.mean, mean.reshape(channels), rtol=1e-13)
-    np.testing.assert_allclose(stats.var, var.reshape(channels), rtol=1e-12)
+    exact = bn.moments(x, axis=axis, where=where)
+    np.testing.assert_allclose(exact.mean, mean.reshape(channels), rtol=1e-13)
+    np.testing.assert_allclose(exact.var, var.reshape(channels), rtol=1e-12)
+    coarse = 2.0**-24 if chosen == "native" and not weighted else 1e-13  # as `verdict.moments` has it
+    np.testing.assert_allclose(stats.mean, exact.mean, rtol=1e-13, atol=coarse)
+    np.testing.assert_allclose(stats.var, exact.var, rtol=1e-12 + 2 * coarse)
 
     rstd = 1 / np.sqrt(var + 1e-5)
     scaled, g = (x - mean) * rstd, dy.astype(np.float64)
     dgamma, dbeta = (g * scaled).sum(axes, keepdims=True), g.sum(axes, keepdims=True)
     dx = gamma.reshape(n.shape) * rstd * (g - w * (dbeta + scaled * dgamma) / n)
-    grads = bn.batch_norm_backward(dy, x, stats, gamma, axis=axis, where=where)
+    grads = bn.batch_norm_backward(dy, x, exact, gamma, axis=axis, where=where)
     np.testing.assert_allclose(grads[0], dx, rtol=0, atol=1e-5)
     np.testing.assert_allclose(grads[1], dgamma.reshape(channels), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(grads[2], dbeta.reshape(channels), rtol=1e-9, atol=1e-9)
 
     into = dy.copy(order="K")
-    grads = bn.batch_norm_backward(into, x, stats, gamma, axis=axis, where=where, out=into)
+    grads = bn.batch_norm_backward(into, x, exact, gamma, axis=axis, where=where, out=into)
     assert grads[0] is into
     np.testing.assert_allclose(into, dx, rtol=0, atol=1e-5)
 
@@ -183,7 +186,10 @@ def test_kernels_say_which_and_why():
     odd[...] = data.batch((4, 3))
     y, _ = bn.batch_norm(odd)
     np.testing.assert_array_equal(y, bn.batch_norm(odd, out=y)[0])
-    with kernels("native"), pytest.raises(TypeError, match=r"kernels: got 'numba' asked for, but values"):
+    with (
+        kernels("native"),
+        pytest.raises(TypeError, match=r"kernels: got 'native' asked for, but values"),
+    ):
         bn.batch_norm(odd)
 
 
@@ -215,7 +221,8 @@ def test_torch_shares_its_memory():
 
 def test_errors_name_what_was_asked():
     with pytest.raises(
-        ValueError, match=r"name: got 'fast', expected one of 'numba', 'numpy', 'cupy', 'jax', 'generic'"
+        ValueError,
+        match=r"name: got 'fast', expected one of 'native', 'numpy', 'cupy', 'jax', 'generic'",
     ):
         bn.set_kernels("fast")
     jax = pytest.importorskip("jax.numpy")
@@ -238,29 +245,6 @@ def test_no_channels(name, shape, axis):
         dx, dgamma, _ = bn.batch_norm_backward(x, x, stats, axis=axis)
         assert y.shape == dx.shape == bn.normalize(x, stats.mean, stats.var, axis=axis).shape == shape
         assert stats.mean.shape == dgamma.shape == (0,)
-
-
-def test_every_plan_covers_every_value_once():
-    """Tiles of all grids, for shapes around the sizes at which plans change."""
-    from batchnorm.backends.compiled import terms
-    from batchnorm.backends.compiled.plans import plan
-
-    for shape in itertools.product((1, 3, 300, 4096), (1, 15, 16, 17, 1100), (1, 7, 600)):
-        x = np.empty(shape, np.float32)
-        for axis in range(3):
-            found = plan(x, (axis,), x)
-            for grid in filter(None, (found.grid, found.whole, found.sweep)):
-                assert grid.block >= 1
-                assert grid.across >= 1
-                assert grid.channels == shape[axis]
-                assert grid.tiles == -(-grid.reduced // grid.block) * -(-grid.channels // grid.across)
-            run = found.rows[0, -1]
-            columns, planes = run * found.copies, run / -(-run // terms.SEGMENT)  # planes: segments
-            for grid in (found.grid, found.sweep):
-                per = columns if grid.loops == "columns" else planes
-                assert round(grid.reduced * per) * found.channels == x.size
-            if found.copies > 1:  # a row of all channels
-                assert found.grid.across == found.channels
 
 
 def test_oracle_is_not_ours():

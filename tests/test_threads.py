@@ -72,55 +72,6 @@ def test_two_hundred_forks(name):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_fork_while_loops_are_compiled():
-    """The child finds the compiler free: it compiles what its parent had half done."""
-    code = """
-import os, signal, threading
-import numpy as np
-import batchnorm as bn
-from numba.core import event
-bn.set_kernels("native")
-x = np.random.default_rng(0).normal(size=(16, 24, 200)).astype(np.float32)
-bn.kernels_for(x)  # imports them
-compiling, forking = threading.Event(), threading.Event()
-
-class Compiles(event.Listener):  # within the compiler's lock
-    def on_start(self, event):
-        if threading.current_thread() is first and not compiling.is_set():
-            compiling.set()
-            assert forking.wait(60)
-
-    def on_end(self, event):
-        pass
-
-class Waits(Compiles):  # for the compiler's lock
-    def on_start(self, event):
-        if threading.current_thread() is not first:
-            forking.set()
-
-first = threading.Thread(target=bn.batch_norm, args=(x,))
-event.register("numba:run_pass", Compiles())
-event.register("numba:compiler_lock", Waits())
-first.start()
-assert compiling.wait(60), "nothing was compiled"
-child = os.fork()
-assert forking.is_set(), "the fork did not wait for the compiler"
-if child == 0:
-    signal.alarm(60)
-    y, _ = bn.batch_norm(x)
-    os._exit(0 if np.allclose(y.std((0, 2)), 1.0, atol=1e-3) else 1)
-_, status = os.waitpid(child, 0)
-first.join()
-assert status == 0, status
-"""
-    environment = {**os.environ, "BATCHNORM_CACHE_COMPILED": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_calls_while_the_interpreter_ends(tmp_path):
     code = f"""
 import atexit, threading
@@ -147,52 +98,6 @@ for _ in range(20):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "at exit (16, 24, 2000)" in done.stdout
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="helpers move on Linux only")
-@pytest.mark.parametrize("narrow", [False, True], ids=["all", "one"])
-def test_a_helper_leaves_its_callers_processor(narrow):
-    """For another that it may use, and may use the same ones afterwards; one alone it does not leave."""
-    import numba
-
-    from batchnorm.backends.compiled import crew
-    from batchnorm.backends.compiled.atomic import poke
-
-    @numba.njit
-    def beside_its_caller(box):
-        here = crew.processor()
-        poke(box + crew.THEIRS, here)
-        crew.move_away(box)
-        return here, crew.processor()
-
-    box = np.zeros(crew.BOX // 8, np.int64)
-    mask = box[crew.MASK // 8 : (crew.MASK + crew.MASK_BYTES) // 8]
-    before = os.sched_getaffinity(0)
-    allowed = {min(before)} if narrow else before
-    moves, left = [], []
-    try:
-        os.sched_setaffinity(0, allowed)
-        while len(moves) < 20:
-            mask[:] = -1
-            here, there = beside_its_caller(box.ctypes.data)
-            if np.any(mask != -1):  # else the system moved it between its first look and the second
-                moves.append((here, there))
-                left.append(processors(mask))
-        assert os.sched_getaffinity(0) == allowed
-    finally:
-        os.sched_setaffinity(0, before)
-    assert {cpu for move in moves for cpu in move} <= allowed
-    if len(allowed) == 1:
-        assert all(here == there for here, there in moves)
-        assert not any(left)  # processors other than its own: the system gave it none
-    else:
-        assert all(found == allowed for found in left)  # it was let go to the others, and asked for all
-        assert any(here != there for here, there in moves)  # but the system may move it back at once
-
-
-def processors(mask):
-    """The numbers of the bits that are set."""
-    return {64 * i + k for i, word in enumerate(mask.tolist()) for k in range(64) if word >> k & 1}
 
 
 def test_an_error_in_a_helper_reaches_the_caller():

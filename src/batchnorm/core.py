@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ from batchnorm.moments import Moments
 @functools.cache
 def _found() -> ModuleType | str:
     try:
-        from batchnorm import _core  # type: ignore[attr-defined]
+        _core = importlib.import_module("batchnorm._core")
     except ImportError as error:
         return str(error)
     _core.setup(Moments, threads.get_num_threads, outputs.empty_like)

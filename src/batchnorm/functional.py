@@ -221,9 +221,7 @@ def normalize(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    done = optimistic.for_array(x).inference(
-        x, mean, var, None, gamma, beta, axis, eps, out, False
-    )
+    done = optimistic.for_array(x).inference(x, mean, var, None, gamma, beta, axis, eps, out, False)
     if done is not None:
         return done
     layout = validate_input(x, axis)

@@ -418,7 +418,7 @@ class BatchNorm(groups.Shared):
         return f"{type(self).__name__}({self.num_features}, {settings})"
 
     def _whole_call(self, x: Array) -> Array | None:
-        """Run a call in compiled code, which reads the arrays as they are; None if it does not take it."""
+        """Run a call in compiled code, which reads arrays as they are; None if it declines the call."""
         state = self.gamma, self.beta, self.running_mean, self.running_var
         fast = optimistic.for_array(x)
         by_batch, updates = self.batch_statistics, self.update_statistics
@@ -435,7 +435,7 @@ class BatchNorm(groups.Shared):
             if mean is None or self._pending is not None:  # which may be a reason for a warning
                 return None
             y = fast.inference(x, mean, var, None, gamma, beta, self.axis, self.eps, None, False)
-            found = None if y is None else (y, Moments(1, mean, var))  # type: ignore[arg-type]
+            found = None if y is None else (y, Moments(1, mean, var))
         if found is None:
             return None
         y, stats = found
@@ -445,7 +445,7 @@ class BatchNorm(groups.Shared):
         if updates:
             pending = self._pending = _detached(stats)
         self._saved = _Pass(x, stats, by_batch, gamma, None, None, pending)
-        return y  # type: ignore[no-any-return]
+        return y
 
     def _validated(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:
         """Check an input; its layout, and the layer's arrays in its library."""

@@ -691,7 +691,7 @@ template <class T> struct Kernel {
         int64_t count = b.c1 - b.c0;
         Vec<double> s, rest;
         auto add = [&](int64_t column, int n) {
-            if constexpr (BATCHES) {
+            if (!narrow()) {
                 two_sum(s, rest, load(h + column, n));
                 rest = rest + load(l + column, n);
             } else {
@@ -715,25 +715,24 @@ template <class T> struct Kernel {
         }
     }
 
-    // Float64 values are added in batches, whose sums are added in two parts; for others, float64 has
-    // digits enough.
-    static constexpr bool BATCHES = sizeof(T) == 8;
+    // Float64 terms are added in batches, whose sums are added in two parts. Sums of float32 terms have
+    // fewer digits than a float64 sum of them.
+    bool narrow() const { return fast && !weighted(); }
 
     // Sums of the columns of a tile: rows 3 + j are their high parts and 6 + j their low parts, of s, q, n.
     template <int OPERANDS, class S> void tile_sums(const Bounds& b, const S* pivots) const {
         constexpr bool GRAD = OPERANDS == 2;
         int64_t size = columns(b);
-        int first = BATCHES ? 0 : 3, sums = weighted() && !GRAD ? 3 : 2;
-        clear_sums(first, BATCHES ? 9 : 6, size);
+        int first = narrow() ? 3 : 0, sums = weighted() && !GRAD ? 3 : 2;
+        clear_sums(first, narrow() ? 6 : 9, size);
         double* sum[3] = {column_sums(first), column_sums(first + 1), column_sums(first + 2)};
-        bool narrow = fast && !weighted();
-        const C* k = narrow ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
-        const double* wide_k = narrow ? nullptr : spread<double>(pivots, b, wide_vector());
+        const C* k = narrow() ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
+        const double* wide_k = narrow() ? nullptr : spread<double>(pivots, b, wide_vector());
         // Weights of a row are copied to where the next row's are.
-        int64_t most = weighted() ? 1 : BATCHES ? BATCH : b.r1 - b.r0, pending = 0;
+        int64_t most = weighted() ? 1 : narrow() ? b.r1 - b.r0 : BATCH, pending = 0;
         for_rows(b.r0, b.r1, most, [&](int64_t r, int64_t count) {
             add_rows<GRAD>(b, r, count, size, k, wide_k, sum);
-            if (BATCHES && (pending += count) >= BATCH) {
+            if (!narrow() && (pending += count) >= BATCH) {
                 for (int j = 0; j < sums; ++j) carry(j, 3 + j, 6 + j, size);
                 pending = 0;
             }

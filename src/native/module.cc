@@ -72,6 +72,7 @@ struct Array {
             && !std::memcmp(strides, o.strides, ndim * sizeof(int64_t));
     }
     bool contiguous() const {
+        if (!size()) return true;
         int64_t step = itemsize();
         for (int i = ndim - 1; i >= 0; step *= shape[i--])
             if (shape[i] != 1 && strides[i] != step) return false;
@@ -171,12 +172,12 @@ bool read_tensor(PyObject* object, Array& to) {
     return to.dtype != NONE;
 }
 
-// Whether an object is an array that the core reads. Subclasses have meanings of their own.
+// Whether an object is an array that the core reads.
 bool read(PyObject* object, Array& to) {
     to.object = object;
     PyObject* type = (PyObject*)Py_TYPE(object);
     if (dlpack && (type == tensor_types[0] || type == tensor_types[1])) return read_tensor(object, to);
-    return numpy_is_there() && PyArray_CheckExact(object) && read_numpy(object, to);
+    return numpy_is_there() && PyArray_Check(object) && read_numpy(object, to);
 }
 
 bool read_big(PyObject* object, Array& to) {
@@ -611,6 +612,7 @@ struct Statistics {
         PyObject* given[4] = {count, mean, var, low};
         bool many = !number(count, one);
         if (!many) {
+            if (!number_at_least_0(count, one)) return false;
             double* to = room[0].room(channels.count);
             for (int64_t c = 0; c < channels.count; ++c) to[c] = one;
             at[0] = to;

@@ -15,6 +15,7 @@ import tempfile
 
 import numpy as np
 
+from batchnorm import optimistic
 from batchnorm.backends import dispatch
 from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
@@ -97,9 +98,14 @@ def active(limits=LIMITS["small-tiles"], source=None, options=()):
     candidate = dispatch.Candidate(("cupy",), lambda arrays: found)
     table = dispatch._TABLE
     dispatch._TABLE = (("numpy", "ndarray", lambda: (candidate,)),)
-    dispatch._candidates.cache_clear()
+    _forget()
     try:
         yield found
     finally:
         dispatch._TABLE = table
-        dispatch._candidates.cache_clear()
+        _forget()
+
+
+def _forget():
+    dispatch._candidates.cache_clear()
+    optimistic.calls.clear()

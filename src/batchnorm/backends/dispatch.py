@@ -150,7 +150,9 @@ def _for_torch() -> tuple[Candidate, ...]:
 
     def on_tensors(host: Candidate) -> Candidate:
         def refuses(arrays: Arrays) -> str | None:
-            why = tensors.refuses(arrays, "cpu") or tensors.without_view(arrays)
+            why = tensors.refuses(arrays, "cpu")
+            if why is None:
+                why = tensors.without_view(arrays)
             return host.refuses(tensors.views(arrays)) if why is None else why
 
         return Candidate(host.names, lambda arrays: tensors.on_tensors(host.backend(arrays)), refuses)

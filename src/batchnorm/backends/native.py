@@ -1,7 +1,7 @@
 """The compiled core, for NumPy arrays: the four kernels, and forward and backward passes fused.
 
-The core is C++ in `src/native`; `core.py` loads it. It reads shapes, strides and dtypes itself, and returns
-None for what it does not take.
+The core is C++ in `src/native`; `core.py` loads it. It reads shapes, strides and dtypes itself, and
+returns None for what it does not take.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Array = Any
 
 
 def _readable(v: Array) -> bool:
-    return v.dtype.name == "bfloat16" or (v.dtype.kind == "f" and v.dtype.isnative and v.itemsize <= 8)
+    if v.dtype.name == "bfloat16":
+        return True
+    return bool(v.dtype.kind == "f" and v.dtype.isnative and v.itemsize <= 8)
 
 
 class Native(Backend):
@@ -117,11 +119,13 @@ class Native(Backend):
 
     def statistics(self, x: Array, w: Array | None, layout: Layout) -> Moments:
         """Return count, mean and variance of each channel."""
-        return _CORE.moments(x, layout.channel_axes, self.weights(w))  # type: ignore[no-any-return]
+        found: Moments = _CORE.moments(x, layout.channel_axes, self.weights(w))
+        return found
 
     def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
         """Return count, mean as a high and a low part, and population variance of each channel."""
-        count, mean, var, low = (v.reshape(layout.broadcast) for v in self.statistics(x, w, layout))
+        stats: tuple[Any, ...] = self.statistics(x, w, layout)
+        count, mean, var, low = (v.reshape(layout.broadcast) for v in stats)
         return count, mean, low, var
 
     def scale_shift(

@@ -1,7 +1,7 @@
 """Whole calls on PyTorch's CPU tensors in the compiled core, outside of PyTorch's dispatcher.
 
-Where PyTorch records gradients, a call is one `torch.autograd.Function`. What a compiler or exporter traces,
-and what is transformed, is left to the registered operators.
+Where PyTorch records gradients, a call is one `torch.autograd.Function`. What a compiler or exporter
+traces, and what is transformed, is left to the registered operators.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _recorded(*tensors: Any) -> bool:
     )
 
 
-class _Declined(Exception):
+class _DeclinedError(Exception):
     """The core does not take the call, which the general path explains or runs."""
 
 
@@ -45,14 +45,14 @@ class _BatchNorm(torch.autograd.Function):
         """Return y and the four vectors of the batch's moments."""
         found = _CORE.forward(x, gamma, beta, axis, eps, where, None, True)
         if found is None:
-            raise _Declined
+            raise _DeclinedError
         y, stats = found
         axes = list(axis) if isinstance(axis, tuple) else [axis]
         operators.save_batch_norm(ctx, (x, gamma, beta, where, axes, eps), (y, *stats))
         return y, *stats
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dn: Any, dmean: Any, dvar: Any, dlow: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Any, dn: Any, dmean: Any, dvar: Any, dlow: Any) -> Any:
         """Return the gradients of x, gamma and beta."""
         simple = dy is not None and dmean is None and dvar is None
         if simple and not torch.is_grad_enabled() and _plain(dy):
@@ -77,7 +77,7 @@ def forward(
         return _CORE.forward(x, gamma, beta, axis, eps, None, None, True)
     try:
         y, *stats = _BatchNorm.apply(x, gamma, beta, None, axis, eps)  # type: ignore[no-untyped-call]
-    except _Declined:
+    except _DeclinedError:
         return None
     return y, Moments(*stats)
 

@@ -20,7 +20,6 @@ from batchnorm.errors import fail
 from batchnorm.layout import Layout, layout_of
 from batchnorm.moments import Moments
 from batchnorm.torch import shapes, synchronized
-from batchnorm.torch.shapes import plain_axis
 from batchnorm.tracing import differentiates_weights
 
 Array = Any
@@ -90,6 +89,7 @@ def _moments(x, where, axis):  # type: ignore[no-untyped-def]
 
 
 def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keep what the gradient needs."""
     x, gamma, beta, where, axis, eps = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[4])
@@ -99,6 +99,7 @@ def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: Any) -> Any:
+    """Return the gradients of x, gamma and beta, through y and the statistics."""
     _not_to_weights(ctx, 3)
     x, gamma, where, n, mean, var, mean_lo = ctx.saved_tensors
     dx = dgamma = dbeta = None
