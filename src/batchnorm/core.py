@@ -22,8 +22,9 @@ def _found() -> ModuleType | str:
         from batchnorm import _core  # type: ignore[attr-defined]
     except ImportError as error:
         return f"it cannot be loaded: {error}"
-    _core.setup(Moments, threads.get_num_threads, outputs.empty_like)
-    return _core
+    core: ModuleType = _core
+    core.setup(Moments, threads.get_num_threads, outputs.empty_like)
+    return core
 
 
 def missing() -> str | None:
