@@ -1,5 +1,6 @@
 """python -m batchnorm: the demo trains and tells, info lists, and a wrong option is one line."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from batchnorm.__main__ import main
 SLOW = pytest.mark.slow
 
 
-def run(*arguments, timeout=300, cwd=None):
+def run(*arguments, timeout=300, cwd=None, **environment):
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "batchnorm", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
+    )
 
 
 @pytest.mark.parametrize("library", ["numpy", *(pytest.param(n, marks=SLOW) for n in ("torch", "jax"))])
@@ -193,3 +197,33 @@ def test_info():
     assert "numpy " in done.stdout
     assert "generic: array API code" in done.stdout
     assert "native: the compiled core" in done.stdout
+
+
+def test_info_says_which_instruction_set_the_core_uses():
+    from batchnorm import core
+
+    done = run("info")
+    if core.load() is None:
+        assert f"compiled core: not there ({core.missing()})" in done.stdout
+    else:
+        present, used = core.load().instruction_sets()
+        assert f"compiled core: {used} (this processor has {', '.join(present)})" in done.stdout
+        oldest = run("info", BATCHNORM_ISA=present[0]).stdout
+        assert f"compiled core: {present[0]} (" in oldest
+
+
+def test_info_says_why_the_core_is_not_there(tmp_path, monkeypatch):
+    import batchnorm
+    from batchnorm import core
+
+    done = run("info", BATCHNORM_NATIVE="0")
+    assert "compiled core: not there (BATCHNORM_NATIVE=0)" in done.stdout
+
+    monkeypatch.setenv("BATCHNORM_NATIVE", "1")
+    monkeypatch.delitem(sys.modules, "batchnorm._core", raising=False)
+    monkeypatch.delattr(batchnorm, "_core", raising=False)
+    monkeypatch.setattr(batchnorm, "__path__", [str(tmp_path)])
+    assert core._found.__wrapped__() == "this installation was built without it"
+    (tmp_path / "_core.py").write_text("raise ImportError('no such symbol')")
+    importlib.invalidate_caches()
+    assert core._found.__wrapped__() == "it cannot be loaded: no such symbol"

@@ -5,10 +5,13 @@ import graphlib
 import importlib
 import inspect
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -16,7 +19,7 @@ import pytest
 import batchnorm as bn
 
 ROOT = pathlib.Path(__file__).parents[1]
-OPTIONAL = ("cupy", "dask", "jax", "matplotlib", "ndonnx", "native", "rich", "sklearn", "torch")
+OPTIONAL = ("cupy", "dask", "jax", "matplotlib", "ndonnx", "rich", "sklearn", "torch")
 
 
 def test_import_loads_no_array_library():
@@ -61,7 +64,7 @@ def imports(name, file, known):
             if "batchnorm" in text and name != "frameworks":
                 raise AssertionError(f"{name} imports {text} by name, past frameworks.load")
         for path in full:
-            if path.partition(".")[0] == "batchnorm":
+            if path.partition(".")[0] == "batchnorm" and path != "batchnorm._core":  # which is compiled
                 below = path.removeprefix("batchnorm").lstrip(".") or "batchnorm"
                 while below not in known and "." in below:
                     below = below.rpartition(".")[0]
@@ -132,20 +135,27 @@ def test_generic_kernels_ask_no_array_and_write_to_none():
             assert getattr(node.func, "id", "") not in ("bool", "any", "all")
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+def built(folder, **environment):
+    """A wheel of this repository, and what its build printed."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", "-w", str(folder), str(ROOT)]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=600, env=environment
+    )
     (found,) = folder.glob("*.whl")
-    return found
+    return found, done.stdout + done.stderr
 
 
-def test_wheel(wheel):
+def test_wheel_without_the_core(tmp_path):
+    """It has no platform, and no core that a developer built beside the sources."""
+    wheel, printed = built(tmp_path, BATCHNORM_NATIVE="0")
     assert wheel.name == f"batchnorm-{bn.__version__}-py3-none-any.whl"
+    assert "built without its compiled core" in printed
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert not [n for n in names if "_core" in n]
     for file in (
         "py.typed",
+        "backends/coefficients.h",
         "testing/conftest.py",
         "testing/nist/nist.npz",
         "backends/generic.py",
@@ -153,15 +163,44 @@ def test_wheel(wheel):
         "backends/cuda/tasks.cu",
     ):
         assert f"batchnorm/{file}" in names
-    assert not [n for n in names if n.startswith(("tests", "docs"))]
+    assert not [n for n in names if n.startswith(("tests", "docs", "native"))]
     metadata = zipfile.ZipFile(wheel).read(f"batchnorm-{bn.__version__}.dist-info/METADATA").decode()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     plain = sorted(line.split()[1].partition(">")[0] for line in needed if "extra" not in line)
     assert plain == ["array-api-compat", "numpy"]
     extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
-    wanted = {"native", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors", "mpi"}
+    wanted = {"cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "safetensors", "mpi"}
     wanted |= {"demo", "docs", "test"}
     assert extras == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a compiler that fails is called false")
+def test_wheel_where_the_compiler_fails(tmp_path):
+    """The same, and the build says so; or it fails, where the core is demanded."""
+    broken = {"CC": "false", "CXX": "false"}
+    wheel, printed = built(tmp_path, **broken, BATCHNORM_NATIVE="")
+    assert wheel.name == f"batchnorm-{bn.__version__}-py3-none-any.whl"
+    assert "built WITHOUT its compiled core" in printed
+    with pytest.raises(subprocess.CalledProcessError):
+        built(tmp_path, **broken, BATCHNORM_NATIVE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a compiler")
+def test_wheel_with_the_core(tmp_path):
+    wheel, _ = built(tmp_path, BATCHNORM_NATIVE="1")
+    assert sysconfig.get_platform().replace("-", "_").replace(".", "_") in wheel.name
+    core = f"batchnorm/_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert [n for n in zipfile.ZipFile(wheel).namelist() if "_core" in n] == [core]
+
+
+def test_other_systems_compile_with_the_same_options():
+    """Those of CMakeLists.txt, in .ci/cross."""
+    cross = (ROOT / ".ci" / "cross").read_text()
+    options = re.findall(r"\s(-[mf][\w.=-]+)", (ROOT / "CMakeLists.txt").read_text())
+    assert len(options) > 10
+    assert [o for o in options if o not in cross] == []
 
 
 def test_the_layer_can_be_copied_and_pickled():

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from batchnorm import __version__, kernels_for
+from batchnorm import __version__, core, kernels_for
 from batchnorm.capabilities import LIBRARIES
 
 DEMO_LIBRARIES = ("numpy", "torch", "jax", "cupy")
@@ -96,8 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def info() -> int:
-    """Print one line per array library of the capability table."""
-    print(f"batchnorm {__version__}, Python {sys.version.split()[0]}\n")
+    """Print a line on the compiled core, and one per array library of the capability table."""
+    print(f"batchnorm {__version__}, Python {sys.version.split()[0]}")
+    print(f"compiled core: {_core()}\n")
     print(f"{'library':18}{'version':14}kernels")
     for name, row in LIBRARIES.items():
         root = row.module.partition(".")[0]
@@ -114,6 +115,15 @@ def info() -> int:
             continue
         print(f"{name:18}{version:14}{kernels.name}: {kernels.why}")
     return 0
+
+
+def _core() -> str:
+    """Return the instruction set that the core uses, or why it is not there."""
+    native = core.load()
+    if native is None:
+        return f"not there ({core.missing()})"
+    present, used = native.instruction_sets()
+    return f"{used} (this processor has {', '.join(present)})"
 
 
 def _positive(text: str) -> int:

@@ -273,9 +273,22 @@ namespace avx512 { extern const Kernels KERNELS; }
 namespace {
 
 #ifdef BN_X86
-bool has_f16c() {  // which __builtin_cpu_supports does not know everywhere
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+struct Processor {
+    bool avx2 = false, avx512 = false;
+};
+
+// By cpuid: __builtin_cpu_supports is of a library that Clang does not link on Windows.
+Processor processor() {
+    Processor found;
+    unsigned a, b, c, d, saved, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return found;
+    bool has = (c & bit_AVX) && (c & bit_FMA) && (c & bit_F16C);
+    asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));  // registers that the system saves
+    if (!has || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+    found.avx2 = (saved & 0x06) == 0x06 && (b & bit_AVX2);
+    found.avx512 = (saved & 0xe6) == 0xe6 && (b & bit_AVX512F) && (b & bit_AVX512BW)
+        && (b & bit_AVX512VL) && (b & bit_AVX512DQ);
+    return found;
 }
 #endif
 
@@ -287,13 +300,8 @@ struct Isa {
 const Isa ISAS[] = {
     {&baseline::KERNELS, [] { return true; }},
 #ifdef BN_X86
-    {&avx2::KERNELS,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }},
-    {&avx512::KERNELS,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-             && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_f16c();
-     }},
+    {&avx2::KERNELS, [] { return processor().avx2; }},
+    {&avx512::KERNELS, [] { return processor().avx512; }},
 #endif
 };
 
