@@ -31,6 +31,7 @@ KINDS = {
         "-fsanitize-undefined-trap-on-error",
     ],
     "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "address-test": ["-O2", "-DADDRESS_SANITIZER"],
 }
 LINKED = {"plain": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
 
@@ -74,7 +75,8 @@ class Build:
         """Link a program with `kernels`, by instruction set; `replaced` are other objects, by source."""
         own = {"address": "undefined"}.get(kind, kind)
         objects = {name: self.core(name, own) for name in ("core", "plan", "threads")} | dict(replaced)
-        objects["test"] = self.compile(TESTS / "test_core.cc", own)
+        test = {"address": "address-test"}.get(kind, kind)
+        objects["test"] = self.compile(TESTS / "test_core.cc", test)
         for name in ("baseline", *SETS):
             objects[name] = kernels.get(name) or self.stub(name, "plain")
         target = self.folder / f"program-{len(list(self.folder.glob('program-*')))}"

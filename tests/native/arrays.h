@@ -13,7 +13,7 @@
 
 #include "core.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef ADDRESS_SANITIZER  // of the core: this is not instrumented, to be quick
 #include <sanitizer/asan_interface.h>
 #else
 #define ASAN_POISON_MEMORY_REGION(at, size) (void)0

@@ -19,6 +19,12 @@ using bn::BFLOAT16, bn::DOUBLE, bn::HALF, bn::MASK, bn::NONE, bn::SINGLE;
 const bn::Kernels* kernels;
 std::set<std::string> reached;  // traversals
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool RACES = true;  // who reads and writes when, and not which values
+#else
+constexpr bool RACES = false;
+#endif
+
 const DType DATA[] = {HALF, BFLOAT16, SINGLE, DOUBLE};
 const char* const NAMES[] = {"none", "float16", "bfloat16", "float32", "float64", "mask"};
 
@@ -284,9 +290,12 @@ private:
 };
 
 void check_any_threads(const Problem& p, const Results& expected) {
-    for (int count : {1, 2, 3, 7})
+    for (int count : {1, 2, 3, 7}) {
+        if (RACES && count != 7) continue;
         check_same_bits(expected, p.run(bn::own_threads(), count), std::to_string(count) + " threads");
+    }
     for (int way = 0; way < 5; ++way) {
+        if (RACES && way != 3) continue;  // the only way that has threads
         Strange strange(way);
         check_same_bits(expected, p.run(strange, 5), "threads of kind " + std::to_string(way));
     }
@@ -356,7 +365,7 @@ void tiles() {
         p.make();
         p.note();
         Results r = p.run(bn::own_threads(), 3);
-        p.check(r);
+        if (!RACES) p.check(r);
         check_any_threads(p, r);
     }
 }
