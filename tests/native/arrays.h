@@ -15,9 +15,11 @@
 
 #ifdef ADDRESS_SANITIZER  // of the core: this is not instrumented, to be quick
 #include <sanitizer/asan_interface.h>
+#define POISON(at, size) __asan_poison_memory_region(at, size)
+#define UNPOISON(at, size) __asan_unpoison_memory_region(at, size)
 #else
-#define ASAN_POISON_MEMORY_REGION(at, size) (void)0
-#define ASAN_UNPOISON_MEMORY_REGION(at, size) (void)0
+#define POISON(at, size) (void)0
+#define UNPOISON(at, size) (void)0
 #endif
 
 namespace test {
@@ -143,12 +145,12 @@ public:
                 index[k] = 0;
             }
         }
-        ASAN_POISON_MEMORY_REGION(memory_, GUARD);  // so that reading there is seen, too
-        ASAN_POISON_MEMORY_REGION(memory_ + bytes_ - GUARD, GUARD);
+        POISON(memory_, GUARD);  // so that reading there is seen, too
+        POISON(memory_ + bytes_ - GUARD, GUARD);
     }
     Array(const Array&) = delete;
     ~Array() {
-        ASAN_UNPOISON_MEMORY_REGION(memory_, bytes_);
+        UNPOISON(memory_, bytes_);
         std::free(memory_);
     }
 
@@ -167,7 +169,7 @@ public:
 
     // Fail where a byte has changed that is no element's.
     void check_guards(const char* what) {
-        ASAN_UNPOISON_MEMORY_REGION(memory_, bytes_);
+        UNPOISON(memory_, bytes_);
         std::vector<char> element(bytes_);
         for (int64_t at : place_) std::memset(&element[data - memory_ + at], 1, SIZE[dtype]);
         for (int64_t i = 0; i < bytes_; ++i)
@@ -175,8 +177,8 @@ public:
                 fail("%s: byte %ld from its first element was written", what, long(memory_ + i - data));
                 break;
             }
-        ASAN_POISON_MEMORY_REGION(memory_, GUARD);
-        ASAN_POISON_MEMORY_REGION(memory_ + bytes_ - GUARD, GUARD);
+        POISON(memory_, GUARD);
+        POISON(memory_ + bytes_ - GUARD, GUARD);
     }
     bool untouched() const {
         for (int64_t i = GUARD; i < bytes_ - GUARD; ++i)
