@@ -434,7 +434,10 @@ template <class T> struct Kernel {
             span_sums(terms, size, (typename Terms::C)pivot, sum);
             for (int j = 0; j < Terms::SUMS; ++j) two_sum(high[j], low[j], sum[j]);
         });
-        for (int j = 0; j < Terms::SUMS; ++j) result[j] = total(high[j]) + total(low[j]);
+        for (int j = 0; j < Terms::SUMS; ++j) {
+            double rest = total(low[j]);  // NaN where a sum is infinite
+            result[j] = total(high[j]) + (rest == rest ? rest : 0.0);
+        }
     }
 
     typedef Along<T> X;
