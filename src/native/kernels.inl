@@ -256,9 +256,9 @@ INLINE void write_columns(
 
 template <class T, class Result>
 void write_rows(
-    const Result& result, T* y, int64_t step, int64_t count, int64_t size, int64_t row_bytes,
+    const Result& result, T* y, int64_t step, int64_t count, int64_t size,
     const typename Result::C* const* vectors, bool streaming) {
-    int64_t most = count * row_bytes <= NEAR_BYTES ? count : 4;
+    int64_t most = 4;  // with one loading of the coefficients
     if (streaming && step % stream_bytes<T>()) most = 1;
     for (int64_t i = 0; i < count; i += most) {
         int64_t last = i + most < count ? i + most : count, t = 0;
@@ -692,14 +692,15 @@ template <class T> struct Kernel {
     void fold(int high, int low, const Bounds& b, double* out) const {
         const double *h = column_sums(high), *l = column_sums(low);
         int64_t count = b.c1 - b.c0;
+        bool parts = batches(b);
         Vec<double> s, rest;
         auto add = [&](int64_t column, int n) {
-            if (!narrow()) {
-                two_sum(s, rest, load(h + column, n));
-                rest = rest + load(l + column, n);
-            } else {
+            if (narrow()) {
                 s = s + load(h + column, n);
+                return;
             }
+            two_sum(s, rest, load(h + column, n));
+            if (parts) rest = rest + load(l + column, n);
         };
         if (plan.length == 1) {
             for (int64_t c = 0; c < count; c += LANES) {
@@ -721,21 +722,23 @@ template <class T> struct Kernel {
     // Float64 terms are added in batches, whose sums are added in two parts. Sums of float32 terms have
     // fewer digits than a float64 sum of them.
     bool narrow() const { return fast && !weighted(); }
+    bool batches(const Bounds& b) const { return !narrow() && b.r1 - b.r0 > BATCH; }
 
     // Sums of the columns of a tile: rows 3 + j are their high parts and 6 + j their low parts, of s, q, n.
     template <int OPERANDS, class S> void tile_sums(const Bounds& b, const S* pivots) const {
         constexpr bool GRAD = OPERANDS == 2;
         int64_t size = columns(b);
-        int first = narrow() ? 3 : 0, sums = weighted() && !GRAD ? 3 : 2;
-        clear_sums(first, narrow() ? 6 : 9, size);
+        bool parts = batches(b);
+        int first = parts ? 0 : 3, sums = weighted() && !GRAD ? 3 : 2;
+        clear_sums(first, parts ? 9 : 3 + sums, size);
         double* sum[3] = {column_sums(first), column_sums(first + 1), column_sums(first + 2)};
         const C* k = narrow() ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
         const double* wide_k = narrow() ? nullptr : spread<double>(pivots, b, wide_vector());
         // Weights of a row are copied to where the next row's are.
-        int64_t most = weighted() ? 1 : narrow() ? b.r1 - b.r0 : BATCH, pending = 0;
+        int64_t most = weighted() ? 1 : parts ? BATCH : b.r1 - b.r0, pending = 0;
         for_rows(b.r0, b.r1, most, [&](int64_t r, int64_t count) {
             add_rows<GRAD>(b, r, count, size, k, wide_k, sum);
-            if (!narrow() && (pending += count) >= BATCH) {
+            if (parts && (pending += count) >= BATCH) {
                 for (int j = 0; j < sums; ++j) carry(j, 3 + j, 6 + j, size);
                 pending = 0;
             }
@@ -823,11 +826,10 @@ template <class T> struct Kernel {
     template <int N, class Of> void write_tile(const Bounds& b, int target, Of result_of) const {
         const C* vectors[N];
         for (int k = 0; k < N; ++k) vectors[k] = spread<C>(job.vector<C>(k), b, column_vectors(k));
-        int64_t size = columns(b), bytes = size * sizeof(T) * (target + 1);
+        int64_t size = columns(b);
         for_rows(b.r0, b.r1, weighted() ? 1 : b.r1 - b.r0, [&](int64_t r, int64_t count) {
             T* y = const_cast<T*>(rows_at(target, b, r).first);
-            write_rows<T>(
-                result_of(r), y, row_step(target), count, size, bytes, vectors, job.streaming);
+            write_rows<T>(result_of(r), y, row_step(target), count, size, vectors, job.streaming);
         });
     }
 

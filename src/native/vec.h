@@ -171,17 +171,29 @@ HALF_INLINE void store(Half* at, const Vec<float>& v) {
 
 INLINE Vec<double> wide(const Vec<double>& v) { return v; }
 INLINE Vec<double> wide(const Vec<float>& v) {
-    constexpr int N = Vec<double>::WIDTH;
+    typedef Vec<double>::Register R;
+#if defined(__AVX512F__)
+    __m512 all = (__m512)v.part[0];
+    return {{(R)_mm512_cvtps_pd(_mm512_castps512_ps256(all)),
+             (R)_mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1))}};
+#elif defined(__AVX__)
+    __m256 low = (__m256)v.part[0], high = (__m256)v.part[1];
+    return {{(R)_mm256_cvtps_pd(_mm256_castps256_ps128(low)),
+             (R)_mm256_cvtps_pd(_mm256_extractf128_ps(low, 1)),
+             (R)_mm256_cvtps_pd(_mm256_castps256_ps128(high)),
+             (R)_mm256_cvtps_pd(_mm256_extractf128_ps(high, 1))}};
+#else
     typedef float HalfRegister __attribute__((vector_size(REGISTER / 2)));
     float lane[LANES];
     __builtin_memcpy(lane, &v, sizeof v);
     Vec<double> r;
     _Pragma("GCC unroll 16") for (int p = 0; p < Vec<double>::PARTS; ++p) {
         HalfRegister h;
-        __builtin_memcpy(&h, lane + p * N, sizeof h);
-        r.part[p] = __builtin_convertvector(h, Vec<double>::Register);
+        __builtin_memcpy(&h, lane + p * Vec<double>::WIDTH, sizeof h);
+        r.part[p] = __builtin_convertvector(h, R);
     }
     return r;
+#endif
 }
 
 // The first n < 16 values; the lanes after them are 0.
