@@ -227,51 +227,31 @@ template <class T> INLINE int64_t until_aligned(const T* y, int64_t size) {
     return n < size ? n : size;
 }
 
-template <class T, class Result>
-INLINE void write_span(
-    const Result& result, T* y, int64_t size, const typename Result::K& k, bool streaming) {
+// Shorter lines are not worth a beginning of their own.
+constexpr int64_t ALIGNED_LINE = 16 * LANES;
+
+// The i-th line of a result, a span or a row; `at(t)` are the coefficients of its values from t on. Stores
+// are aligned, past the caches or into them: one that is not touches two cache lines.
+template <class T, class Result, class At>
+INLINE void write_line(const Result& result, int64_t i, T* y, int64_t size, At at, bool streaming) {
     int64_t t = 0;
-    if (streaming) {
+    if (streaming || size >= ALIGNED_LINE) {
         t = until_aligned(y, size);
-        if (t) store(y, result(0, 0, int(t), k), int(t));
-        for (; t + LANES <= size; t += LANES) stream(y + t, result(0, t, LANES, k));
+        if (t) store(y, result(i, 0, int(t), at(0)), int(t));
     }
-    for (; t + LANES <= size; t += LANES) store(y + t, result(0, t, LANES, k));
-    if (t < size) store(y + t, result(0, t, int(size - t), k), int(size - t));
-}
-
-// Rows from i on, which lie `step` bytes apart. Where they are streamed, all have the same alignment.
-template <class T, class Result>
-INLINE void write_columns(
-    const Result& result, T* y, int64_t step, int64_t first, int64_t last, int64_t t, int n,
-    const typename Result::C* const* vectors, bool streaming) {
-    typename Result::K k = Result::K::load_at(vectors, t);
-    for (int64_t i = first; i < last; ++i) {
-        T* to = (T*)((char*)y + i * step) + t;
-        if (n < LANES) store(to, result(i, t, n, k), n);
-        else if (streaming) stream(to, result(i, t, LANES, k));
-        else store(to, result(i, t, LANES, k));
+    // Some results, then some stores: a load that follows a store to the same place in another page, as in
+    // arrays that were allocated one after the other, waits for it.
+    constexpr int N = REGISTER / 16;
+    for (; t + N * LANES <= size; t += N * LANES) {
+        Vec<typename Result::C> v[N];
+        for (int k = 0; k < N; ++k) v[k] = result(i, t + k * LANES, LANES, at(t + k * LANES));
+        if (streaming)
+            for (int k = 0; k < N; ++k) stream(y + t + k * LANES, v[k]);
+        else
+            for (int k = 0; k < N; ++k) store(y + t + k * LANES, v[k]);
     }
-}
-
-template <class T, class Result>
-void write_rows(
-    const Result& result, T* y, int64_t step, int64_t count, int64_t size,
-    const typename Result::C* const* vectors, bool streaming) {
-    int64_t most = 4;  // with one loading of the coefficients
-    if (streaming && step % stream_bytes<T>()) most = 1;
-    for (int64_t i = 0; i < count; i += most) {
-        int64_t last = i + most < count ? i + most : count, t = 0;
-        if (streaming) {
-            t = until_aligned((T*)((char*)y + i * step), size);
-            if (t) write_columns(result, y, step, i, last, 0, int(t), vectors, false);
-            for (; t + LANES <= size; t += LANES)
-                write_columns(result, y, step, i, last, t, LANES, vectors, true);
-        }
-        for (; t + LANES <= size; t += LANES)
-            write_columns(result, y, step, i, last, t, LANES, vectors, false);
-        if (t < size) write_columns(result, y, step, i, last, t, int(size - t), vectors, false);
-    }
+    for (; t + LANES <= size; t += LANES) store(y + t, result(i, t, LANES, at(t)));
+    if (t < size) store(y + t, result(i, t, int(size - t), at(t)), int(size - t));
 }
 
 // Values that lie a step apart, as neighbours: where they are, or copied to `room`.
@@ -536,11 +516,12 @@ template <class T> struct Kernel {
                     int64_t size = stop - at < most ? stop - at : most;
                     Result result = result_of(c, row, at, size);
                     char* to = (char*)place(target, c, row, at).at;
+                    auto same = [&](int64_t) -> const typename Result::K& { return k; };
                     if (step == sizeof(T)) {
-                        write_span<T>(result, (T*)to, size, k, job.streaming);
+                        write_line(result, 0, (T*)to, size, same, job.streaming);
                     } else {
                         T* y = room<T>(target);
-                        write_span<T>(result, y, size, k, false);
+                        write_line(result, 0, y, size, same, false);
                         for (int64_t i = 0; i < size; ++i) *(T*)(to + i * step) = y[i];
                     }
                 }
@@ -828,8 +809,12 @@ template <class T> struct Kernel {
         for (int k = 0; k < N; ++k) vectors[k] = spread<C>(job.vector<C>(k), b, column_vectors(k));
         int64_t size = columns(b);
         for_rows(b.r0, b.r1, weighted() ? 1 : b.r1 - b.r0, [&](int64_t r, int64_t count) {
-            T* y = const_cast<T*>(rows_at(target, b, r).first);
-            write_rows<T>(result_of(r), y, row_step(target), count, size, vectors, job.streaming);
+            auto result = result_of(r);
+            typedef typename decltype(result)::K K;
+            auto at = [&](int64_t t) { return K::load_at(vectors, t); };
+            char* y = (char*)const_cast<T*>(rows_at(target, b, r).first);
+            for (int64_t i = 0; i < count; ++i)
+                write_line(result, i, (T*)(y + i * row_step(target)), size, at, job.streaming);
         });
     }
 
