@@ -788,20 +788,24 @@ template <class T> struct Kernel {
         int64_t rows = (16 + plan.copies - 1) / plan.copies, size = columns(b), count = b.c1 - b.c0;
         if (rows > all) rows = all;
         double *zero = wide_vector(), *sum[3] = {column_sums(3), column_sums(4), column_sums(5)};
-        clear_sums(3, 6, size);
+        const C* narrow_zero = narrow() ? (const C*)zero : nullptr;
+        clear_sums(3, weighted() ? 6 : 5, size);
         for (int64_t t = 0; t < size; t += LANES) store(zero + t, splat(0.0));
         for_rows(0, rows, weighted() ? 1 : rows, [&](int64_t r, int64_t n) {
-            add_rows<false>(b, r, n, size, nullptr, zero, sum);
+            add_rows<false>(b, r, n, size, narrow_zero, zero, sum);
         });
-        const double *s = sum[0], *n = sum[2];
-        for (int64_t c = 0; c < count; ++c) {
-            double total = 0, some = weighted() ? 0 : double(rows * plan.copies);
-            for (int64_t j = 0; j < plan.copies; ++j) {
-                total += s[j * count + c];
-                if (weighted()) some += n[j * count + c];
+        double *s = sum[0], *n = sum[2], *to = pivots + b.c0;
+        for (int64_t j = 1; j < plan.copies; ++j)
+            for (int64_t c = 0; c < count; ++c) {
+                s[c] += s[j * count + c];
+                if (weighted()) n[c] += n[j * count + c];
             }
-            pivots[b.c0 + c] = finite_or_zero((double)(C)(some > 0 ? total / some : 0.0));
-        }
+        double share = 1 / double(rows * plan.copies);
+        if (weighted())
+            for (int64_t c = 0; c < count; ++c) s[c] = n[c] > 0 ? s[c] / n[c] : 0;
+        else
+            for (int64_t c = 0; c < count; ++c) s[c] *= share;
+        for (int64_t c = 0; c < count; ++c) to[c] = finite_or_zero((double)(C)s[c]);
     }
 
     template <int N, class Of> void write_tile(const Bounds& b, int target, Of result_of) const {
