@@ -98,14 +98,20 @@ def empty_like(x: Array) -> Array:
 
     if x.nbytes < SMALLEST:
         return np.empty_like(x, subok=False)
-    memory, address = _take(x.nbytes)
-    lease = _lease(x.nbytes).from_address(address)
-    lease.memory = memory, address
+    memory = lease(x.nbytes)
     if x.flags.c_contiguous:
-        return np.ndarray(x.shape, x.dtype, lease)
+        return np.ndarray(x.shape, x.dtype, memory)
     # Largest stride first, as NumPy orders the axes of an elementwise result.
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-    return np.ndarray([x.shape[i] for i in order], x.dtype, lease).transpose(np.argsort(order))
+    return np.ndarray([x.shape[i] for i in order], x.dtype, memory).transpose(np.argsort(order))
+
+
+def lease(size: int) -> Any:
+    """Return a buffer of so many bytes, aligned, whose memory returns to the pool."""
+    memory, address = _take(size)
+    found = _lease(size).from_address(address)
+    found.memory = memory, address
+    return found
 
 
 def _take(size: int) -> Memory:

@@ -24,7 +24,15 @@ struct DLTensor {
     int64_t* strides;  // in elements
     uint64_t byte_offset;
 };
-struct DLManagedTensorVersioned;
+struct DLManagedTensorVersioned {
+    struct {
+        uint32_t major, minor;
+    } version;
+    void* manager;
+    void (*deleter)(DLManagedTensorVersioned*);
+    uint64_t flags;
+    DLTensor tensor;
+};
 
 struct DLPackExchangeHeader {
     struct {

@@ -32,12 +32,11 @@ PyObject* moments_type;     // a named tuple of count, mean, var and mean_lo
 PyObject* get_num_threads;  // how many threads a call may use
 PyObject* empty_like;       // memory for a large NumPy array, of the pool of outputs
 
-// What PyTorch gives, once it is there: tensors and parameters, what describes their memory, and new
-// tensors: empty_tensor_like(x) and empty_tensors(count, shape, tag of a dtype).
+// What PyTorch gives, once it is there: tensors and parameters, what describes their memory, and tensors that
+// are large or lie in another order than that of their axes.
 PyObject* tensor_types[2];
 const DLPackExchangeAPI* dlpack;
 PyObject* empty_tensor_like;
-PyObject* empty_tensors;
 
 const Kernels* kernels;
 
@@ -301,8 +300,27 @@ PyObject* declined() { Py_RETURN_NONE; }
 
 // New arrays, of the library of x.
 
+// A tensor with memory of its own, and where that is.
+PyObject* new_tensor(int ndim, const int64_t* shape, DType dtype, char*& data) {
+    static const DLDataType TYPES[DTYPES] = {
+        {}, {DL_FLOAT, 16, 1}, {DL_BFLOAT, 16, 1}, {DL_FLOAT, 32, 1}, {DL_FLOAT, 64, 1}, {DL_BOOL, 8, 1}};
+    DLTensor like = {nullptr, {DL_CPU, 0}, ndim, TYPES[dtype], const_cast<int64_t*>(shape), nullptr, 0};
+    auto failed = [](void*, const char*, const char* message) {
+        PyErr_SetString(PyExc_MemoryError, message);
+    };
+    DLManagedTensorVersioned* made = nullptr;
+    void* object = nullptr;
+    if (dlpack->managed_tensor_allocator(&like, &made, nullptr, failed)) return nullptr;
+    data = (char*)made->tensor.data + made->tensor.byte_offset;
+    if (dlpack->managed_tensor_to_py_object_no_sync(made, &object)) return nullptr;
+    return (PyObject*)object;
+}
+
 PyObject* new_like(const Array& x) {
-    if (x.tensor) return PyObject_CallOneArg(empty_tensor_like, x.object);
+    char* data;
+    if (x.tensor)
+        return x.contiguous() && x.nbytes() < POOLED_BYTES ? new_tensor(x.ndim, x.shape, x.dtype, data)
+                                                          : PyObject_CallOneArg(empty_tensor_like, x.object);
     if (x.nbytes() >= POOLED_BYTES) return PyObject_CallOneArg(empty_like, x.object);
     return PyArray_NewLikeArray((PyArrayObject*)x.object, NPY_KEEPORDER, nullptr, 0);
 }
@@ -351,22 +369,9 @@ private:
         return true;
     }
     bool tensors(const Channels& channels, DType dtype) {
-        PyObject* shape = PyTuple_New(channels.ndim);
-        for (int i = 0; shape && i < channels.ndim; ++i)
-            PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(channels.shape[i]));
-        PyObject* made =
-            shape ? PyObject_CallFunction(empty_tensors, "iOi", count, shape, (int)dtype) : nullptr;
-        Py_XDECREF(shape);
-        bool right = made && PyTuple_Check(made) && PyTuple_GET_SIZE(made) == count;
-        for (int k = 0; right && k < count; ++k) {
-            Array v;
-            object[k] = Py_NewRef(PyTuple_GET_ITEM(made, k));
-            right = read(object[k], v);
-            if (right) data[k] = v.data;
-        }
-        Py_XDECREF(made);
-        if (!right && !PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "no memory of new tensors");
-        return right;
+        for (int k = 0; k < count; ++k)
+            if (!(object[k] = new_tensor(channels.ndim, channels.shape, dtype, data[k]))) return false;
+        return true;
     }
 };
 
@@ -812,9 +817,9 @@ PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Py_RETURN_NONE;
 }
 
-// use_tensors(Tensor, Parameter, DLPack's exchange interface, empty_like, empty_vectors)
+// use_tensors(Tensor, Parameter, DLPack's exchange interface, empty_like)
 PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 5)) return nullptr;
+    if (!arguments(n, 4)) return nullptr;
     auto* found = (const DLPackExchangeAPI*)PyCapsule_GetPointer(args[2], "dlpack_exchange_api");
     if (!found) return nullptr;
     if (found->header.version.major != 1) {
@@ -824,7 +829,6 @@ PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t n) {
     tensor_types[0] = Py_NewRef(args[0]);
     tensor_types[1] = Py_NewRef(args[1]);
     empty_tensor_like = Py_NewRef(args[3]);
-    empty_tensors = Py_NewRef(args[4]);
     dlpack = found;
     Py_RETURN_NONE;
 }
@@ -864,8 +868,7 @@ PyMethodDef METHODS[] = {
     FUNCTION("scale_shift", scale_shift, "scale_shift(x, m, a, b, axis, out)"),
     FUNCTION("grad_sums", grad_sums, "grad_sums(dy, x, m, where, axis)"),
     FUNCTION("grad_input", grad_input, "grad_input(dy, x, m, a, b, c, where, axis, out)"),
-    FUNCTION("use_tensors", use_tensors,
-             "use_tensors(Tensor, Parameter, exchange, empty_like, empty_vectors)"),
+    FUNCTION("use_tensors", use_tensors, "use_tensors(Tensor, Parameter, exchange, empty_like)"),
     FUNCTION("fits", fits, "fits(x, axis, *vectors)"),
     {"instruction_sets", isas, METH_NOARGS, "instruction_sets() -> (names, the one in use)"},
     {nullptr, nullptr, 0, nullptr},

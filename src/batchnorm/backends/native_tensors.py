@@ -6,19 +6,25 @@ from typing import Any
 
 import torch
 
-from batchnorm import core
+from batchnorm import core, outputs
 from batchnorm.backends import tensors
 from batchnorm.backends.native import Native
 
 Array = Any
 
-# By the core's tags of dtypes.
-_DTYPES = {1: torch.float16, 2: torch.bfloat16, 3: torch.float32, 4: torch.float64}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _empty_tensors(count: int, shape: tuple[int, ...], tag: int) -> tuple[Array, ...]:
-    """Return uninitialized tensors, each with memory of its own."""
-    return tuple(torch.empty(shape, dtype=_DTYPES[tag]) for _ in range(count))
+def _empty_like(x: Array) -> Array:
+    """Return an uninitialized tensor, as PyTorch's own batch norm makes it; a large one from the pool."""
+    if x.nbytes < outputs.SMALLEST:
+        return tensors.empty_result(x)
+    layout = tensors.memory_format(x)
+    stride = x.stride() if x.is_contiguous(memory_format=layout) else None
+    if stride is None:
+        stride = tensors.empty_result(x, "meta").stride()
+    made = torch.frombuffer(outputs.lease(x.nbytes), dtype=x.dtype)
+    return made.as_strided_(x.shape, stride)
 
 
 class NativeTensors(Native):
@@ -32,7 +38,7 @@ class NativeTensors(Native):
 
     def weights(self, w: Array | None) -> Array | None:
         """Return weights in a dtype that the core reads; integers become float64."""
-        if w is None or w.dtype is torch.bool or w.dtype in _DTYPES.values():
+        if w is None or w.dtype is torch.bool or w.dtype in _FLOATS:
             return w
         return w.to(torch.float64)
 
@@ -47,7 +53,7 @@ class NativeTensors(Native):
 
 def _use() -> None:
     kinds = torch.Tensor, torch.nn.Parameter
-    core.load().use_tensors(*kinds, tensors.exchange(), tensors.empty_result, _empty_tensors)
+    core.load().use_tensors(*kinds, tensors.exchange(), _empty_like)
 
 
 _use()
