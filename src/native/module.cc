@@ -144,8 +144,19 @@ bool read_numpy(PyObject* object, Array& to) {
     return to.dtype != NONE;
 }
 
+// Whether PyTorch changes the sign of a view as it reads it.
+bool is_negated(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    PyObject* found = PyObject_CallMethodNoArgs(tensor, name);
+    bool negated = found != Py_False;
+    if (!found) PyErr_Clear();
+    Py_XDECREF(found);
+    return negated;
+}
+
 bool read_tensor(PyObject* object, Array& to) {
     DLTensor t;
+    if (is_negated(object)) return false;
     if (dlpack->dltensor_from_py_object_no_sync(object, &t)) {
         PyErr_Clear();
         return false;
@@ -168,6 +179,7 @@ bool read_tensor(PyObject* object, Array& to) {
         to.strides[i] = t.strides ? t.strides[i] * size : step;
         step *= t.shape[i];
     }
+    if (!to.data && step) return false;  // a tensor of zeros without memory
     return to.dtype != NONE;
 }
 

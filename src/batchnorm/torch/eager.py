@@ -20,17 +20,15 @@ Array = Any
 _CORE: Any = core.load()
 
 
-def _plain(*tensors: Any) -> bool:
-    """Return whether PyTorch runs a call at once, on tensors whose memory means what it says."""
-    if tracing.traced() or tracing.transformed() is not None:
-        return False
-    return not any(isinstance(a, torch.Tensor) and a.is_neg() for a in tensors)
+def _plain() -> bool:
+    """Return whether PyTorch runs a call at once, on tensors of memory."""
+    return not tracing.traced() and tracing.transformed() is None
 
 
 def _recorded(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(a, torch.Tensor) and a.requires_grad for a in tensors
-    )
+    if not torch.is_grad_enabled():
+        return False
+    return any([getattr(a, "requires_grad", False) for a in tensors])  # noqa: C419  faster
 
 
 class _DeclinedError(Exception):
@@ -55,7 +53,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, dn: Any, dmean: Any, dvar: Any, dlow: Any) -> Any:
         """Return the gradients of x, gamma and beta."""
         simple = dy is not None and dmean is None and dvar is None
-        if simple and not torch.is_grad_enabled() and _plain(dy):
+        if simple and not torch.is_grad_enabled() and _plain():
             x, gamma, where, *stats = ctx.saved_tensors
             axes, eps = tuple(ctx.axis), ctx.eps
             found = _CORE.backward(dy, x, Moments(*stats), gamma, axes, eps, where, None, True)
@@ -66,11 +64,77 @@ class _BatchNorm(torch.autograd.Function):
         return operators.grad_batch_norm(ctx, dy, dn, dmean, dvar, dlow)
 
 
+class _Layer(torch.autograd.Function):
+    """A module's pass in training: y alone, as nothing else of it has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, eps: float, found: list[Any]) -> Any:
+        """Return y, and append the batch's moments to `found`."""
+        done = _CORE.forward(x, gamma, beta, 1, eps, None, None, True)
+        if done is None:
+            raise _DeclinedError
+        y, stats = done
+        found.append(stats)
+        ctx.save_for_backward(x, gamma)
+        ctx.stats, ctx.eps, ctx.beta = stats, eps, None if beta is None else beta.dtype
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:  # type: ignore[override]
+        """Return the gradients of x, gamma and beta."""
+        if dy is None:
+            return None, None, None, None, None
+        x, gamma = ctx.saved_tensors
+        found = None
+        if not torch.is_grad_enabled() and _plain():
+            found = _CORE.backward(dy, x, ctx.stats, gamma, 1, ctx.eps, None, None, True)
+        if found is None:
+            found = operators.backward(dy, x, *ctx.stats, gamma, None, [1], ctx.eps)
+        dx, dgamma, dbeta = found
+        if ctx.beta is None:
+            dbeta = None
+        elif dbeta.dtype != ctx.beta:
+            dbeta = dbeta.to(ctx.beta)
+        return dx, None if gamma is None else dgamma, dbeta, None, None
+
+
+# `Function.apply` without what it does for `torch.func`, which `_plain` excludes.
+_apply_layer: Any = super(torch.autograd.Function, _Layer).apply  # type: ignore[misc]
+
+
+def train(
+    x: Array, gamma: Any, beta: Any, mean: Any, var: Any, count: Any, momentum: Any, eps: float
+) -> Any:
+    """Return y of a module in training, and update its statistics; or None."""
+    if momentum is None or not _plain() or not _CORE.fits(x, 1, gamma, beta, mean, var):
+        return None
+    if mean is not None and not (mean.is_contiguous() and var.is_contiguous()):
+        return None
+    found: list[Any] = []
+    try:
+        if _recorded(x, gamma, beta):
+            y = _apply_layer(x, gamma, beta, eps, found)
+        else:
+            done = _CORE.forward(x, gamma, beta, 1, eps, None, None, True)
+            if done is None:
+                return None
+            y = done[0]
+            found.append(done[1])
+    except _DeclinedError:
+        return None
+    if mean is not None and count is not None:
+        count.add_(1)
+        _CORE.update_running(mean, var, found[0], momentum, 1.0, True)
+        torch.autograd.graph.increment_version((mean, var))
+    return y
+
+
 def forward(
     x: Array, gamma: Any, beta: Any, axis: Any, eps: Any, where: Any, out: Any, trusted: bool
 ) -> Any:
     """Return y and the batch's moments, or None."""
-    if where is not None or out is not None or not _plain(x, gamma, beta):
+    if where is not None or out is not None or not _plain():
         return None
     if not _recorded(x, gamma, beta):
         # Arguments that a pass with a mask has to look at are the general path's.
@@ -97,7 +161,7 @@ def backward(
     if where is not None or out is not None or not isinstance(stats, Moments):
         return None
     given = (dy, x, gamma, *stats)
-    if not _plain(*given) or _recorded(*given):
+    if not _plain() or _recorded(*given):
         return None
     return _CORE.backward(dy, x, stats, gamma, axis, eps, None, None, True)
 
@@ -116,7 +180,7 @@ def inference(
 ) -> Any:
     """Return y by given statistics, or None."""
     given = (x, mean, var, mean_lo, gamma, beta)
-    if out is not None or not _plain(*given) or _recorded(*given):
+    if out is not None or not _plain() or _recorded(*given):
         return None
     return _CORE.inference(x, mean, var, mean_lo, gamma, beta, axis, eps, None, True)
 
@@ -128,7 +192,7 @@ def update_running(
     if not isinstance(stats, Moments):
         return None
     given = (mean, var, *stats)
-    if not _plain(*given) or _recorded(*given):
+    if not _plain() or _recorded(*given):
         return None
     return _CORE.update_running(mean, var, stats, momentum, correction, in_place)
 

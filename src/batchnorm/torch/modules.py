@@ -18,6 +18,10 @@ Module = Any
 
 def _forward(self: Module, x: Any) -> Any:
     """Compute `torch.nn.BatchNorm2d.forward` with the functions of this package."""
+    if not torch.compiler.is_compiling():
+        y = _whole_call(self, x)
+        if y is not None:
+            return y
     group = self.group if self.training else None
     with groups.call(group, type(self).__name__):
         self._check_input_dim(x)
@@ -46,22 +50,28 @@ def _forward(self: Module, x: Any) -> Any:
         momentum = self.momentum
         if momentum is None:  # a cumulative average
             momentum = 0.0 if count is None else 1.0 / count.double()
-        if not isinstance(momentum, torch.Tensor) and _updated_in_place(mean, var, stats, momentum):
-            return y
         n, batch_mean, batch_var = (v.detach() for v in stats[:3])
         for running, batch in ((mean, batch_mean), (var, batch_var * (n / (n - 1)))):
             running.copy_(running + momentum * (batch - running))
     return y
 
 
-def _updated_in_place(mean: Any, var: Any, stats: Any, momentum: float) -> bool:
-    """Update the running statistics in compiled code; return False where that does not take them."""
-    with torch.no_grad():
-        fast = optimistic.for_array(mean)
-        if fast.update_running(mean, var, stats, momentum, 1.0, True) is None:
-            return False
-    torch.autograd.graph.increment_version((mean, var))
-    return True
+def _whole_call(self: Module, x: Any) -> Any:
+    """Return y by compiled code, which reads the tensors as they are; None where it declines them."""
+    if self.training and self.group is not None:
+        return None
+    self._check_input_dim(x)
+    own, buffers = self._parameters, self._buffers  # faster than attributes
+    gamma = own["weight"] if "weight" in own else self.weight
+    beta = own["bias"] if "bias" in own else self.bias
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    fast = optimistic.for_array(x)
+    if not self.training and mean is not None:
+        return fast.inference(x, mean, var, None, gamma, beta, 1, self.eps, None, False)
+    count = buffers["num_batches_tracked"] if self.training and self.track_running_stats else None
+    if not self.training or (count is None) != (mean is None):
+        return None
+    return fast.train(x, gamma, beta, mean, var, count, self.momentum, self.eps)
 
 
 torch.fx.wrap("_forward")  # symbolic tracing does not trace into the call, as with modules of torch.nn

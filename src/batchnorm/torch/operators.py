@@ -267,7 +267,7 @@ def _register() -> None:
 
 
 _register()
-batch_norm, normalize = _ops.batch_norm, _ops.normalize
+batch_norm, normalize, backward = _ops.batch_norm, _ops.normalize, _ops.batch_norm_backward
 
 
 # As a backend.
