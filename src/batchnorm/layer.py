@@ -40,6 +40,7 @@ from batchnorm.validation import validate_input, validate_out, validate_vectors,
 
 Array = Any
 
+_NO_CALL = contextlib.nullcontext()
 PARAMETERS = ("gamma", "beta")
 RUNNING = ("running_mean", "running_var")
 
@@ -343,15 +344,16 @@ class BatchNorm(groups.Shared):
         running = None
         # Statistics of another pass are not this one's to commit, nor those that were committed.
         if pending is not None and pending is self._pending:
-            with groups.call(group if by_batch else None, "backward"):
+            with groups.call(group, "backward") if by_batch and group is not None else _NO_CALL:
                 running = self._updated(pending)
-        settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
+        axis, eps = self.axis, self.eps
         if by_batch:
             dx, dgamma, dbeta = batch_norm_backward(
-                dy, x, stats, gamma, where=where, group=group, **settings
+                dy, x, stats, gamma, axis=axis, eps=eps, where=where, group=group, out=out
             )
         else:
-            dx, dgamma, dbeta = normalize_backward(dy, x, stats.mean, stats.var, gamma, **settings)
+            mean, var = stats.mean, stats.var
+            dx, dgamma, dbeta = normalize_backward(dy, x, mean, var, gamma, axis=axis, eps=eps, out=out)
         if running is not None:
             self._commit(*running)
         trained = self.affine and self.trainable
@@ -574,5 +576,7 @@ def _namespace(xp: Any, device: Any) -> ModuleType:
 
 def _detached(stats: Moments) -> Moments:
     """Cut statistics out of PyTorch's graph: running ones have no gradient."""
+    if not hasattr(stats.mean, "detach"):
+        return stats
     fields: tuple[Any, ...] = stats
     return Moments(*(v.detach() if hasattr(v, "detach") else v for v in fields))
