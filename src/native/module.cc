@@ -183,12 +183,17 @@ bool read_tensor(PyObject* object, Array& to) {
     return to.dtype != NONE;
 }
 
+// Whether subclasses of NumPy's arrays are read, which may have meanings of their own (a mask, say): where the
+// general path has looked at them. Set by each function, under the interpreter's lock.
+bool reads_subclasses;
+
 // Whether an object is an array that the core reads.
 bool read(PyObject* object, Array& to) {
     to.object = object;
     PyObject* type = (PyObject*)Py_TYPE(object);
     if (dlpack && (type == tensor_types[0] || type == tensor_types[1])) return read_tensor(object, to);
-    return numpy_is_there() && PyArray_Check(object) && read_numpy(object, to);
+    return numpy_is_there() && (reads_subclasses ? PyArray_Check(object) : PyArray_CheckExact(object))
+        && read_numpy(object, to);
 }
 
 bool read_big(PyObject* object, Array& to) {
@@ -523,7 +528,8 @@ struct Result {
     }
 };
 
-bool arguments(Py_ssize_t got, Py_ssize_t expected) {
+bool arguments(Py_ssize_t got, Py_ssize_t expected, bool subclasses) {
+    reads_subclasses = subclasses;
     if (got == expected) return true;
     PyErr_Format(PyExc_TypeError, "got %zd arguments, expected %zd", got, expected);
     return false;
@@ -531,8 +537,8 @@ bool arguments(Py_ssize_t got, Py_ssize_t expected) {
 
 // forward(x, gamma, beta, axis, eps, where, out, trusted) -> (y, Moments) or None
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 8)) return nullptr;
-    bool trusted = args[7] == Py_True;
+    bool trusted = n == 8 && args[7] == Py_True;
+    if (!arguments(n, 8, trusted)) return nullptr;
     Array x, gamma, beta, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[3], x) || channels.values < 2)
@@ -570,7 +576,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // moments(x, axis, where) -> Moments or None
 PyObject* moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 3)) return nullptr;
+    if (!arguments(n, 3, true)) return nullptr;
     Array x;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[1], x)) return declined();
@@ -588,8 +594,8 @@ PyObject* moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted) -> y or None
 PyObject* inference(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 10)) return nullptr;
-    bool trusted = args[9] == Py_True;
+    bool trusted = n == 10 && args[9] == Py_True;
+    if (!arguments(n, 10, trusted)) return nullptr;
     Array x, v[5], out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[6], x)) return declined();
@@ -653,8 +659,8 @@ struct Statistics {
 
 // backward(dy, x, stats, gamma, axis, eps, where, out, trusted) -> (dx, dgamma, dbeta) or None
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 9)) return nullptr;
-    bool trusted = args[8] == Py_True;
+    bool trusted = n == 9 && args[8] == Py_True;
+    if (!arguments(n, 9, trusted)) return nullptr;
     Array dy, x, gamma, out;
     Channels channels;
     if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
@@ -702,7 +708,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // update_running(mean, var, stats, momentum, correction, in_place) -> (mean, var) or None
 PyObject* update_running(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 6)) return nullptr;
+    if (!arguments(n, 6, false)) return nullptr;
     bool in_place = args[5] == Py_True;
     Array mean, var;
     double momentum, correction;
@@ -757,7 +763,7 @@ const void* vector(PyObject* object, const Channels& channels, DType dtype) {
 
 // scale_shift(x, m, a, b, axis, out) -> y or None
 PyObject* scale_shift(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 6)) return nullptr;
+    if (!arguments(n, 6, true)) return nullptr;
     Array x, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[4], x)) return declined();
@@ -775,7 +781,7 @@ PyObject* scale_shift(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // grad_sums(dy, x, m, where, axis) -> (sum_dy, sum_dy_d) or None
 PyObject* grad_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 5)) return nullptr;
+    if (!arguments(n, 5, true)) return nullptr;
     Array dy, x;
     Channels channels;
     if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
@@ -797,7 +803,7 @@ PyObject* grad_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // grad_input(dy, x, m, a, b, c, where, axis, out) -> dx or None
 PyObject* grad_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 9)) return nullptr;
+    if (!arguments(n, 9, true)) return nullptr;
     Array dy, x, out;
     Channels channels;
     if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
@@ -822,7 +828,7 @@ PyObject* grad_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // setup(Moments, get_num_threads, empty_like)
 PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 3)) return nullptr;
+    if (!arguments(n, 3, false)) return nullptr;
     moments_type = Py_NewRef(args[0]);
     get_num_threads = Py_NewRef(args[1]);
     empty_like = Py_NewRef(args[2]);
@@ -831,7 +837,7 @@ PyObject* setup(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // use_tensors(Tensor, Parameter, DLPack's exchange interface, empty_like)
 PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 4)) return nullptr;
+    if (!arguments(n, 4, false)) return nullptr;
     auto* found = (const DLPackExchangeAPI*)PyCapsule_GetPointer(args[2], "dlpack_exchange_api");
     if (!found) return nullptr;
     if (found->header.version.major != 1) {
@@ -847,6 +853,7 @@ PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 // fits(x, axis, *vectors) -> whether each vector is None, or has one number for each channel of x
 PyObject* fits(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    reads_subclasses = false;
     Array x, v;
     Channels channels;
     if (n < 2 || !read_big(args[0], x) || !channels.set(args[1], x)) Py_RETURN_FALSE;

@@ -16,7 +16,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _empty_like(x: Array) -> Array:
-    """Return an uninitialized tensor, as PyTorch's own batch norm makes it; a large one from the pool."""
+    """Return an uninitialized tensor as PyTorch's batch norm makes it; a large one from the pool."""
     if x.nbytes < outputs.SMALLEST:
         return tensors.empty_result(x)
     layout = tensors.memory_format(x)

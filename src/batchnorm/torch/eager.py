@@ -81,7 +81,7 @@ class _Layer(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Any) -> Any:
         """Return the gradients of x, gamma and beta."""
         if dy is None:
             return None, None, None, None, None
@@ -100,7 +100,7 @@ class _Layer(torch.autograd.Function):
 
 
 # `Function.apply` without what it does for `torch.func`, which `_plain` excludes.
-_apply_layer: Any = super(torch.autograd.Function, _Layer).apply  # type: ignore[misc]
+_apply_layer: Any = super(torch.autograd.Function, _Layer).apply
 
 
 def train(

@@ -62,8 +62,9 @@ def _whole_call(self: Module, x: Any) -> Any:
         return None
     self._check_input_dim(x)
     own, buffers = self._parameters, self._buffers  # faster than attributes
-    gamma = own["weight"] if "weight" in own else self.weight
-    beta = own["bias"] if "bias" in own else self.bias
+    if "weight" not in own or "bias" not in own:  # parametrized
+        return None
+    gamma, beta = own["weight"], own["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     fast = optimistic.for_array(x)
     if not self.training and mean is not None:
