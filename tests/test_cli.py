@@ -211,6 +211,20 @@ def test_info_says_which_instruction_set_the_core_uses():
         assert f"compiled core: {present[0]} (" in oldest
 
 
+def test_info_says_that_an_instruction_set_is_unknown():
+    from batchnorm import core
+
+    if core.load() is None:
+        pytest.skip(f"the compiled core is not there: {core.missing()}")
+    oldest = core.load().instruction_sets()[0][0]
+    done = run("info", BATCHNORM_ISA="nonsense")
+    assert done.returncode == 0, done.stderr
+    why = "it cannot be loaded: BATCHNORM_ISA: got 'nonsense', expected one that this processor has: "
+    why += oldest
+    assert f"compiled core: not there ({why}" in done.stdout
+    assert f"the compiled core is not there: {why}" in done.stdout  # of NumPy's arrays
+
+
 def test_info_says_why_the_core_is_not_there(tmp_path, monkeypatch):
     import batchnorm
     from batchnorm import core
