@@ -13,14 +13,14 @@ def results():
     found = []
     for layout, ours, theirs in (("second", 1e-3, 8e-3), ("last", 2e-3, 4e-3)):
         for which in cases.PASSES:
-            for name, seconds in (("batchnorm (Numba)", ours), ("PyTorch", theirs), ("copy", ours / 2)):
+            for name, seconds in (("batchnorm (native)", ours), ("PyTorch", theirs), ("copy", ours / 2)):
                 found.append(Time("MLP", layout, which, name, seconds, 1.0))
     return found
 
 
 def test_ratios_at_the_same_and_at_the_peers_best_layout():
     lines = [" ".join(line.split()) for line in report.summary(results())]
-    ours = "batchnorm (Numba) vs PyTorch"
+    ours = "batchnorm (native) vs PyTorch"
     assert f"{ours} forward channels second 8.00 (8.00) 4.00 (4.00)" in lines
     assert f"{ours} backward channels last 2.00 (2.00) 2.00 (2.00)" in lines
     assert report.geometric([1.0, 4.0]) == pytest.approx(2)

@@ -131,7 +131,7 @@ def test_an_output_is_where_a_link_leads(tmp_path, capsys):
     assert target.stat().st_size > 1000
 
 
-# A command that gets a signal at a moment of its own: an import, a pass of the compiler, a call.
+# A command that gets a signal at a moment of its own: an import, or a call.
 INTERRUPTED = """
 import importlib, itertools, runpy, signal, sys
 moment, *sys.argv[1:] = sys.argv[1:]
@@ -175,7 +175,6 @@ def test_an_interrupt_is_one_line(moment, command, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "BATCHNORM_CACHE_COMPILED": str(int(moment != "compile"))},
     )
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip().splitlines()[-1] == "python -m batchnorm: interrupted"
@@ -210,6 +209,20 @@ def test_info_says_which_instruction_set_the_core_uses():
         assert f"compiled core: {used} (this processor has {', '.join(present)})" in done.stdout
         oldest = run("info", BATCHNORM_ISA=present[0]).stdout
         assert f"compiled core: {present[0]} (" in oldest
+
+
+def test_info_says_that_an_instruction_set_is_unknown():
+    from batchnorm import core
+
+    if core.load() is None:
+        pytest.skip(f"the compiled core is not there: {core.missing()}")
+    oldest = core.load().instruction_sets()[0][0]
+    done = run("info", BATCHNORM_ISA="nonsense")
+    assert done.returncode == 0, done.stderr
+    why = "it cannot be loaded: BATCHNORM_ISA: got 'nonsense', expected one that this processor has: "
+    why += oldest
+    assert f"compiled core: not there ({why}" in done.stdout
+    assert f"the compiled core is not there: {why}" in done.stdout  # of NumPy's arrays
 
 
 def test_info_says_why_the_core_is_not_there(tmp_path, monkeypatch):

@@ -224,7 +224,7 @@ def test_a_zarr_array_of_four_times_the_memory(workers):
     pytest.importorskip("zarr")
     command = [sys.executable, EXAMPLES / "larger_than_memory.py", "--json"]
     command += ["--limit", "400", "--size", "1600", "--workers", str(workers), "--no-copy"]
-    environment = {**os.environ, "BATCHNORM_KERNELS": "numpy"}  # Numba's compiler alone takes 100 MB
+    environment = {**os.environ, "BATCHNORM_KERNELS": "numpy"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

@@ -1,5 +1,7 @@
 """The backends: which one runs and why, any strides, any number of threads, bad input."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+from batchnorm import core
 from batchnorm.backends.generic import GENERIC
 from batchnorm.testing import data, oracle, verdict
 from batchnorm.testing.libraries import kernels
@@ -233,6 +236,45 @@ def test_errors_name_what_was_asked():
         [sys.executable, "-c", code], env={"BATCHNORM_KERNELS": "quick"}, capture_output=True, text=True
     )
     assert "BATCHNORM_KERNELS: got 'quick', expected one of" in done.stderr
+
+
+# Of the conformance suite, in two seconds.
+FEW = "test_layouts or test_training_step or test_merge"
+
+
+@pytest.mark.parametrize(
+    ("cases", "least"),
+    [(FEW, 50), pytest.param("test_", 450, marks=pytest.mark.slow)],
+    ids=["few", "all"],
+)
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_conformance_of_every_instruction_set(name, cases, least, tmp_path):
+    """The suite runs on the instruction set in use; here it runs on the others of this processor."""
+    present, used = core.load().instruction_sets()
+    if name == used or name not in present:
+        pytest.skip("the suite runs on it" if name == used else f"this processor has no {name}")
+    suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "batchnorm.testing"]
+    done = subprocess.run(
+        [sys.executable, *suite, "--array-library", "numpy", "-k", f"native and ({cases})"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=tmp_path,
+        env={**os.environ, "BATCHNORM_ISA": name},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_the_named_instruction_set_is_used(name):
+    code = "from batchnorm import core; print(core.load().instruction_sets()[1])"
+    present, _ = core.load().instruction_sets()
+    if name not in present:
+        pytest.skip(f"this processor has no {name}")
+    environment = {**os.environ, "BATCHNORM_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{name}\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["native", "numpy", "generic"])

@@ -51,7 +51,7 @@ def main(libraries):
     for library in libraries or ["numpy"]:
         error = run(library)
         kernels = bn.kernels_for(importlib.import_module(library).zeros((2, 2)))
-        beside = [n for n in ("numba", "ml_dtypes", "torch", "jax") if importlib.util.find_spec(n)]
+        beside = [n for n in ("ml_dtypes", "torch", "jax") if importlib.util.find_spec(n)]
         print(f"{library}: off by {error:.1e}, on {kernels.name}; beside it: {beside or 'nothing'}")
 
 

@@ -6,7 +6,7 @@ import time
 
 
 class Import:
-    """Seconds until a fresh interpreter has imported a module; and a first compiled call."""
+    """Seconds until a fresh interpreter has imported a module; and a first call loads the core."""
 
     unit = "s"
     timeout = 120

@@ -68,7 +68,8 @@ def batch_norm(
     y : array
         Of the shape, dtype, library and device of `x`.
     stats : Moments
-        Of the batch; `batch_norm_backward` and `update_running` take it.
+        Of the batch, as exact as y needs; `batch_norm_backward` and `update_running` take it. `moments`
+        sums float32 data more exactly.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 A task is divided into tiles that do not depend on the number of threads; each thread processes the next
 tile until none is left. The caller is always one of the threads: if no other is available (with many
 concurrent callers, in a forked child, or when the interpreter exits), it processes all tiles itself.
-Compiled loops have a thread pool of their own, in `backends/compiled`.
+The compiled core has a thread pool of its own, in `src/native/threads.cc`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable)
 
 def launch(engine, size, program, *arguments, limit=120):
     """Run a module as every member of a group; what they printed, and exit statuses."""
-    # Compiled loops would take each of the members seconds to compile, for the same numbers.
+    # The same backend with and without the compiled core, on one thread: the others have the processors.
     settings = {"BATCHNORM_KERNELS": "numpy", "BATCHNORM_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **settings}
     command = [sys.executable, "-W", "error", "-m", program, *map(str, arguments)]

@@ -167,7 +167,7 @@ def copy(case: Case, which: str) -> Timed:
 
 
 CONTESTANTS = {
-    "batchnorm (Numba)": Contestant(package(lambda a: a), "native", True, "native"),
+    "batchnorm (native)": Contestant(package(lambda a: a), "native", True, "native"),
     "batchnorm (NumPy)": Contestant(package(lambda a: a), "numpy", True, "numpy"),
     "batchnorm on PyTorch": Contestant(package(_on_torch), "torch", True),
     "batchnorm on JAX": Contestant(_on_jax, "jax", True),
