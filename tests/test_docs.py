@@ -178,7 +178,9 @@ TOOLS = {
     "cd": is_there,
     "script": is_there,
     "gpu_check.sh": is_there,
-    **dict.fromkeys(("asv", "cmake", "linkchecker", "mpiexec", "mypy", "pre-commit", "pytest"), is_run_elsewhere),
+    **dict.fromkeys(
+        ("asv", "cmake", "linkchecker", "mpiexec", "mypy", "pre-commit", "pytest"), is_run_elsewhere
+    ),
     **dict.fromkeys(("sphinx-build", "torchrun", "venv"), is_run_elsewhere),
 }
 

@@ -7,14 +7,8 @@ import pytest
 
 import batchnorm as bn
 from batchnorm import core, optimistic, validation
+from batchnorm.backends import dispatch
 from batchnorm.testing import data
-
-
-class Never(dict):
-    """No class of arrays has a compiled function for whole calls: all calls go the general way."""
-
-    def __setitem__(self, kind, whole):
-        pass
 
 
 @pytest.fixture
@@ -30,7 +24,8 @@ def validations(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "batchnorm" and hasattr(module, "validate_input"):
             monkeypatch.setattr(module, "validate_input", counted)
-    monkeypatch.setattr(optimistic, "calls", Never())
+    monkeypatch.setattr(optimistic, "calls", {})
+    monkeypatch.setattr(optimistic, "find", lambda kind: optimistic.NOTHING)
     return seen
 
 
@@ -141,6 +136,7 @@ def test_layer(validations):
 def test_whole_calls_are_not_validated(validations, monkeypatch, library):
     """The compiled core reads the arguments itself; what it declines is checked as ever."""
     monkeypatch.setattr(optimistic, "calls", {})
+    monkeypatch.setattr(optimistic, "find", dispatch._whole_calls)
     x = data.batch((20, 3, 5))
     if library == "torch":
         x = pytest.importorskip("torch").from_numpy(x)

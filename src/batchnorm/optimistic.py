@@ -1,4 +1,4 @@
-"""Whole calls in compiled code, by the class of x; the general path registers them.
+"""Whole calls in compiled code, by the class of x.
 
 A call asks these functions first. They take the arguments of a call, whatever these are, and run it, or
 return None before anything is written: then the general path checks the arguments, and explains or runs
@@ -7,10 +7,8 @@ them. So there are no caches of checks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-
-calls: dict[type, Any] = {}
-"""Class of x: an object with `forward`, `backward`, `inference` and `update_running`, the core's."""
 
 
 class _Nothing:
@@ -24,9 +22,23 @@ class _Nothing:
         return None
 
 
-_nothing = _Nothing()
+calls: dict[type, Any] = {}
+"""Class of x: an object with `forward`, `backward`, `inference`, `update_running` and `fits`."""
+NOTHING: Any = _Nothing()
+
+
+def _find_nothing(kind: type) -> Any:
+    return NOTHING
+
+
+find: Callable[[type], Any] = _find_nothing
+"""Return what takes whole calls on a class of arrays that is new; the dispatcher sets it."""
 
 
 def for_array(x: Any) -> Any:
     """Return what takes whole calls on arrays of the class of x."""
-    return calls.get(type(x), _nothing)
+    kind = type(x)
+    found = calls.get(kind)
+    if found is None:
+        found = calls[kind] = find(kind)
+    return found

@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from batchnorm import core, frameworks, optimistic, tracing
 from batchnorm.arguments import validate_choice
@@ -36,18 +36,11 @@ class Candidate(NamedTuple):
     """Return why it cannot run on the arrays of a call, or None. See `Backend.refuses`."""
     required: Callable[[Arrays], str | None] | None = None
     """Return why PyTorch has to see its operators, or None: it then precedes what users add."""
-    whole: Callable[[], Any] | None = None
-    """Return what takes whole calls on arrays of the class of x, as `optimistic` has it, or None."""
 
 
 def backend_for(*arrays: Array | None) -> Backend:
     """Return the backend for the validated arrays of a call, of which the first is a big one."""
-    candidate = _choose(arrays)[0]
-    if candidate.whole is not None and not _added and get_kernels() in (None, "native"):
-        whole, kind = candidate.whole(), cast(Any, type(arrays[0]))
-        if whole is not None:
-            optimistic.calls[kind] = whole
-    return candidate.backend(arrays)
+    return _choose(arrays)[0].backend(arrays)
 
 
 def _choose(arrays: Arrays) -> tuple[Candidate, list[str]]:
@@ -136,7 +129,7 @@ def _of(backend: Backend) -> Candidate:
 
 
 _NO_CORE = "the compiled core is not there: "
-_NATIVE = Candidate(("native",), _native_backend, _native_refuses, whole=core.load)
+_NATIVE = Candidate(("native",), _native_backend, _native_refuses)
 _NUMPY = Candidate(("numpy",), _numpy_backend)
 
 
@@ -167,11 +160,6 @@ def _for_torch() -> tuple[Candidate, ...]:
         backend: Backend = frameworks.load("backends.native_tensors").NATIVE_TENSORS
         return backend
 
-    def whole() -> Any:
-        if core.missing() is not None or tensors.exchange() is None:
-            return None
-        return frameworks.load("torch.eager")
-
     def cuda_refuses(arrays: Arrays) -> str | None:
         why = tensors.refuses(arrays, "cuda")
         return devices.unusable() if why is None else why
@@ -185,9 +173,9 @@ def _for_torch() -> tuple[Candidate, ...]:
 
     return (
         Candidate(NAMES, pytorch_operators, required=lambda arrays: tracing.transformed()),
-        Candidate(_BUT_GENERIC, registered_operators, required=tracing.recorded, whole=whole),
+        Candidate(_BUT_GENERIC, registered_operators, required=tracing.recorded),
         Candidate(("cupy",), devices.on_tensors, cuda_refuses),
-        Candidate(("native",), native, native_refuses, whole=whole),
+        Candidate(("native",), native, native_refuses),
         on_tensors(_NATIVE),  # of older versions of PyTorch
         on_tensors(_NUMPY),
         _of(tensors.OWN_OPERATORS),
@@ -231,6 +219,24 @@ def _candidates(kind: type) -> tuple[Candidate, ...]:
             return candidates()
     return (_of(GENERIC),)
 
+
+def _whole_calls(kind: type) -> Any:
+    """Return what takes whole calls on a class of arrays, where nobody added or asked for a backend."""
+    compiled = core.load()
+    if compiled is None or _added or get_kernels() not in (None, "native"):
+        return optimistic.NOTHING
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None and kind is numpy.ndarray:
+        return compiled
+    if torch is not None and kind in (torch.Tensor, torch.nn.Parameter):
+        from batchnorm.backends import tensors
+
+        if tensors.exchange() is not None:
+            return frameworks.load("torch.eager")
+    return optimistic.NOTHING
+
+
+optimistic.find = _whole_calls
 
 # What users add and ask for.
 

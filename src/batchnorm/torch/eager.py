@@ -64,7 +64,7 @@ class _BatchNorm(torch.autograd.Function):
         return operators.grad_batch_norm(ctx, dy, dn, dmean, dvar, dlow)
 
 
-class _Layer(torch.autograd.Function):
+class _BatchNormModule(torch.autograd.Function):
     """A module's pass in training: y alone, as nothing else of it has a gradient."""
 
     @staticmethod
@@ -100,7 +100,7 @@ class _Layer(torch.autograd.Function):
 
 
 # `Function.apply` without what it does for `torch.func`, which `_plain` excludes.
-_apply_layer: Any = super(torch.autograd.Function, _Layer).apply
+_apply_module: Any = super(torch.autograd.Function, _BatchNormModule).apply
 
 
 def train(
@@ -114,7 +114,7 @@ def train(
     found: list[Any] = []
     try:
         if _recorded(x, gamma, beta):
-            y = _apply_layer(x, gamma, beta, eps, found)
+            y = _apply_module(x, gamma, beta, eps, found)
         else:
             done = _CORE.forward(x, gamma, beta, 1, eps, None, None, True)
             if done is None:
