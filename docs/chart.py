@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 LARGE = 25.0  # MB: what caches do not decide
-COLOURS = {"batchnorm": "tab:blue", "PyTorch": "tab:orange", "TensorFlow": "tab:brown"}
+COLOURS = {"batchnorm": "tab:blue", "PyTorch": "tab:orange"}
 
 
 def rows(page: pathlib.Path) -> list[dict[str, str]]:
@@ -32,9 +32,8 @@ def shares(page: pathlib.Path) -> dict[tuple[str, str], list[float]]:
             continue
         for name in COLOURS:
             took = row["forward" if name == "batchnorm" else name]
-            if took != "–":
-                key = (f"channels {row['channels']}", name)
-                found.setdefault(key, []).append(float(row["copy"]) / float(took))
+            key = (f"channels {row['channels']}", name)
+            found.setdefault(key, []).append(float(row["copy"]) / float(took))
     return found
 
 

@@ -136,6 +136,28 @@ def test_number_of_threads(monkeypatch):
         assert 1 <= bn.get_num_threads() <= len(os.sched_getaffinity(0))
 
 
+def test_threadpoolctl_limits_the_core():
+    code = """
+import threadpoolctl
+import numpy as np
+import batchnorm as bn
+
+bn.set_num_threads(3)
+x = np.ones((8, 4, 9), np.float32)
+bn.batch_norm(x)  # loads the core
+(found,) = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "batchnorm"]
+assert found["num_threads"] == 3, found
+with threadpoolctl.threadpool_limits(1):
+    assert bn.get_num_threads() == 1
+assert bn.get_num_threads() == 3
+with threadpoolctl.threadpool_limits({"batchnorm": 2}):
+    assert bn.get_num_threads() == 2
+"""
+    pytest.importorskip("threadpoolctl")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 # The output pool.
 
 BIG = (8, 32, 64, 64)

@@ -24,6 +24,7 @@ def _found() -> ModuleType | str:
         return f"it cannot be loaded: {error}"
     core: ModuleType = _core
     core.setup(Moments, threads.get_num_threads, outputs.empty_like)
+    threads.show_to_threadpoolctl()
     return core
 
 

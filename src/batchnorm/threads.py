@@ -9,10 +9,12 @@ The compiled core has a thread pool of its own, in `src/native/threads.cc`.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from batchnorm.arguments import int_from_environment, validate_int
 
@@ -77,6 +79,33 @@ def usable_cpus() -> int:
     except (OSError, ValueError):
         pass
     return max(1, cpus)
+
+
+def show_to_threadpoolctl() -> None:
+    """Let `threadpoolctl`, where it is loaded, limit the threads of the compiled core, and tell them."""
+    threadpoolctl: Any = sys.modules.get("threadpoolctl")
+    if threadpoolctl is None:
+        return
+
+    class Controller(threadpoolctl.LibController):  # type: ignore[misc]
+        """The thread pool of batchnorm."""
+
+        user_api = internal_api = "batchnorm"
+        filename_prefixes = ("_core",)
+        check_symbols = ("batchnorm_core",)
+
+        def get_num_threads(self) -> int:
+            """Return the number of threads that a call may run on."""
+            return get_num_threads()
+
+        def set_num_threads(self, num_threads: int) -> None:
+            """Set how many threads a call may run on."""
+            set_num_threads(num_threads)
+
+        def get_version(self) -> None:
+            """Return None: the library has no version of its own."""
+
+    threadpoolctl.register(Controller)
 
 
 def count(tiles: int) -> int:

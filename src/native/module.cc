@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 #include <thread>
 
 #include "core.h"
@@ -898,13 +899,19 @@ PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_core", "The compiled core of batc
 
 }  // namespace
 
+// By this, threadpoolctl knows the library.
+extern "C" __attribute__((visibility("default"))) const int batchnorm_core = 1;
+
 PyMODINIT_FUNC PyInit__core() {
     const char* isa = std::getenv("BATCHNORM_ISA");
     kernels = kernels_for(isa && *isa ? isa : nullptr);
     if (!kernels) {
+        std::string names;
+        for (const char* const* name = instruction_sets(); *name; ++name)
+            names += (names.empty() ? "" : ", ") + std::string(*name);
         PyErr_Format(
             PyExc_ImportError, "BATCHNORM_ISA: got '%s', expected one that this processor has: %s", isa,
-            instruction_sets()[0]);
+            names.c_str());
         return nullptr;
     }
     return PyModule_Create(&MODULE);

@@ -222,8 +222,10 @@ def _candidates(kind: type) -> tuple[Candidate, ...]:
 
 def _whole_calls(kind: type) -> Any:
     """Return what takes whole calls on a class of arrays, where nobody added or asked for a backend."""
+    if _added or get_kernels() not in (None, "native"):
+        return optimistic.NOTHING
     compiled = core.load()
-    if compiled is None or _added or get_kernels() not in (None, "native"):
+    if compiled is None:
         return optimistic.NOTHING
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None and kind is numpy.ndarray:
