@@ -289,6 +289,40 @@ def test_no_channels(name, shape, axis):
         assert stats.mean.shape == dgamma.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_streamed_results_have_the_same_bits(dtype, axis, masked):
+    """Of more than 8 MiB, which are stored past the caches: for any number of threads, and in place."""
+    shape = (6, 8, 400, 250) if axis == 1 else (6, 400, 250, 8)
+    x, dy = (data.batch(shape, dtype, mean=m, seed=s) for m, s in ((3.0, 1), (0.0, 2)))
+    assert x.nbytes > 2**23
+    where = np.random.default_rng(0).random((6, *[1] * 3)) > 0.2 if masked else None
+    results = []
+    try:
+        with kernels("native"):
+            for n in (1, 2, 3):
+                bn.set_num_threads(n)
+                y, stats = bn.batch_norm(x, axis=axis, where=where)
+                grads = bn.batch_norm_backward(dy, x, stats, axis=axis, where=where)
+                frozen = bn.normalize(x, stats.mean, stats.var, axis=axis)
+                results.append([y, *stats, *grads, frozen])
+            here, there = x.copy(), dy.copy()  # in place, nothing is stored past the caches
+            bn.batch_norm(here, axis=axis, where=where, out=here)
+            bn.batch_norm_backward(there, x, stats, axis=axis, where=where, out=there)
+    finally:
+        bn.set_num_threads(None)
+    results += [[here, *results[0][1:5], there, *results[0][6:]]]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    wide = x.astype(np.float64) - 3.0
+    kept = tuple(i for i in range(4) if i != axis % 4)
+    w = np.broadcast_to(1.0 if where is None else where, shape)
+    mean = np.average(wide, axis=kept, weights=w)
+    np.testing.assert_allclose(results[0][2] - 3.0, mean, atol=1e-6)
+
+
 def test_oracle_is_not_ours():
     """The oracle of these tests agrees with the suite's, in 50 digits."""
     x = data.batch((7, 3, 5), mean=1e3)

@@ -1,0 +1,244 @@
+// Tiles of spans: channels second or first, where one channel lies in long runs. A run is cut into segments.
+
+template <class T> struct Spans : Tile<T> {
+    using typename Tile<T>::C;
+    using Tile<T>::Tile;
+    using Tile<T>::job;
+    using Tile<T>::plan;
+    using Tile<T>::scratch;
+    using Tile<T>::fast;
+    using Tile<T>::weighted;
+
+    int64_t segments() const { return (plan.reduced.inner().length + SEGMENT - 1) / SEGMENT; }
+
+    template <class V> V* room(int k) const { return (V*)(scratch + k * SEGMENT * 8); }
+
+    struct Place {
+        const char* at;
+        int64_t step;
+    };
+    Place place(int operand, int64_t c, int64_t row, int64_t start) const {
+        int64_t step = plan.reduced.inner().step[operand];
+        return {job.operand[operand] + plan.channels.place(operand, c) + plan.reduced.outer(operand, row)
+                    + start * step,
+                step};
+    }
+    const T* span(int operand, int64_t c, int64_t row, int64_t start, int64_t size) const {
+        Place p = place(operand, c, row, start);
+        return neighbours<T>(p.at, p.step, size, room<T>(operand));
+    }
+    template <class V> const V* weight_span(int64_t c, int64_t row, int64_t start, int64_t size) const {
+        Place p = place(job.weights, c, row, start);
+        return weights_as<V>(job.weight_dtype, p.at, p.step, size, room<V>(3));
+    }
+
+    // Call `each(row, start, size)` for the segments from `first` to `last`.
+    template <class Each> INLINE void for_segments(int64_t first, int64_t last, Each each) const {
+        int64_t per = segments(), length = plan.reduced.inner().length;
+        int64_t row = first / per, segment = first - row * per;
+        for (int64_t i = first; i < last; ++i) {
+            int64_t start = segment * SEGMENT, rest = length - start;
+            each(row, start, rest < SEGMENT ? rest : SEGMENT);
+            if (++segment == per) segment = 0, ++row;
+        }
+    }
+
+    // s, q and, with weights, n of a channel's segments.
+    template <class Terms, class Of>
+    void add_segments(int64_t first, int64_t last, double pivot, Of terms_of, double (&result)[3]) const {
+        Vec<double> high[Terms::SUMS], low[Terms::SUMS], sum[Terms::SUMS];
+        for (int j = 0; j < Terms::SUMS; ++j) high[j] = low[j] = splat(0.0);
+        for_segments(first, last, [&](int64_t row, int64_t start, int64_t size) {
+            Terms terms = terms_of(row, start, size);
+            span_sums(terms, size, (typename Terms::C)pivot, sum);
+            for (int j = 0; j < Terms::SUMS; ++j) two_sum(high[j], low[j], sum[j]);
+        });
+        for (int j = 0; j < Terms::SUMS; ++j) {
+            double rest = total(low[j]);  // NaN where a sum is infinite
+            result[j] = total(high[j]) + (rest == rest ? rest : 0.0);
+        }
+    }
+
+    typedef Along<T> X;
+    typedef Along<double> W;
+
+    void channel_moments_sums(int64_t c, int64_t first, int64_t last, double* const* out) const {
+        double sum[3], pivot = out[3][c];
+        if (weighted()) {
+            add_segments<WeightedMomentTerms<X, W>>(
+                first, last, pivot,
+                [&](int64_t row, int64_t start, int64_t size) {
+                    return WeightedMomentTerms<X, W>{
+                        {span(0, c, row, start, size)}, {weight_span<double>(c, row, start, size)}};
+                },
+                sum);
+        } else {
+            sum[2] = 0;
+            auto terms = [&](auto kind) {
+                typedef decltype(kind) Terms;
+                add_segments<Terms>(
+                    first, last, pivot,
+                    [&](int64_t row, int64_t start, int64_t size) {
+                        return Terms{{span(0, c, row, start, size)}};
+                    },
+                    sum);
+            };
+            if (fast) terms(MomentTerms<C, X>());
+            else terms(MomentTerms<double, X>());
+            for_segments(first, last, [&](int64_t, int64_t, int64_t size) { sum[2] += (double)size; });
+        }
+        out[0][c] = sum[2];
+        out[1][c] = sum[0];
+        out[2][c] = sum[1];
+    }
+
+    // The mean of a channel's first values, as the type of the arithmetic rounds it. It only has to be
+    // within a standard deviation of the mean.
+    double channel_pivot(int64_t c) const {
+        int64_t length = plan.reduced.inner().length, size = length < 64 ? length : 64;
+        const T* x = span(0, c, 0, 0, size);
+        const double* w = weighted() ? weight_span<double>(c, 0, 0, size) : nullptr;
+        double n = 0, s = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            double v = w ? w[i] : 1.0;
+            if (v > 0) n += v, s += v * (double)value(x[i]);
+        }
+        return finite_or_zero((double)(C)(n > 0 ? s / n : 0.0));
+    }
+
+    void channel_grad_sums(int64_t c, int64_t first, int64_t last, double m, double* const* out) const {
+        double sum[3];
+        if (weighted()) {
+            typedef WeightedGradTerms<X, W> Terms;
+            add_segments<Terms>(
+                first, last, m,
+                [&](int64_t row, int64_t start, int64_t size) {
+                    return Terms{{span(0, c, row, start, size)}, {span(1, c, row, start, size)},
+                                 {weight_span<double>(c, row, start, size)}};
+                },
+                sum);
+        } else {
+            auto terms = [&](auto kind) {
+                typedef decltype(kind) Terms;
+                add_segments<Terms>(
+                    first, last, m,
+                    [&](int64_t row, int64_t start, int64_t size) {
+                        return Terms{{span(0, c, row, start, size)}, {span(1, c, row, start, size)}};
+                    },
+                    sum);
+            };
+            if (fast) terms(GradTerms<C, X>());
+            else terms(GradTerms<double, X>());
+        }
+        out[0][c] = sum[0];
+        out[1][c] = sum[1];
+    }
+
+    // y or dx of segments of the channels from c0 to c1, in the order in which they usually lie in memory.
+    template <int N, class Result, class Of>
+    void write_segments(const Bounds& b, int target, Of result_of) const {
+        const C* vectors[N];
+        for (int k = 0; k < N; ++k) vectors[k] = job.template vector<C>(k);
+        int64_t per = segments(), length = plan.reduced.inner().length;
+        int64_t step = plan.reduced.inner().step[target];
+        bool dense = step == sizeof(T);
+        for (int k = 0; k < target; ++k) dense &= plan.reduced.inner().step[k] == sizeof(T);
+        dense &= !weighted();
+        for (int64_t first = b.r0; first < b.r1;) {
+            int64_t row = first / per, end = (row + 1) * per < b.r1 ? (row + 1) * per : b.r1;
+            int64_t start = (first - row * per) * SEGMENT, stop = (end - row * per) * SEGMENT;
+            if (stop > length) stop = length;
+            int64_t most = dense ? stop - start : SEGMENT;  // what is copied has room for a segment
+            for (int64_t c = b.c0; c < b.c1; ++c) {
+                typename Result::K k = Result::K::of(vectors, c);
+                for (int64_t at = start; at < stop; at += most) {
+                    int64_t size = stop - at < most ? stop - at : most;
+                    Result result = result_of(c, row, at, size);
+                    char* to = (char*)place(target, c, row, at).at;
+                    auto same = [&](int64_t) -> const typename Result::K& { return k; };
+                    if (step == sizeof(T)) {
+                        write_line(result, 0, (T*)to, size, same, job.streaming);
+                    } else {
+                        T* y = room<T>(target);
+                        write_line(result, 0, y, size, same, false);
+                        for (int64_t i = 0; i < size; ++i) *(T*)(to + i * step) = y[i];
+                    }
+                }
+            }
+            first = end;
+        }
+    }
+
+    void write_spans(const Bounds& b) const {
+        if (job.pass == OUTPUT || job.pass == FORWARD) {
+            write_segments<3, Output<T, X>>(b, 1, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
+                return Output<T, X>{{span(0, c, row, at, size)}};
+            });
+        } else if (weighted()) {
+            typedef WeightedGradInput<T, X, Along<C>> Result;
+            write_segments<4, Result>(b, 2, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
+                return Result{{span(0, c, row, at, size)}, {span(1, c, row, at, size)},
+                              {weight_span<C>(c, row, at, size)}};
+            });
+        } else {
+            typedef GradInput<T, X> Result;
+            write_segments<4, Result>(b, 2, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
+                return Result{{span(0, c, row, at, size)}, {span(1, c, row, at, size)}};
+            });
+        }
+    }
+
+    void run(const Bounds& b) {
+        switch (job.pass) {
+            case MOMENTS: {
+                double* out[4] = {job.part(b.block, 4, 0), job.part(b.block, 4, 1), job.part(b.block, 4, 2),
+                                  job.part(b.block, 4, 3)};
+                for (int64_t c = b.c0; c < b.c1; ++c) {
+                    // The same in each tile, so that none has to wait for another.
+                    if (!job.pivots_given) out[3][c] = channel_pivot(c);
+                    channel_moments_sums(c, b.r0, b.r1, out);
+                }
+                break;
+            }
+            case FORWARD: {
+                double* out[4] = {job.part(0, 4, 0), job.part(0, 4, 1), job.part(0, 4, 2), job.part(0, 4, 3)};
+                for (int64_t c = b.c0; c < b.c1; ++c) {
+                    out[3][c] = channel_pivot(c);
+                    fast = job.fast;
+                    channel_moments_sums(c, b.r0, b.r1, out);
+                    if (finish_moments<C>(job, out, c, c + 1)) {
+                        fast = false;
+                        channel_moments_sums(c, b.r0, b.r1, out);
+                        finish_moments<C>(job, out, c, c + 1);
+                    }
+                    forward_vectors<C>(job, c, c + 1);
+                    write_spans({b.block, b.r0, b.r1, c, c + 1});
+                }
+                break;
+            }
+            case GRAD_SUMS: {
+                double* out[2] = {job.part(b.block, 2, 0), job.part(b.block, 2, 1)};
+                for (int64_t c = b.c0; c < b.c1; ++c)
+                    channel_grad_sums(c, b.r0, b.r1, (double)job.template vector<C>(0)[c], out);
+                break;
+            }
+            case BACKWARD: {
+                double* out[2] = {job.part(0, 2, 0), job.part(0, 2, 1)};
+                for (int64_t c = b.c0; c < b.c1; ++c) {
+                    means<C>(job, c, c + 1);
+                    double m = (double)job.template vector<C>(0)[c];
+                    fast = job.fast;
+                    channel_grad_sums(c, b.r0, b.r1, m, out);
+                    if (gradients_out_of_range(job, out, c, c + 1)) {
+                        fast = false;
+                        channel_grad_sums(c, b.r0, b.r1, m, out);
+                    }
+                    backward_vectors<C>(job, out, c, c + 1);
+                    write_spans({b.block, b.r0, b.r1, c, c + 1});
+                }
+                break;
+            }
+            default: write_spans(b);
+        }
+    }
+};
