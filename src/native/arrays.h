@@ -265,6 +265,7 @@ public:
         return large_.get();
     }
     const double* of(const Array& v) {
+        if (!v.size()) return small_;  // an empty tensor has no address
         if (v.dtype == DOUBLE && v.aligned && v.contiguous()) return (const double*)v.data;
         int64_t n = v.size();
         double* to = room(n);

@@ -380,7 +380,8 @@ const void* vector(PyObject* object, const Channels& channels, DType dtype) {
     Array v;
     bool fits = read(object, v) && v.dtype == (dtype == DOUBLE ? DOUBLE : SINGLE) && v.aligned
         && v.contiguous() && v.size() == channels.count;
-    return fits ? v.data : nullptr;
+    static const double nothing = 0;  // an empty tensor has no address
+    return !fits ? nullptr : v.data ? (const void*)v.data : &nothing;
 }
 
 // scale_shift(x, m, a, b, axis, out) -> y or None

@@ -154,7 +154,9 @@ def _for_torch() -> tuple[Candidate, ...]:
         missing = core.missing()
         if missing is not None:
             return _NO_CORE + missing
-        return tensors.refuses(arrays, "cpu") if tensors.exchange() is not None else ""
+        if tensors.exchange() is None:
+            return ""
+        return native(arrays).refuses(arrays)
 
     def native(arrays: Arrays) -> Backend:
         backend: Backend = frameworks.load("backends.native_tensors").NATIVE_TENSORS

@@ -27,6 +27,10 @@ def _empty_like(x: Array) -> Array:
     return made.as_strided_(x.shape, stride)
 
 
+def _is_aligned(a: Array) -> bool:
+    return bool(a.data_ptr() % a.itemsize == 0)
+
+
 class NativeTensors(Native):
     """The compiled core, with forward and backward passes fused."""
 
@@ -34,12 +38,20 @@ class NativeTensors(Native):
 
     def refuses(self, arrays: tuple[Array | None, ...]) -> str | None:
         """Return why the core cannot run on the tensors of a call, or None."""
-        return tensors.refuses(arrays, "cpu")
+        why = tensors.refuses(arrays, "cpu")
+        if why is None:
+            shape = arrays[0].shape  # type: ignore[union-attr]
+            big = [a for a in arrays if a is not None and a.shape == shape and a.is_floating_point()]
+            if not all(map(_is_aligned, big)):
+                why = "values are not aligned in memory"
+        return why
 
     def weights(self, w: Array | None) -> Array | None:
         """Return weights in a dtype that the core reads; integers become float64."""
-        if w is None or w.dtype is torch.bool or w.dtype in _FLOATS:
+        if w is None or w.dtype is torch.bool:
             return w
+        if w.dtype in _FLOATS:
+            return w if _is_aligned(w) else w.clone()
         return w.to(torch.float64)
 
     def vector(self, v: Any) -> Any:
@@ -48,7 +60,8 @@ class NativeTensors(Native):
 
     def dense(self, v: Array) -> Array:
         """Return a vector of a kernel as the core reads it."""
-        return v.contiguous()
+        v = v.contiguous()
+        return v if _is_aligned(v) else v.clone()
 
 
 def _use() -> None:
