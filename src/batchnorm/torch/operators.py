@@ -284,7 +284,8 @@ class Operators(OwnOperators):
 
     name = "operators"
     summary = (
-        "operators of this package, on its fastest backends; for gradients to `where`, PyTorch's own"
+        "operators of this package, on its fastest backends (in eager mode on CPUs, functions of its own"
+        " outside of PyTorch's dispatcher); for gradients to `where`, PyTorch's own"
     )
 
     def moments(self, x: Array, w: Array | None, layout: Layout) -> tuple[Array, Array, Array, Array]:
