@@ -128,16 +128,10 @@ def test_the_thread_pool_has_no_races(build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["baseline", *SETS])
-def test_memory_and_values(build, sets, name):
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    if name not in sets:
-        pytest.skip(f"this processor has no {name}")
-    newest = name == sets[-1]
-    kernels = build.kernels(name, "undefined-kernels" if newest else "address")
-    # Of an older set, what depends on its registers.
-    groups = [] if newest else ["small", "streams"]
-    check(build.program("address", {name: kernels}), name, *groups)
+def test_memory_and_values(build, sets):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer; older sets run the suite in test_kernels.py."""
+    name = sets[-1]
+    check(build.program("address", {name: build.kernels(name, "undefined-kernels")}), name)
 
 
 @pytest.mark.slow
