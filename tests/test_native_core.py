@@ -129,7 +129,7 @@ def test_the_thread_pool_has_no_races(build):
 
 @pytest.mark.slow
 def test_memory_and_values(build, sets):
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer; older sets run the suite in test_kernels.py."""
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer; test_kernels.py has the older sets."""
     name = sets[-1]
     check(build.program("address", {name: build.kernels(name, "undefined-kernels")}), name)
 
