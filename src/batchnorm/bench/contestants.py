@@ -171,7 +171,7 @@ def copy(case: Case, which: str) -> Timed:
 
 
 CONTESTANTS = {
-    "batchnorm (native)": Contestant(package(lambda a: a), "native", True, "native"),
+    "batchnorm (native)": Contestant(package(lambda a: a), "batchnorm._core", True, "native"),
     "batchnorm (NumPy)": Contestant(package(lambda a: a), "numpy", True, "numpy"),
     "batchnorm on PyTorch": Contestant(package(_on_torch), "torch", True),
     "batchnorm on JAX": Contestant(_on_jax, "jax", True),
