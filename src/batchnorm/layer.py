@@ -40,7 +40,6 @@ from batchnorm.validation import validate_input, validate_out, validate_vectors,
 
 Array = Any
 
-_NO_CALL = contextlib.nullcontext()
 PARAMETERS = ("gamma", "beta")
 RUNNING = ("running_mean", "running_var")
 
@@ -344,7 +343,7 @@ class BatchNorm(groups.Shared):
         running = None
         # Statistics of another pass are not this one's to commit, nor those that were committed.
         if pending is not None and pending is self._pending:
-            with groups.call(group, "backward") if by_batch and group is not None else _NO_CALL:
+            with groups.call(group if by_batch else None, "backward"):
                 running = self._updated(pending)
         axis, eps = self.axis, self.eps
         if by_batch:

@@ -12,6 +12,7 @@
 #include <numpy/arrayobject.h>
 
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "core.h"
@@ -47,10 +48,7 @@ struct Array {
     bool aligned, writeable, tensor;
     int64_t shape[MAX_AXES], strides[MAX_AXES];  // in bytes
 
-    int itemsize() const {
-        static const int SIZES[DTYPES] = {0, 2, 2, 4, 8, 1};
-        return SIZES[dtype];
-    }
+    int itemsize() const { return ITEMSIZES[dtype]; }
     bool floating() const { return dtype != NONE && dtype != MASK; }
     int64_t size() const {
         int64_t n = 1;
@@ -209,9 +207,8 @@ bool number(PyObject* object, double& v) {
     return true;
 }
 
-bool number_at_least_0(PyObject* object, double& v) {
-    return number(object, v) && v >= 0 && v <= 1.7976931348623157e308;
-}
+bool at_least_0(double v) { return v >= 0 && v <= std::numeric_limits<double>::max(); }
+bool number_at_least_0(PyObject* object, double& v) { return number(object, v) && at_least_0(v); }
 
 // The channel axes of an array of some shape.
 struct Channels {

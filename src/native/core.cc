@@ -68,8 +68,7 @@ public:
             job.operand[shapes.operands] = call.weights.data;
             shapes.strides[shapes.operands++] = call.weights.strides;
         }
-        static const int SIZES[DTYPES] = {0, 2, 2, 4, 8, 1};
-        shapes.itemsize = SIZES[job.dtype];
+        shapes.itemsize = ITEMSIZES[job.dtype];
         make_plan(shapes, plan);
         in_place_ = data.size() > 1 && in_place(data);
 
@@ -157,6 +156,23 @@ void moments(const Call& call, Passes& p) {
     }
 }
 
+void gradient_sums(const Call& call, Passes& p) {
+    p.run(GRAD_SUMS, p.plan.grid);
+    if (call.kernels->join_sums(p.job)) {  // in float64
+        p.job.fast = false;
+        p.run(GRAD_SUMS, p.plan.grid);
+        call.kernels->join_sums(p.job);
+    }
+}
+
+// The two rows of sums, which are 0 where there are no values.
+void copy_sums(const Passes& p, double* first, double* second) {
+    double* to[2] = {first, second};
+    for (int k = 0; k < 2; ++k)
+        if (p.plan.values) std::copy_n(p.job.part(0, 2, k), p.plan.channel_count, to[k]);
+        else std::fill_n(to[k], p.plan.channel_count, 0.0);
+}
+
 }  // namespace
 
 bool forward(const Call& call, const Operand& x, const Operand& y, Wanted wanted, double fewest) {
@@ -192,27 +208,15 @@ void backward(
     const Call& call, const Operand& dy, const Operand& x, const Operand& dx, double* dgamma,
     double* dbeta) {
     Passes p(call, {&dy, &x, &dx}, 2);
-    int64_t channels = p.plan.channel_count;
-    if (!p.plan.values) {
-        std::fill_n(dgamma, channels, 0.0);
-        std::fill_n(dbeta, channels, 0.0);
-        return;
-    }
-    if (p.plan.has_whole) {
+    if (p.plan.values && p.plan.has_whole) {
         p.run(BACKWARD, p.plan.whole);
-    } else {
+    } else if (p.plan.values) {
         call.kernels->join_means(p.job);
-        p.run(GRAD_SUMS, p.plan.grid);
-        if (call.kernels->join_sums(p.job)) {
-            p.job.fast = false;
-            p.run(GRAD_SUMS, p.plan.grid);
-            call.kernels->join_sums(p.job);
-        }
+        gradient_sums(call, p);
         call.kernels->join_backward(p.job);
         p.run(GRAD_INPUT, p.plan.grid);
     }
-    std::memcpy(dgamma, p.job.part(0, 2, 0), channels * sizeof(double));
-    std::memcpy(dbeta, p.job.part(0, 2, 1), channels * sizeof(double));
+    copy_sums(p, dgamma, dbeta);
 }
 
 namespace {
@@ -236,21 +240,11 @@ void grad_sums(
     const Call& call, const Operand& dy, const Operand& x, const void* m, double* sum_dy, double* sum_dy_d) {
     // With dx = x, as in a backward pass.
     Passes p(call, {&dy, &x, &x}, 2);
-    int64_t channels = p.plan.channel_count;
-    if (!p.plan.values) {
-        std::fill_n(sum_dy, channels, 0.0);
-        std::fill_n(sum_dy_d, channels, 0.0);
-        return;
+    if (p.plan.values) {
+        set_vectors(p, &m, 1);
+        gradient_sums(call, p);
     }
-    set_vectors(p, &m, 1);
-    p.run(GRAD_SUMS, p.plan.grid);
-    if (call.kernels->join_sums(p.job)) {
-        p.job.fast = false;
-        p.run(GRAD_SUMS, p.plan.grid);
-        call.kernels->join_sums(p.job);
-    }
-    std::memcpy(sum_dy, p.job.part(0, 2, 0), channels * sizeof(double));
-    std::memcpy(sum_dy_d, p.job.part(0, 2, 1), channels * sizeof(double));
+    copy_sums(p, sum_dy, sum_dy_d);
 }
 
 void grad_input(

@@ -9,6 +9,7 @@
 namespace bn {
 
 enum DType { NONE, HALF, BFLOAT16, SINGLE, DOUBLE, MASK, DTYPES };
+constexpr int ITEMSIZES[DTYPES] = {0, 2, 2, 4, 8, 1};
 enum Pass { MOMENTS, OUTPUT, FORWARD, GRAD_SUMS, GRAD_INPUT, BACKWARD };
 
 struct Job {

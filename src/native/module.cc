@@ -77,7 +77,7 @@ bool set_threads(Call& call, const Array& x) {
     call.kernels = kernels;
     call.threads = nullptr;
     call.thread_count = 1;
-    if (x.nbytes() < POOLED_BYTES / 8) return true;  // one is faster
+    if (x.nbytes() * MAX_OPERANDS < ALONE_BYTES) return true;  // no plan would use another
     PyObject* count = PyObject_CallNoArgs(get_num_threads);
     if (!count) return false;
     call.thread_count = (int)PyLong_AsLong(count);
@@ -246,36 +246,36 @@ PyObject* inference(PyObject*, PyObject* const* args, Py_ssize_t n) {
     return y.release();
 }
 
+// dy and x, of one library, dtype and shape: the first arguments of a backward pass.
+bool read_gradient(PyObject* const* args, Array& dy, Array& x) {
+    return read_big(args[0], dy) && read_big(args[1], x) && dy.dtype == x.dtype && dy.tensor == x.tensor
+        && dy.same_shape(x);
+}
+
 // Statistics of a backward pass. A count may be one number, for all channels.
 struct Statistics {
     Array v[4];
     Doubles room[4];
-    bool set(PyObject* count, PyObject* mean, PyObject* var, PyObject* low, const Channels& channels,
-             Call& call) {
+    bool set(PyObject* stats, const Channels& channels, Call& call) {
+        if ((PyObject*)Py_TYPE(stats) != moments_type) return false;
         const double* at[4];
         double one;
-        PyObject* given[4] = {count, mean, var, low};
-        bool many = !number(count, one);
-        if (!many) {
-            if (!number_at_least_0(count, one)) return false;
+        bool same = number(PyTuple_GET_ITEM(stats, 0), one);
+        if (same) {
+            if (!at_least_0(one)) return false;
             double* to = room[0].room(channels.count);
             for (int64_t c = 0; c < channels.count; ++c) to[c] = one;
             at[0] = to;
             v[0].dtype = NONE;
         }
-        for (int i = many ? 0 : 1; i < 4; ++i)
-            if (!optional_vector(given[i], channels, v[i], room[i], at[i])) return false;
+        for (int i = same ? 1 : 0; i < 4; ++i)
+            if (!optional_vector(PyTuple_GET_ITEM(stats, i), channels, v[i], room[i], at[i])) return false;
         if (!at[0] || !at[1] || !at[2]) return false;
         call.count = (double*)at[0];
         call.mean = (double*)at[1];
         call.var = (double*)at[2];
         call.low = (double*)at[3];
         return true;
-    }
-    bool set(PyObject* stats, const Channels& channels, Call& call) {
-        return (PyObject*)Py_TYPE(stats) == moments_type
-            && set(PyTuple_GET_ITEM(stats, 0), PyTuple_GET_ITEM(stats, 1), PyTuple_GET_ITEM(stats, 2),
-                   PyTuple_GET_ITEM(stats, 3), channels, call);
     }
 };
 
@@ -285,9 +285,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 9, trusted)) return nullptr;
     Array dy, x, gamma, out;
     Channels channels;
-    if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
-        || dy.tensor != x.tensor || !dy.same_shape(x) || !channels.set(args[4], x))
-        return declined();
+    if (!read_gradient(args, dy, x) || !channels.set(args[4], x)) return declined();
     if (x.tensor && !trusted) return declined();
     Call call = call_of(x, channels);
     Doubles gamma_room, dgamma_room, dbeta_room;
@@ -407,9 +405,7 @@ PyObject* grad_sums(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 5, true)) return nullptr;
     Array dy, x;
     Channels channels;
-    if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
-        || dy.tensor != x.tensor || !dy.same_shape(x) || !channels.set(args[4], x))
-        return declined();
+    if (!read_gradient(args, dy, x) || !channels.set(args[4], x)) return declined();
     Call call = call_of(x, channels);
     call.exact = true;  // their results are float64
     Weights weights;
@@ -429,9 +425,7 @@ PyObject* grad_input(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!arguments(n, 9, true)) return nullptr;
     Array dy, x, out;
     Channels channels;
-    if (!read_big(args[0], dy) || !read_big(args[1], x) || dy.dtype != x.dtype
-        || dy.tensor != x.tensor || !dy.same_shape(x) || !channels.set(args[7], x))
-        return declined();
+    if (!read_gradient(args, dy, x) || !channels.set(args[7], x)) return declined();
     const void* vectors[4];
     for (int k = 0; k < 4; ++k)
         if (!(vectors[k] = vector(args[2 + k], channels, x.dtype))) return declined();

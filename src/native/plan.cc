@@ -14,8 +14,6 @@ constexpr int64_t CHANNEL_BYTES = 1 << 22;
 constexpr int64_t PARTS = 128;
 // Columns of a tile: fewer are slow to read, more do not leave their sums in the first-level cache.
 constexpr int64_t FEWEST_COLUMNS = 512, MOST_COLUMNS = 1024;
-// Below this, a second thread costs more than it saves.
-constexpr int64_t ALONE_BYTES = 1 << 19;
 // From this size on, output is stored past the caches, which it would only flush.
 constexpr int64_t STREAM_BYTES = 1 << 23;
 // A run must be as long: a short one begins and ends within a cache line.

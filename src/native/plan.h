@@ -16,6 +16,8 @@ namespace bn {
 constexpr int MAX_AXES = 64;
 constexpr int MAX_OPERANDS = 4;  // x, y and weights, or dy, x, dx and weights
 
+// Below this, data and results included, a second thread costs more than it saves.
+constexpr int64_t ALONE_BYTES = 1 << 19;
 // Values of a channel that are added before their sum joins the next level.
 constexpr int64_t SEGMENT = 1024;
 // Rows whose sums are added before they join the next level.

@@ -111,8 +111,7 @@ template <class T> struct Rows : Tile<T> {
     bool batches(const Bounds& b) const { return !narrow() && b.r1 - b.r0 > BATCH; }
 
     // Sums of the columns of a tile: rows 3 + j are their high parts and 6 + j their low parts, of s, q, n.
-    template <int OPERANDS, class S> void tile_sums(const Bounds& b, const S* pivots) const {
-        constexpr bool GRAD = OPERANDS == 2;
+    template <bool GRAD, class S> void tile_sums(const Bounds& b, const S* pivots) const {
         int64_t size = columns(b);
         bool parts = batches(b);
         int first = parts ? 0 : 3, sums = weighted() && !GRAD ? 3 : 2;
@@ -158,8 +157,9 @@ template <class T> struct Rows : Tile<T> {
         }
     }
 
-    void tile_moments(const Bounds& b, double* const* out) const {
-        tile_sums<1>(b, (const double*)out[3]);
+    static constexpr bool BY_CHANNEL = false;
+    void moments(const Bounds& b, double* const* out) const {
+        tile_sums<false>(b, (const double*)out[3]);
         fold(3, 6, b, out[1]);
         fold(4, 7, b, out[2]);
         if (weighted()) {
@@ -170,14 +170,14 @@ template <class T> struct Rows : Tile<T> {
         }
     }
 
-    void tile_grad_sums(const Bounds& b, double* const* out) const {
-        tile_sums<2>(b, (const C*)job.template vector<C>(0));
+    void grad_sums(const Bounds& b, double* const* out) const {
+        tile_sums<true>(b, (const C*)job.template vector<C>(0));
         fold(3, 6, b, out[0]);
         fold(4, 7, b, out[1]);
     }
 
     // The mean of each channel's first values, as the type of the arithmetic rounds it.
-    void tile_pivots(const Bounds& b, double* pivots) const {
+    void pivots(const Bounds& b, double* pivots) const {
         int64_t all = plan.grid.reduced, width = plan.length < LANES ? plan.length : LANES;
         if (plan.length > 1) {
             int64_t rows = 16 / width < all ? (16 / width ? 16 / width : 1) : all;
@@ -227,7 +227,7 @@ template <class T> struct Rows : Tile<T> {
         });
     }
 
-    void write_rows_of(const Bounds& b) const {
+    void write(const Bounds& b) const {
         typedef Down<T> X;
         if (job.pass == OUTPUT || job.pass == FORWARD)
             write_tile<3>(b, 1, [&](int64_t r) { return Output<T, X>{rows_at(0, b, r)}; });
@@ -240,41 +240,5 @@ template <class T> struct Rows : Tile<T> {
             write_tile<4>(b, 2, [&](int64_t r) {
                 return GradInput<T, X>{rows_at(0, b, r), rows_at(1, b, r)};
             });
-    }
-
-    void run(const Bounds& b) {
-        double *out[4], **sums = out;
-        bool gradient = job.pass == GRAD_SUMS || job.pass == BACKWARD;
-        for (int k = 0; k < 4; ++k) out[k] = job.part(b.block, gradient ? 2 : 4, gradient ? k % 2 : k);
-        switch (job.pass) {
-            case MOMENTS:
-                // The same in each tile, so that none has to wait for another.
-                if (!job.pivots_given) tile_pivots(b, out[3]);
-                tile_moments(b, sums);
-                break;
-            case FORWARD:
-                tile_pivots(b, out[3]);
-                tile_moments(b, sums);
-                if (finish_moments<C>(job, sums, b.c0, b.c1)) {
-                    fast = false;
-                    tile_moments(b, sums);
-                    finish_moments<C>(job, sums, b.c0, b.c1);
-                }
-                forward_vectors<C>(job, b.c0, b.c1);
-                write_rows_of(b);
-                break;
-            case GRAD_SUMS: tile_grad_sums(b, sums); break;
-            case BACKWARD:
-                means<C>(job, b.c0, b.c1);
-                tile_grad_sums(b, sums);
-                if (gradients_out_of_range(job, sums, b.c0, b.c1)) {
-                    fast = false;
-                    tile_grad_sums(b, sums);
-                }
-                backward_vectors<C>(job, sums, b.c0, b.c1);
-                write_rows_of(b);
-                break;
-            default: write_rows_of(b);
-        }
     }
 };

@@ -169,7 +169,7 @@ template <class T> struct Spans : Tile<T> {
         }
     }
 
-    void write_spans(const Bounds& b) const {
+    void write(const Bounds& b) const {
         if (job.pass == OUTPUT || job.pass == FORWARD) {
             write_segments<3, Output<T, X>>(b, 1, [&](int64_t c, int64_t row, int64_t at, int64_t size) {
                 return Output<T, X>{{span(0, c, row, at, size)}};
@@ -188,57 +188,16 @@ template <class T> struct Spans : Tile<T> {
         }
     }
 
-    void run(const Bounds& b) {
-        switch (job.pass) {
-            case MOMENTS: {
-                double* out[4] = {job.part(b.block, 4, 0), job.part(b.block, 4, 1), job.part(b.block, 4, 2),
-                                  job.part(b.block, 4, 3)};
-                for (int64_t c = b.c0; c < b.c1; ++c) {
-                    // The same in each tile, so that none has to wait for another.
-                    if (!job.pivots_given) out[3][c] = channel_pivot(c);
-                    channel_moments_sums(c, b.r0, b.r1, out);
-                }
-                break;
-            }
-            case FORWARD: {
-                double* out[4] = {job.part(0, 4, 0), job.part(0, 4, 1), job.part(0, 4, 2), job.part(0, 4, 3)};
-                for (int64_t c = b.c0; c < b.c1; ++c) {
-                    out[3][c] = channel_pivot(c);
-                    fast = job.fast;
-                    channel_moments_sums(c, b.r0, b.r1, out);
-                    if (finish_moments<C>(job, out, c, c + 1)) {
-                        fast = false;
-                        channel_moments_sums(c, b.r0, b.r1, out);
-                        finish_moments<C>(job, out, c, c + 1);
-                    }
-                    forward_vectors<C>(job, c, c + 1);
-                    write_spans({b.block, b.r0, b.r1, c, c + 1});
-                }
-                break;
-            }
-            case GRAD_SUMS: {
-                double* out[2] = {job.part(b.block, 2, 0), job.part(b.block, 2, 1)};
-                for (int64_t c = b.c0; c < b.c1; ++c)
-                    channel_grad_sums(c, b.r0, b.r1, (double)job.template vector<C>(0)[c], out);
-                break;
-            }
-            case BACKWARD: {
-                double* out[2] = {job.part(0, 2, 0), job.part(0, 2, 1)};
-                for (int64_t c = b.c0; c < b.c1; ++c) {
-                    means<C>(job, c, c + 1);
-                    double m = (double)job.template vector<C>(0)[c];
-                    fast = job.fast;
-                    channel_grad_sums(c, b.r0, b.r1, m, out);
-                    if (gradients_out_of_range(job, out, c, c + 1)) {
-                        fast = false;
-                        channel_grad_sums(c, b.r0, b.r1, m, out);
-                    }
-                    backward_vectors<C>(job, out, c, c + 1);
-                    write_spans({b.block, b.r0, b.r1, c, c + 1});
-                }
-                break;
-            }
-            default: write_spans(b);
-        }
+    // The pass of kernels.inl takes one channel at a time: its second reading finds it in the cache.
+    static constexpr bool BY_CHANNEL = true;
+    void pivots(const Bounds& b, double* to) const {
+        for (int64_t c = b.c0; c < b.c1; ++c) to[c] = channel_pivot(c);
+    }
+    void moments(const Bounds& b, double* const* sums) const {
+        for (int64_t c = b.c0; c < b.c1; ++c) channel_moments_sums(c, b.r0, b.r1, sums);
+    }
+    void grad_sums(const Bounds& b, double* const* sums) const {
+        const C* m = job.template vector<C>(0);
+        for (int64_t c = b.c0; c < b.c1; ++c) channel_grad_sums(c, b.r0, b.r1, (double)m[c], sums);
     }
 };

@@ -22,12 +22,9 @@ template <class C, class T> INLINE Vec<C> load_as(const T* at, int n) {
     else return wide(v);
 }
 
-INLINE Vec<float> first_lanes(float, int n) {
-    alignas(64) static const float ones[2 * LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    return load(ones + LANES - n);
-}
-INLINE Vec<double> first_lanes(double, int n) {
-    alignas(64) static const double ones[2 * LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+// 1 in the first n lanes, 0 in the others.
+template <class C> INLINE Vec<C> first_lanes(int n) {
+    alignas(64) static const C ones[2 * LANES] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     return load(ones + LANES - n);
 }
 
@@ -40,7 +37,7 @@ template <class Number, class X> struct MomentTerms {
     X x;
     INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
         Vec<C> d = load_as<C>(x.at(i, t), n) - k;
-        if (n < LANES) d = d * first_lanes(C(), n);
+        if (n < LANES) d = d * first_lanes<C>(n);
         sum[0] = d;
         sum[1] = d * d;
     }
@@ -65,7 +62,7 @@ template <class Number, class X> struct GradTerms {
     X dy, x;
     INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
         Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
-        if (n < LANES) d = d * first_lanes(C(), n);
+        if (n < LANES) d = d * first_lanes<C>(n);
         sum[0] = g;
         sum[1] = g * d;
     }
@@ -112,18 +109,21 @@ INLINE void span_sums(
     constexpr int N = GROUP<Terms>;
     Vec<C> k = splat(pivot), term[Terms::SUMS];
     for (int j = 0; j < Terms::SUMS; ++j) sum[j] = splat(0.0);
+    auto add = [&] {
+        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+    };
     int64_t t = 0;
     for (; t + N * LANES <= size; t += N * LANES) {
         tree<N>(terms, 0, t, LANES, k, term);
-        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+        add();
     }
     for (; t + LANES <= size; t += LANES) {
         terms(0, t, LANES, k, term);
-        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+        add();
     }
     if (t < size) {
         terms(0, t, int(size - t), k, term);
-        for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
+        add();
     }
 }
 

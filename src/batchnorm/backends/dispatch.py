@@ -295,6 +295,7 @@ def add_kernels(kind: type, backend: Backend) -> Callable[[], None]:
     def remove() -> None:
         global _added
         _added = tuple(other for other in _added if other is not entry)
+        optimistic.calls.clear()
 
     return remove
 
