@@ -20,7 +20,22 @@ from typing import Any, NamedTuple
 from batchnorm.arguments import validate_number
 from batchnorm.backends.base import Backend
 from batchnorm.backends.dispatch import backend_for
-from batchnorm.coefficients import in_compute, ones_for_zeros, rounded_mean, rstd_and_scale, weights_of
+from batchnorm.coefficients import (
+    forward_coefficients,
+    in_compute,
+    ones_for_zeros,
+    rounded_mean,
+    rstd_and_scale,
+    weights_of,
+)
+from batchnorm.epilogue import (
+    Epilogue,
+    before_activation,
+    curvature,
+    tangent_through,
+    validate_backward_epilogue,
+)
+from batchnorm.errors import fail
 from batchnorm.functional import Axis
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
@@ -42,17 +57,25 @@ def batch_norm_jvp(
     x: Array,
     stats: Moments,
     gamma: Array | None = None,
+    beta: Array | None = None,
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
     where: Array | None = None,
+    residual: Array | bool | None = None,
+    dresidual: Array | None = None,
+    activation: Any = None,
+    y: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     r"""Return tangents of `batch_norm`'s results along tangents of its arguments: forward mode.
 
     .. math::
-        \dot y = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left( \dot x
-        - \frac{\sum w \dot x + \hat x \sum w \dot x \hat x}{n} \right) + \dot\gamma \hat x + \dot\beta,
-        \qquad \dot\mu = \frac{\sum w \dot x}{n}, \qquad
+        \dot h = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left( \dot x
+        - \frac{\sum w \dot x + \hat x \sum w \dot x \hat x}{n} \right) + \dot\gamma \hat x + \dot\beta
+        + \dot z, \qquad \dot y = \operatorname{act}'(h) \, \dot h,
+
+    .. math::
+        \dot\mu = \frac{\sum w \dot x}{n}, \qquad
         \dot{\sigma^2} = \frac{2 \sum w \dot x (x - \mu)}{n}
 
     Parameters
@@ -61,10 +84,14 @@ def batch_norm_jvp(
         Tangent of x; None for 0.
     dgamma, dbeta : array, shape (C,), or None
         Tangents of gamma and beta; None for 0.
-    x, gamma, axis, eps, where
+    x, gamma, beta, axis, eps, where, activation
         As they were given to `batch_norm`.
     stats : Moments
         What `batch_norm` returned.
+    residual, y
+        As in `batch_norm_backward`.
+    dresidual : array, shape (..., C, ...), or None
+        Tangent of the residual; None for 0.
 
     Returns
     -------
@@ -79,9 +106,11 @@ def batch_norm_jvp(
         As `batch_norm_backward`.
     """
     layout = _checked(x, stats, gamma, where, axis, dx=dx)
-    validate_vectors(layout, dgamma=dgamma, dbeta=dbeta)
+    validate_vectors(layout, beta=beta, dgamma=dgamma, dbeta=dbeta)
+    epilogue = _checked_epilogue(layout, x, residual, activation, y, dresidual=dresidual)
     eps = validate_number("eps", eps, 0)
-    return jvp(layout, dx, dgamma, dbeta, x, stats, gamma, where, eps)
+    last = {"beta": beta, "epilogue": epilogue, "dresidual": dresidual}
+    return jvp(layout, dx, dgamma, dbeta, x, stats, gamma, where, eps, **last)
 
 
 def jvp(
@@ -94,12 +123,20 @@ def jvp(
     gamma: Array | None,
     where: Array | None,
     eps: float,
+    *,
+    beta: Array | None = None,
+    epilogue: Epilogue | None = None,
+    dresidual: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return what `batch_norm_jvp` does, of validated arguments."""
     call = _Call.of(layout, x, stats, gamma, where, eps, dx, dgamma, dbeta)
     if dx is None:
         dx = layout.xp.zeros_like(x)
     dy, total, total_x = _along(call, dx, dgamma, dbeta)
+    if dresidual is not None:
+        dy = dy + in_compute(layout, dresidual)  # (..., C, ...)
+    if epilogue is not None:
+        dy = tangent_through(layout, _h(call, stats, gamma, beta, eps, epilogue), dy, epilogue)
     dmean, dvar = total / call.n, 2 * total_x / (call.n * call.rstd)  # (C), (C)
     vectors = (layout.xp.astype(layout.squeeze(v), stats.var.dtype) for v in (dmean, dvar))
     return layout.xp.astype(dy, x.dtype, copy=False), *vectors
@@ -113,11 +150,16 @@ def batch_norm_double_backward(
     x: Array,
     stats: Moments,
     gamma: Array | None = None,
+    beta: Array | None = None,
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
     where: Array | None = None,
-) -> tuple[Array, Array, Array]:
+    residual: Array | bool | None = None,
+    ddresidual: Array | None = None,
+    activation: Any = None,
+    y: Array | None = None,
+) -> tuple[Array, ...]:
     r"""Return gradients of `batch_norm_backward`: of a loss in its results, to its arguments.
 
     With u for `ddx`, a for `ddgamma`, b for `ddbeta`, :math:`S_1 = \sum dy`,
@@ -131,14 +173,25 @@ def batch_norm_double_backward(
         + \hat x \, \frac{\sum e \hat x + \gamma r Q}{n} \right) \right), \qquad
         e = a \, dy - \frac{\gamma r}{n} (U_2 \, dy + S_2 w u)
 
+    With an activation, dy is :math:`g = \operatorname{act}'(h) \, dy` above, and
+
+    .. math::
+        \bar{dy} = \operatorname{act}'(h) \, (\bar g + \bar{dz}), \qquad
+        \bar h = \operatorname{act}''(h) \, dy \, (\bar g + \bar{dz})
+
+    whose gradients through `batch_norm` are added to those of x, gamma, beta and z. For all but "silu"
+    the second derivative is 0.
+
     Parameters
     ----------
     ddx : array, shape (..., C, ...), or None
         Gradient of the loss with respect to dx; None for 0.
     ddgamma, ddbeta : array, shape (C,), or None
         Gradients of the loss with respect to dgamma and dbeta; None for 0.
-    dy, x, stats, gamma, axis, eps, where
+    dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y
         As they were given to `batch_norm_backward`.
+    ddresidual : array, shape (..., C, ...), or None
+        Gradient of the loss with respect to dresidual; None for 0.
 
     Returns
     -------
@@ -147,6 +200,10 @@ def batch_norm_double_backward(
         is the whole one: through the statistics too.
     d_gamma : array, shape (C,)
         In the dtype of gamma; without gamma in float32, or float64 for float64 data.
+    d_beta : array, shape (C,)
+        As d_gamma; only with an activation or a residual.
+    d_residual : array
+        As d_x; only with a residual.
 
     Raises
     ------
@@ -154,9 +211,32 @@ def batch_norm_double_backward(
         As `batch_norm_backward`.
     """
     layout = _checked(x, stats, gamma, where, axis, dy=dy, ddx=ddx)
-    validate_vectors(layout, ddgamma=ddgamma, ddbeta=ddbeta)
+    validate_vectors(layout, beta=beta, ddgamma=ddgamma, ddbeta=ddbeta)
+    epilogue = _checked_epilogue(layout, x, residual, activation, y, ddresidual=ddresidual)
     eps = validate_number("eps", eps, 0)
-    return double_backward(layout, ddx, ddgamma, ddbeta, dy, x, stats, gamma, where, eps)
+    if epilogue is None:
+        return double_backward(layout, ddx, ddgamma, ddbeta, dy, x, stats, gamma, where, eps)
+    backend = backend_for(dy, x, gamma, beta, where, *stats[1:], ddx, ddresidual, *epilogue[1:3])
+    g, *_ = backend.through_epilogue(dy, x, stats, gamma, beta, eps, layout, epilogue)
+    d_g, d_x, d_gamma = double_backward(
+        layout, ddx, ddgamma, ddbeta, g, x, stats, gamma, where, eps, rounded=False
+    )
+    call = _Call.of(layout, x, stats, gamma, where, eps, dy, ddx, ddgamma, ddbeta)
+    if ddresidual is not None:
+        d_g = d_g + in_compute(layout, ddresidual)  # (..., C, ...)
+    h = _h(call, stats, gamma, beta, eps, epilogue)  # (..., C, ...)
+    d_dy = tangent_through(layout, h, d_g, epilogue)  # (..., C, ...)
+    bend = curvature(layout, h, epilogue)  # (..., C, ...), or None
+    xp = layout.xp
+    if bend is None:
+        d_beta, d_h = xp.zeros_like(d_gamma), xp.zeros_like(d_x)
+    else:
+        d_h = bend * in_compute(layout, dy) * d_g  # (..., C, ...)
+        w = call.w
+        more, more_gamma, d_beta = call.backend.norm_backward(d_h, call.x, w, stats, gamma, eps, layout)
+        d_x, d_gamma = d_x + more, d_gamma + more_gamma
+    d_dy, d_x, d_h = (xp.astype(v, x.dtype, copy=False) for v in (d_dy, d_x, d_h))
+    return d_dy, d_x, d_gamma, d_beta, *((d_h,) if epilogue.gradient else ())
 
 
 def double_backward(
@@ -170,8 +250,13 @@ def double_backward(
     gamma: Array | None,
     where: Array | None,
     eps: float,
+    *,
+    rounded: bool = True,
 ) -> tuple[Array, Array, Array]:
-    """Return what `batch_norm_double_backward` does, of validated arguments."""
+    """Return what `batch_norm_double_backward` does without an epilogue, of validated arguments.
+
+    The gradients of dy and x are in the dtype of x, or else in that of the arithmetic.
+    """
     call = _Call.of(layout, x, stats, gamma, where, eps, dy, ddx, ddgamma, ddbeta)
     xp, rstd, n, a = layout.xp, call.rstd, call.n, call.a
     dy = in_compute(layout, dy)  # (..., C, ...)
@@ -200,6 +285,8 @@ def double_backward(
 
     dtype = layout.compute if gamma is None else gamma.dtype
     d_gamma = xp.astype(layout.squeeze(rstd * q), dtype)
+    if not rounded:
+        return d_dy, d_x, d_gamma
     return xp.astype(d_dy, x.dtype, copy=False), xp.astype(d_x, x.dtype, copy=False), d_gamma
 
 
@@ -247,6 +334,27 @@ def _checked(
     validate_vectors(layout, gamma=gamma)
     validate_weights(layout, x, where)
     return layout
+
+
+def _checked_epilogue(
+    layout: Layout, x: Array, residual: Any, activation: Any, y: Any, **along: Array | None
+) -> Epilogue | None:
+    """Check the epilogue of a backward pass, and what goes along with its residual."""
+    epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
+    for argument, v in along.items():
+        if v is not None:
+            validate_same_shape(layout, x, argument, v)
+            if epilogue is None or not epilogue.gradient:
+                fail(ValueError, argument, "an array", "None, as there is no residual")
+    return epilogue
+
+
+def _h(
+    call: _Call, stats: Moments, gamma: Array | None, beta: Array | None, eps: float, epilogue: Epilogue
+) -> Array:
+    """Return what the activation was applied to."""
+    m, a, b = forward_coefficients(call.layout, stats, gamma, beta, eps)  # (C), (C), (C)
+    return before_activation(call.layout, a * (call.x - m) + b, epilogue)  # (..., C, ...)
 
 
 def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:

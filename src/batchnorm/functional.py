@@ -8,6 +8,7 @@ from batchnorm import groups, optimistic
 from batchnorm.arguments import validate_bool, validate_group, validate_number
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.coefficients import weights_of
+from batchnorm.epilogue import validate_backward_epilogue, validate_epilogue
 from batchnorm.moments import Moments
 from batchnorm.overlap import validate_no_overlap
 from batchnorm.tracing import traceable
@@ -35,12 +36,15 @@ def batch_norm(
     eps: float = 1e-5,
     where: Array | None = None,
     group: Any = None,
+    residual: Array | None = None,
+    activation: Any = None,
     out: Array | None = None,
 ) -> tuple[Array, Moments]:
     r"""Normalize each channel by the batch's own mean and variance, then scale and shift it.
 
     .. math::
-        y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
+        y = \operatorname{act}\left(
+        \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + z \right), \qquad
         \mu = \frac{1}{n} \sum x, \qquad \sigma^2 = \frac{1}{n} \sum (x - \mu)^2
 
     Parameters
@@ -60,8 +64,14 @@ def batch_norm(
     group : object with ``all_reduce(array) -> array``, optional
         Sums an array over the members of a group, each of which calls this function with its part of
         the batch. The statistics are then those of the joined batch.
+    residual : array, optional
+        z, which is added before the activation; of the shape and dtype of `x`.
+    activation : {"relu", "relu6", "leaky_relu", "silu"}, ("leaky_relu", slope) or None
+        act, applied in the same pass and before y is rounded to a dtype of 16 bits; the slope of
+        "leaky_relu" is 0.01. None for no activation.
     out : array, optional
-        Where to write y, of the shape and dtype of `x`; may be `x`. Not for immutable or lazy arrays.
+        Where to write y, of the shape and dtype of `x`; may be `x` or `residual`. Not for immutable or
+        lazy arrays.
 
     Returns
     -------
@@ -85,7 +95,9 @@ def batch_norm(
     Internal Covariate Shift, Algorithm 1.
     """
     if group is None:
-        done = optimistic.for_array(x).forward(x, gamma, beta, axis, eps, where, out, False)
+        done = optimistic.for_array(x).forward(
+            x, gamma, beta, axis, eps, where, residual, activation, out, False
+        )
         if done is not None:
             return done  # type: ignore[no-any-return]
     validate_group(group)
@@ -95,15 +107,16 @@ def batch_norm(
         validate_weights(layout, x, where)
         if group is None:
             validate_count(layout, x, where)
+        epilogue = validate_epilogue(layout, x, residual, activation)
         validate_out(layout, x, out)
-        validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where)
+        validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where, residual=residual)
         eps = validate_number("eps", eps, 0)
 
-        backend = backend_for(x, gamma, beta, where, out)
-        w = weights_of(where, x.ndim)
+        backend = backend_for(x, gamma, beta, where, out, residual)
+        w, settings = weights_of(where, x.ndim), {"epilogue": epilogue, "out": out}
         if call is not None:
-            return backend.forward_in_group(call, x, w, gamma, beta, eps, layout, out=out)
-    return backend.forward(x, w, gamma, beta, eps, layout, out=out)
+            return backend.forward_in_group(call, x, w, gamma, beta, eps, layout, **settings)
+    return backend.forward(x, w, gamma, beta, eps, layout, **settings)
 
 
 @traceable
@@ -112,29 +125,39 @@ def batch_norm_backward(
     x: Array,
     stats: Moments,
     gamma: Array | None = None,
+    beta: Array | None = None,
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
     where: Array | None = None,
     group: Any = None,
+    residual: Array | bool | None = None,
+    activation: Any = None,
+    y: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, ...]:
     r"""Return the gradients of `batch_norm`, through its statistics.
 
     .. math::
+        g = \operatorname{act}'(\gamma \hat x + \beta + z) \, dy, \qquad
         \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad
-        d\gamma = \sum dy \, \hat x, \qquad d\beta = \sum dy, \qquad
+        d\gamma = \sum g \, \hat x, \qquad d\beta = \sum g, \qquad
         dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \left(
-        dy - w \, \frac{d\beta + \hat x \, d\gamma}{n} \right)
+        g - w \, \frac{d\beta + \hat x \, d\gamma}{n} \right), \qquad dz = g
 
     Parameters
     ----------
     dy : array, shape (..., C, ...)
         Gradient of the loss with respect to y.
-    x, gamma, axis, eps, where, group
-        As they were given to `batch_norm`. w is `where`, or 1.
+    x, gamma, beta, axis, eps, where, group, activation
+        As they were given to `batch_norm`. w is `where`, or 1. beta matters to an activation only.
     stats : Moments
         What `batch_norm` returned.
+    residual : array or bool, optional
+        The residual that was added; or True, if `y` is given or there was no activation.
+    y : array, optional
+        What `batch_norm` returned, unchanged: the derivative of "relu", "relu6" and "leaky_relu" is then
+        found from it. Without a residual it is found again from x, and y need not be kept.
     out : array, optional
         Where to write dx; may be `dy` or `x`.
 
@@ -145,18 +168,23 @@ def batch_norm_backward(
     dgamma, dbeta : array, shape (C,)
         In the dtype of gamma; without gamma in float32, or float64 for float64 data. With a `group`
         they are the sums over the joined batch, the same on every member.
+    dresidual : array
+        As dx; only with a residual.
 
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm`; and `stats` that are not Moments of these channels.
+        As `batch_norm`; `stats` that are not Moments of these channels; a derivative that cannot be
+        found from what is given.
 
     References
     ----------
     Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
     """
     if group is None:
-        done = optimistic.for_array(x).backward(dy, x, stats, gamma, axis, eps, where, out, False)
+        done = optimistic.for_array(x).backward(
+            dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, False
+        )
         if done is not None:
             return done  # type: ignore[no-any-return]
     validate_group(group)
@@ -164,20 +192,23 @@ def batch_norm_backward(
         layout = validate_input(x, axis)
         validate_same_shape(layout, x, "dy", dy)
         validate_stats(layout, stats)
-        validate_vectors(layout, gamma=gamma)
+        validate_vectors(layout, gamma=gamma, beta=beta)
         validate_weights(layout, x, where)
+        epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
+        read = () if epilogue is None else epilogue[1:3]
         validate_out(layout, x, out)
         if out is not None:
             named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
-            validate_no_overlap(out, dy=dy, x=x, gamma=gamma, where=where, **named)
+            named |= dict(zip(("the residual", "y"), read, strict=False))
+            validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where, **named)
         eps = validate_number("eps", eps, 0)
 
         counted = stats.count if hasattr(stats.count, "dtype") else None
-        backend = backend_for(dy, x, gamma, where, out, counted, *stats[1:])
-        w = weights_of(where, x.ndim)
+        backend = backend_for(dy, x, gamma, where, out, counted, *stats[1:], beta, *read)
+        w, settings = weights_of(where, x.ndim), {"beta": beta, "epilogue": epilogue, "out": out}
         if call is not None:
-            return backend.backward_in_group(call, dy, x, w, stats, gamma, eps, layout, out=out)
-    return backend.backward(dy, x, w, stats, gamma, eps, layout, out=out)
+            return backend.backward_in_group(call, dy, x, w, stats, gamma, eps, layout, **settings)
+    return backend.backward(dy, x, w, stats, gamma, eps, layout, **settings)
 
 
 @traceable
@@ -190,11 +221,14 @@ def normalize(
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
+    residual: Array | None = None,
+    activation: Any = None,
     out: Array | None = None,
 ) -> Array:
     r"""Normalize by statistics that are given: inference, or a frozen layer.
 
-    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math:: y = \operatorname{act}\left(
+              \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + z \right)
 
     The mean is subtracted first, so that no digits cancel. `fold` gives the form y = scale·x + shift,
     which saves a subtraction and loses ``|mean|/std`` times eps.
@@ -205,7 +239,7 @@ def normalize(
         float16, bfloat16, float32 or float64, with C channels at `axis`; may be empty.
     mean, var : array, shape (C,)
         The statistics, in any floating dtype: a float64 mean beside float32 data keeps its digits.
-    gamma, beta, axis, eps, out
+    gamma, beta, axis, eps, residual, activation, out
         As in `batch_norm`.
 
     Returns
@@ -222,16 +256,20 @@ def normalize(
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    done = optimistic.for_array(x).inference(x, mean, var, None, gamma, beta, axis, eps, out, False)
+    done = optimistic.for_array(x).inference(
+        x, mean, var, None, gamma, beta, axis, eps, residual, activation, out, False
+    )
     if done is not None:
         return done
     layout = validate_input(x, axis)
     validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
+    epilogue = validate_epilogue(layout, x, residual, activation)
     validate_out(layout, x, out)
-    validate_no_overlap(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta)
+    validate_no_overlap(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual)
     eps = validate_number("eps", eps, 0)
-    backend = backend_for(x, mean, var, gamma, beta, out)
-    return backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout, out=out)
+    backend = backend_for(x, mean, var, gamma, beta, out, residual)
+    stats = Moments(1, mean, var)
+    return backend.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
 
 
 @traceable
@@ -241,25 +279,31 @@ def normalize_backward(
     mean: Array,
     var: Array,
     gamma: Array | None = None,
+    beta: Array | None = None,
     *,
     axis: Axis = 1,
     eps: float = 1e-5,
+    residual: Array | bool | None = None,
+    activation: Any = None,
+    y: Array | None = None,
     out: Array | None = None,
     stats_grad: bool = False,
 ) -> tuple[Array, ...]:
     r"""Return the gradients of `normalize`, whose statistics do not depend on `x`.
 
     .. math::
-        dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \, dy, \qquad
-        d\mu = -\frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \sum dy, \qquad
-        d\sigma^2 = -\frac{\gamma}{2 (\sigma^2 + \epsilon)^{3/2}} \sum dy \, (x - \mu)
+        dx = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \, g, \qquad
+        d\mu = -\frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} \sum g, \qquad
+        d\sigma^2 = -\frac{\gamma}{2 (\sigma^2 + \epsilon)^{3/2}} \sum g \, (x - \mu), \qquad dz = g
 
     Parameters
     ----------
     dy : array, shape (..., C, ...)
         Gradient of the loss with respect to y.
-    x, mean, var, gamma, axis, eps
-        As they were given to `normalize`.
+    x, mean, var, gamma, beta, axis, eps, activation
+        As they were given to `normalize`. beta matters to an activation only.
+    residual, y
+        As in `batch_norm_backward`, and g as there.
     out : array, optional
         Where to write dx; may be `dy` or `x`.
     stats_grad : bool, default False
@@ -271,6 +315,8 @@ def normalize_backward(
         Of the shape, dtype, library and device of `x`.
     dgamma, dbeta : array, shape (C,)
         As from `batch_norm_backward`.
+    dresidual : array
+        As dx; only with a residual.
     dmean, dvar : array, shape (C,)
         In the dtypes of `mean` and `var`; only with `stats_grad`.
 
@@ -281,14 +327,17 @@ def normalize_backward(
     """
     layout = validate_input(x, axis)
     validate_same_shape(layout, x, "dy", dy)
-    validate_vectors(layout, mean=mean, var=var, gamma=gamma)
+    validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
+    epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
+    read = dict(zip(("the residual", "y"), () if epilogue is None else epilogue[1:3], strict=False))
     eps = validate_number("eps", eps, 0)
     validate_out(layout, x, out)
-    validate_no_overlap(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma)
+    validate_no_overlap(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma, beta=beta, **read)
     stats_grad = validate_bool("stats_grad", stats_grad)
-    backend = backend_for(dy, x, out, mean, var, gamma)
-    results = backend.inference_backward(dy, x, Moments(1, mean, var), gamma, eps, layout, out=out)
-    return results if stats_grad else results[:3]
+    backend = backend_for(dy, x, out, mean, var, gamma, beta, *read.values())
+    stats, settings = Moments(1, mean, var), {"beta": beta, "epilogue": epilogue, "out": out}
+    results = backend.inference_backward(dy, x, stats, gamma, eps, layout, **settings)
+    return results if stats_grad else results[:-2]
 
 
 @traceable

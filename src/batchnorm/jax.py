@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from batchnorm.backends.base import Backend
 from batchnorm.backends.generic import GENERIC
 from batchnorm.derivatives import jvp
+from batchnorm.epilogue import Activation, Epilogue
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
@@ -35,6 +36,7 @@ class Jax(Backend):
     scale_shift = GENERIC.scale_shift
     grad_sums = GENERIC.grad_sums
     grad_input = GENERIC.grad_input
+    activation_gradient = GENERIC.activation_gradient
 
     def forward(
         self,
@@ -45,31 +47,47 @@ class Jax(Backend):
         eps: Any,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> tuple[Array, Moments]:
         """Return y and the batch's moments."""
         ruled = isinstance(eps, float) and (w is None or w.dtype == bool)
         function = _ruled if ruled else _plain  # gradients to eps and to real weights are JAX's own
-        y, stats = function(x, w, gamma, beta, eps, layout)
+        activation, residual, *_ = epilogue or (None, None)
+        y, stats = function(x, w, gamma, beta, residual, eps, layout, activation)
         return y, stats
 
 
 def _plain(
-    x: Array, w: Array | None, gamma: Array | None, beta: Array | None, eps: Any, layout: Layout
+    x: Array,
+    w: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    residual: Array | None,
+    eps: Any,
+    layout: Layout,
+    activation: Activation | None,
 ) -> tuple[Array, Moments]:
-    return GENERIC.forward(x, w, gamma, beta, eps, layout)
+    epilogue = _epilogue(activation, residual)
+    return GENERIC.forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
 
 
-_ruled: Any = functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))(_plain)
+def _epilogue(activation: Activation | None, residual: Array | None) -> Epilogue | None:
+    return None if activation is None and residual is None else Epilogue(activation, residual)
+
+
+_ruled: Any = functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))(_plain)
 
 
 @_ruled.defjvp  # type: ignore[untyped-decorator]
-def _tangents(eps: float, layout: Layout, given: Any, along: Any) -> Any:
+def _tangents(eps: float, layout: Layout, activation: Activation | None, given: Any, along: Any) -> Any:
     # NumPy's arrays come as they are, to a rule too.
-    x, w, gamma, beta = (v if v is None else jnp.asarray(v) for v in given)
-    dx, dgamma, dbeta = (v if v is None else jnp.asarray(v) for v in (along[0], *along[2:]))
-    y, stats = _ruled(x, w, gamma, beta, eps, layout)
-    dy, dmean, dvar = jvp(layout, dx, dgamma, dbeta, x, stats, gamma, w, eps)
+    x, w, gamma, beta, residual = (v if v is None else jnp.asarray(v) for v in given)
+    dx, dgamma, dbeta, dz = (v if v is None else jnp.asarray(v) for v in (along[0], *along[2:]))
+    y, stats = _ruled(x, w, gamma, beta, residual, eps, layout, activation)
+    epilogue = _epilogue(activation, residual)
+    last: Any = {"beta": beta, "epilogue": epilogue, "dresidual": dz}
+    dy, dmean, dvar = jvp(layout, dx, dgamma, dbeta, x, stats, gamma, w, eps, **last)
     count, low = (layout.xp.zeros_like(v) for v in (stats.count, stats.mean_lo))
     return (y, stats), (dy, Moments(count, dmean, dvar, low))
 

@@ -431,11 +431,13 @@ class BatchNorm(groups.Shared):
             return None
         gamma, beta, mean, var = state
         if by_batch:
-            found = fast.forward(x, gamma, beta, self.axis, self.eps, None, None, False)
+            found = fast.forward(x, gamma, beta, self.axis, self.eps, None, None, None, None, False)
         else:
             if mean is None or self._pending is not None:  # which may be a reason for a warning
                 return None
-            y = fast.inference(x, mean, var, None, gamma, beta, self.axis, self.eps, None, False)
+            y = fast.inference(
+                x, mean, var, None, gamma, beta, self.axis, self.eps, None, None, None, False
+            )
             found = None if y is None else (y, Moments(1, mean, var))
         if found is None:
             return None

@@ -18,8 +18,9 @@ Array = Any
 def validate_no_overlap(out: Array | None, **given: Array | None) -> None:
     """Check that the elements of `out` share no memory with each other or with another argument.
 
-    `out` may be x or dy itself, because each element is read before it is written, but not another view
-    of their memory. The result must not be cached, because memory differs from call to call.
+    `out` may be x, dy or the residual of a forward pass itself, because each element is read before it
+    is written, but not another view of their memory. The result must not be cached, because memory
+    differs from call to call.
     """
     if out is None:
         return
@@ -30,7 +31,7 @@ def validate_no_overlap(out: Array | None, **given: Array | None) -> None:
     if not target.flags.forc and _overlaps_itself(target):
         fail(ValueError, "out", "values that share memory", "a place of its own for each")
     for argument, a in given.items():
-        itself = argument in ("x", "dy")
+        itself = argument in ("x", "dy", "residual")
         other = None if a is None or (itself and a is out) else _memory_of(a)
         if a is None or other is None or not np.may_share_memory(target, other):
             continue
@@ -42,7 +43,8 @@ def validate_no_overlap(out: Array | None, **given: Array | None) -> None:
             shared = True
         if shared:
             got = f"memory that it shares with {argument}"
-            fail(ValueError, "out", got, "x or dy itself, or memory of its own")
+            own = "the residual itself" if argument == "residual" else "x or dy itself"
+            fail(ValueError, "out", got, f"{own}, or memory of its own")
 
 
 def same_memory(out: Array | None, x: Array) -> bool:

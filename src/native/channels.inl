@@ -76,13 +76,16 @@ template <class C> void forward_vectors(const Job& job, int64_t c0, int64_t c1) 
             a[c], b[c]);
 }
 
-template <class C> void means(const Job& job, int64_t c0, int64_t c1) {
+// What the sums of a backward pass need: m, and where an activation is gone back through, a and b of h.
+template <class C> void given_vectors(const Job& job, int64_t c0, int64_t c1) {
+    if (job.activation) return forward_vectors<C>(job, c0, c1);
     for (int64_t c = c0; c < c1; ++c) job.vector<C>(0)[c] = (C)job.mean[c];
 }
 
 // The coefficients of dx; `sums` become dgamma and dbeta.
 template <class C> void backward_vectors(const Job& job, double* const* sums, int64_t c0, int64_t c1) {
-    C *m = job.vector<C>(0), *a = job.vector<C>(1), *b = job.vector<C>(2), *s = job.vector<C>(3);
+    int first = job.through_activation() ? 3 : 2;  // after m and a, and b of h
+    C *m = job.vector<C>(0), *a = job.vector<C>(1), *b = job.vector<C>(first), *s = job.vector<C>(first + 1);
     for (int64_t c = c0; c < c1; ++c) {
         double sum_dy = sums[0][c], dgamma;
         backward_coefficients(
@@ -112,4 +115,15 @@ template <class T> struct Tile {
     Tile(const Job& job, char* scratch) : job(job), plan(*job.plan), scratch(scratch), fast(job.fast) {}
 
     bool weighted() const { return job.weight_dtype != NONE; }
+    template <class X> Epilogue<T, X> epilogue(X residual) const {
+        return {residual, job.activation, (C)job.slope, job.from_y};
+    }
 };
+
+// A choice at run time between two kinds of kernels: call `f` with a constant.
+template <bool VALUE> struct Constant {
+    static constexpr bool value = VALUE;
+};
+template <class F> INLINE auto choose(bool condition, F f) {
+    return condition ? f(Constant<true>()) : f(Constant<false>());
+}

@@ -53,24 +53,31 @@ struct alignas(64) Taken {
 // One call: its plan, its job and its memory.
 class Passes {
 public:
+    // The last of `data` is what is written; the first is read, and maybe others between.
     Passes(const Call& call, std::initializer_list<const Operand*> data, int part_rows)
         : call_(call) {
-        Shapes shapes = {call.ndim, call.shape, call.channel_axes, (int)data.size(), 0, {}, 0};
-        for (const Operand* o : data) {
-            job.operand[shapes.operands] = o->data;
-            shapes.strides[shapes.operands++] = o->strides;
-        }
+        Shapes shapes = {call.ndim, call.shape, call.channel_axes, 0, 0, {}, 0};
+        auto add = [&](const Operand& o) {
+            job.operand[shapes.operands] = o.data;
+            shapes.strides[shapes.operands] = o.strides;
+            return shapes.operands++;
+        };
+        for (const Operand* o : data) add(*o);
+        job.residual = call.residual.data ? add(call.residual) : 0;
+        job.g = call.g.data ? add(call.g) : 0;
+        shapes.data = shapes.operands;
+        job.weights = call.weights.data ? add(call.weights) : 0;
+        job.weight_dtype = call.weights.data ? call.weights.dtype : NONE;
         job.dtype = (*data.begin())->dtype;
-        job.weight_dtype = NONE;
-        if (call.weights.data) {
-            job.weights = shapes.operands;
-            job.weight_dtype = call.weights.dtype;
-            job.operand[shapes.operands] = call.weights.data;
-            shapes.strides[shapes.operands++] = call.weights.strides;
-        }
+        job.activation = call.activation;
+        job.slope = call.slope;
+        job.from_y = call.from_y;
         shapes.itemsize = ITEMSIZES[job.dtype];
         make_plan(shapes, plan);
-        in_place_ = data.size() > 1 && in_place(data);
+        const char* target = job.operand[data.size() - 1];
+        in_place_ = false;
+        for (int k = 0; k < shapes.data; ++k)
+            in_place_ |= k != (int)data.size() - 1 && job.operand[k] == target;
 
         job.plan = &plan;
         job.eps = call.eps;
@@ -86,9 +93,10 @@ public:
         job.row = (plan.channel_count + 31) / 16 * 16;
         threads_ = plan.alone ? 1 : std::max(1, call.thread_count);
         int64_t blocks = std::max(plan.grid.blocks(), int64_t(1));
-        int64_t parts = blocks * part_rows * job.row * 8, vectors = 4 * job.row * 8;
+        int64_t parts = blocks * part_rows * job.row * 8, vectors = VECTORS * job.row * 8;
         int64_t shares = threads_ * sizeof(Taken);
-        scratch_bytes_ = (std::max(11 * plan.padded * 8 + 4 * plan.padded * 8, 4 * SEGMENT * 8) + 63) / 64 * 64;
+        scratch_bytes_ =
+            (std::max((11 + VECTORS) * plan.padded, MAX_OPERANDS * SEGMENT) * 8 + 63) / 64 * 64;
         char* memory = arena.take(parts + vectors + shares + threads_ * scratch_bytes_);
         job.parts = (double*)memory;
         job.vectors = memory + parts;
@@ -102,7 +110,7 @@ public:
         job.grid = &grid;
         bool writes = pass != MOMENTS && pass != GRAD_SUMS;
         job.streaming = writes && grid.streaming && !in_place_;
-        backwards_ = pass == OUTPUT || pass == GRAD_INPUT;
+        backwards_ = pass == OUTPUT || pass == GRAD_INPUT;  // what a pass before it left in the cache
         tiles_ = grid.tiles();
         if (!grid.channels) return;
         int count = (int)std::min<int64_t>(threads_, tiles_);
@@ -131,11 +139,6 @@ private:
                 call_.kernels->tile[job.dtype](job, tile, scratch_ + me * scratch_bytes_);
             }
         }
-    }
-
-    static bool in_place(std::initializer_list<const Operand*> data) {
-        const Operand* target = *(data.end() - 1);
-        return std::any_of(data.begin(), data.end() - 1, [=](auto* o) { return o->data == target->data; });
     }
 
     const Call& call_;
@@ -211,7 +214,7 @@ void backward(
     if (p.plan.values && p.plan.has_whole) {
         p.run(BACKWARD, p.plan.whole);
     } else if (p.plan.values) {
-        call.kernels->join_means(p.job);
+        call.kernels->join_given(p.job);
         gradient_sums(call, p);
         call.kernels->join_backward(p.job);
         p.run(GRAD_INPUT, p.plan.grid);
@@ -234,6 +237,14 @@ void scale_shift(const Call& call, const Operand& x, const void* const* m_a_b, c
     if (!p.plan.values) return;
     set_vectors(p, m_a_b, 3);
     p.run(OUTPUT, p.plan.sweep);
+}
+
+void activation_gradient(
+    const Call& call, const Operand& dy, const Operand& x, const void* const* m_a_b, const Operand& g) {
+    Passes p(call, {&dy, &x, &g}, 0);
+    if (!p.plan.values) return;
+    set_vectors(p, m_a_b, 3);
+    p.run(ACTIVATION_GRADIENT, p.plan.sweep);
 }
 
 void grad_sums(

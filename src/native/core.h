@@ -22,6 +22,11 @@ struct Call {
     const int64_t* shape;
     uint64_t channel_axes;  // a bit for each axis
     Operand weights;        // none where its data is null
+    Operand residual;       // z of act(a (x - m) + b + z), or y in a backward pass; none where its data is null
+    Operand g;              // where a backward pass writes the gradient to z; none where its data is null
+    int activation;         // of `activations.h`
+    double slope;
+    bool from_y;            // whether `residual` is y
     const double* gamma;    // C values, or null for 1
     const double* beta;     // C values, or null for 0
     double eps;
@@ -40,7 +45,7 @@ enum class Wanted { ALL, STATISTICS };
 bool forward(const Call& call, const Operand& x, const Operand& y, Wanted wanted, double fewest);
 // Write y by the statistics of the call.
 void inference(const Call& call, const Operand& x, const Operand& y);
-// Write dx, dgamma and dbeta.
+// Write dx, dgamma and dbeta, and g.
 void backward(
     const Call& call, const Operand& dy, const Operand& x, const Operand& dx, double* dgamma, double* dbeta);
 
@@ -48,6 +53,8 @@ void backward(
 void scale_shift(const Call& call, const Operand& x, const void* const* m_a_b, const Operand& y);
 void grad_sums(
     const Call& call, const Operand& dy, const Operand& x, const void* m, double* sum_dy, double* sum_dy_d);
+void activation_gradient(
+    const Call& call, const Operand& dy, const Operand& x, const void* const* m_a_b, const Operand& g);
 void grad_input(
     const Call& call, const Operand& dy, const Operand& x, const void* const* m_a_b_c, const Operand& dx);
 

@@ -4,13 +4,16 @@
 
 #include <cstdint>
 
+#include "../batchnorm/backends/activations.h"
 #include "plan.h"
 
 namespace bn {
 
 enum DType { NONE, HALF, BFLOAT16, SINGLE, DOUBLE, MASK, DTYPES };
 constexpr int ITEMSIZES[DTYPES] = {0, 2, 2, 4, 8, 1};
-enum Pass { MOMENTS, OUTPUT, FORWARD, GRAD_SUMS, GRAD_INPUT, BACKWARD };
+enum Pass { MOMENTS, OUTPUT, FORWARD, ACTIVATION_GRADIENT, GRAD_SUMS, GRAD_INPUT, BACKWARD };
+
+constexpr int VECTORS = 5;  // rows of coefficients, at most
 
 struct Job {
     const Plan* plan;
@@ -21,17 +24,25 @@ struct Job {
     bool fast;          // whether sixteen terms may be added in float32 before they join a float64 sum
     bool pivots_given;
     bool streaming;
-    char* operand[MAX_OPERANDS];  // x, y or dy, x, dx; weights
-    int weights;                  // which operand they are
+    char* operand[MAX_OPERANDS];  // x, y or dy, x, dx (or g); then these, if they are there:
+    int residual;  // z of act(a (x - m) + b + z); in a backward pass y, where that is given (0: none)
+    int g;         // the gradient to z, which is written as the sums are taken (0: none)
+    int weights;
+    int activation;  // of `activations.h`
+    double slope;
+    bool from_y;
     double eps;
     const double* gamma;  // C values each; null for 1 and 0
     const double* beta;
     double *count, *mean, *var, *low;  // C each: results of a forward pass, arguments of a backward pass
-    void* vectors;     // 4 rows of the kernel's coefficients, in the type of the arithmetic
+    void* vectors;     // rows of the kernel's coefficients, in the type of the arithmetic
     double* parts;     // sums of each block of a grid: 4 rows (n, s, q, pivot), or 2 (s, q)
     int64_t row;       // from one row of `vectors` or `parts` to the next, in values
 
     template <class C> C* vector(int k) const { return (C*)vectors + k * row; }
+    bool fused() const { return activation || residual; }
+    // Whether dx is made of act'(h) dy, where h is found again, and not of the gradient to the norm's result.
+    bool through_activation() const { return activation && !g; }
     double* part(int64_t block, int rows, int k) const { return parts + (block * rows + k) * row; }
 };
 
@@ -42,7 +53,7 @@ struct Kernels {
     // From sums over all blocks (in the first block's place) to vectors; whether another reading is needed.
     bool (*join_moments)(const Job& job);
     void (*join_forward)(const Job& job);
-    void (*join_means)(const Job& job);
+    void (*join_given)(const Job& job);
     bool (*join_sums)(const Job& job);
     void (*join_backward)(const Job& job);
 };

@@ -14,7 +14,8 @@
 template <class Traversal> INLINE void run_pass(Traversal tile, const Bounds& all) {
     typedef typename Traversal::C C;
     const Job& job = tile.job;
-    if (job.pass == OUTPUT || job.pass == GRAD_INPUT) return tile.write(all);
+    if (job.pass == OUTPUT || job.pass == ACTIVATION_GRADIENT || job.pass == GRAD_INPUT)
+        return tile.write(all);
     int rows = job.pass == GRAD_SUMS || job.pass == BACKWARD ? 2 : 4;
     double* sums[4];
     for (int k = 0; k < rows; ++k) sums[k] = job.part(all.block, rows, k);
@@ -41,7 +42,7 @@ template <class Traversal> INLINE void run_pass(Traversal tile, const Bounds& al
                 break;
             case GRAD_SUMS: tile.grad_sums(b, sums); break;
             default:
-                means<C>(job, b.c0, b.c1);
+                given_vectors<C>(job, b.c0, b.c1);
                 tile.grad_sums(b, sums);
                 if (gradients_out_of_range(job, sums, b.c0, b.c1)) {
                     tile.fast = false;
@@ -93,8 +94,9 @@ static void join_forward(const Job& job) {
     by_arithmetic(
         job, [&](auto zero) { forward_vectors<decltype(zero)>(job, 0, job.plan->channel_count); });
 }
-static void join_means(const Job& job) {
-    by_arithmetic(job, [&](auto zero) { means<decltype(zero)>(job, 0, job.plan->channel_count); });
+static void join_given(const Job& job) {
+    by_arithmetic(
+        job, [&](auto zero) { given_vectors<decltype(zero)>(job, 0, job.plan->channel_count); });
 }
 static bool join_sums(const Job& job) {
     add_blocks(job, 2, 2);
@@ -111,5 +113,5 @@ static void join_backward(const Job& job) {
 constexpr Kernels table = {
     ISA_NAME,
     {nullptr, run_tile<Half>, run_tile<BFloat16>, run_tile<float>, run_tile<double>},
-    join_moments, join_forward, join_means, join_sums, join_backward,
+    join_moments, join_forward, join_given, join_sums, join_backward,
 };

@@ -9,6 +9,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "../batchnorm/backends/activations.h"
 #include "../batchnorm/backends/coefficients.h"
 #include "job.h"
 

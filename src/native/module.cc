@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -72,6 +73,59 @@ bool takes_out(PyObject* object, const Array& x, const Array* dy, bool trusted, 
     return !dy || !out.overlaps(*dy) || out.same_place(*dy);
 }
 bool apart(const Array& out, const Array& v) { return v.dtype == NONE || !out.overlaps(v); }
+
+// The activation by its name, or a name and a slope; false where there is no such. Others than leaky_relu
+// have a slope in an `Activation` only, which has been validated.
+bool set_activation(PyObject* object, Call& call) {
+    static const char* const NAMES[] = {"relu", "relu6", "leaky_relu", "silu"};  // as in `activations.h`
+    if (object == Py_None) return true;
+    PyObject* name = object;
+    call.slope = 0.01;
+    bool sloped = PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 2;
+    if (sloped) {
+        name = PyTuple_GET_ITEM(object, 0);
+        if (!number_at_least_0(PyTuple_GET_ITEM(object, 1), call.slope)) return false;
+    }
+    if (!PyUnicode_Check(name)) return false;
+    for (int k = 0; k < 4; ++k)
+        if (!PyUnicode_CompareWithASCIIString(name, NAMES[k])) call.activation = 1 + k;
+    return call.activation && (!sloped || !PyTuple_CheckExact(object) || call.activation == LEAKY_RELU);
+}
+
+// An array like x, in the place of z.
+bool set_residual(PyObject* object, const Array& x, Array& residual, Call& call) {
+    if (!read_big(object, residual) || residual.dtype != x.dtype || residual.tensor != x.tensor
+        || !residual.same_shape(x))
+        return false;
+    call.residual = residual.operand();
+    return true;
+}
+
+bool set_epilogue(
+    PyObject* residual, PyObject* activation, const Array& x, Array& z, Call& call) {
+    z.dtype = NONE;
+    return set_activation(activation, call)
+        && (residual == Py_None || set_residual(residual, x, z, call));
+}
+
+// Of a backward pass: the residual is an array, or whether there was one, and y may be given in its place.
+// Whether its gradient is wanted goes to `gradient`.
+bool set_backward_epilogue(
+    PyObject* residual, PyObject* activation, PyObject* y, const Array& x, Array& z,
+    Call& call, bool& gradient) {
+    z.dtype = NONE;
+    gradient = residual != Py_None && residual != Py_False;
+    bool array = gradient && residual != Py_True;
+    if (!set_activation(activation, call)) return false;
+    if (!call.activation) return !gradient && y == Py_None;
+    if (y != Py_None) {
+        Array unread;
+        if (call.activation == SILU || (array && !set_residual(residual, x, unread, call))) return false;
+        call.from_y = true;
+        return set_residual(y, x, z, call);
+    }
+    return array ? set_residual(residual, x, z, call) : !gradient;
+}
 
 bool set_threads(Call& call, const Array& x) {
     call.kernels = kernels;
@@ -157,11 +211,11 @@ bool arguments(Py_ssize_t got, Py_ssize_t expected, bool subclasses) {
     return false;
 }
 
-// forward(x, gamma, beta, axis, eps, where, out, trusted) -> (y, Moments) or None
+// forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted) -> (y, Moments) or None
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    bool trusted = n == 8 && args[7] == Py_True;
-    if (!arguments(n, 8, trusted)) return nullptr;
-    Array x, gamma, beta, out;
+    bool trusted = n == 10 && args[9] == Py_True;
+    if (!arguments(n, 10, trusted)) return nullptr;
+    Array x, gamma, beta, z, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[3], x) || channels.values < 2)
         return declined();
@@ -172,19 +226,20 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     if (!number_at_least_0(args[4], call.eps)
         || !optional_vector(args[1], channels, gamma, gamma_room, call.gamma)
         || !optional_vector(args[2], channels, beta, beta_room, call.beta)
-        || !weights.set(args[5], x, call))
+        || !weights.set(args[5], x, call) || !set_epilogue(args[6], args[7], x, z, call))
         return declined();
     if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
-    bool given = args[6] != Py_None;
+    bool given = args[8] != Py_None;
     if (given) {
-        if (!takes_out(args[6], x, nullptr, trusted, out)) return declined();
+        if (!takes_out(args[8], x, nullptr, trusted, out)) return declined();
         if (!trusted
             && !(apart(out, gamma) && apart(out, beta)
-                 && (!call.weights.data || apart(out, weights.given))))
+                 && (!call.weights.data || apart(out, weights.given))
+                 && (apart(out, z) || out.same_place(z))))
             return declined();
     }
     Vectors stats;
-    Result y(x, args[6], out);
+    Result y(x, args[8], out);
     if (!y.object || !stats.make(4, channels, DOUBLE, x) || !set_threads(call, x)) return nullptr;
     set_statistics(call, stats);
     double fewest = call.weights.data && call.weights.dtype == MASK ? 2 : 0;
@@ -214,28 +269,30 @@ PyObject* moments(PyObject*, PyObject* const* args, Py_ssize_t n) {
     return moments_of(stats);
 }
 
-// inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted) -> y or None
+// inference(x, mean, var, mean_lo, gamma, beta, axis, eps, residual, activation, out, trusted) -> y or None
 PyObject* inference(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    bool trusted = n == 10 && args[9] == Py_True;
-    if (!arguments(n, 10, trusted)) return nullptr;
-    Array x, v[5], out;
+    bool trusted = n == 12 && args[11] == Py_True;
+    if (!arguments(n, 12, trusted)) return nullptr;
+    Array x, v[5], z, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[6], x)) return declined();
     if (x.tensor && !trusted) return declined();
     Call call = call_of(x, channels);
     Doubles room[5];
     const double* vectors[5];
-    if (!number_at_least_0(args[7], call.eps)) return declined();
+    if (!number_at_least_0(args[7], call.eps) || !set_epilogue(args[8], args[9], x, z, call))
+        return declined();
     for (int i = 0; i < 5; ++i)
         if (!optional_vector(args[1 + i], channels, v[i], room[i], vectors[i])) return declined();
     if (!vectors[0] || !vectors[1]) return declined();
-    bool given = args[8] != Py_None;
+    bool given = args[10] != Py_None;
     if (given) {
-        if (!takes_out(args[8], x, nullptr, trusted, out)) return declined();
+        if (!takes_out(args[10], x, nullptr, trusted, out)) return declined();
         for (int i = 0; i < 5 && !trusted; ++i)
             if (!apart(out, v[i])) return declined();
+        if (!trusted && !apart(out, z) && !out.same_place(z)) return declined();
     }
-    Result y(x, args[8], out);
+    Result y(x, args[10], out);
     if (!y.object || !set_threads(call, x)) return nullptr;
     call.mean = (double*)vectors[0];
     call.var = (double*)vectors[1];
@@ -279,28 +336,34 @@ struct Statistics {
     }
 };
 
-// backward(dy, x, stats, gamma, axis, eps, where, out, trusted) -> (dx, dgamma, dbeta) or None
+// backward(dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, trusted)
+// -> (dx, dgamma, dbeta), and with a residual dresidual; or None
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    bool trusted = n == 9 && args[8] == Py_True;
-    if (!arguments(n, 9, trusted)) return nullptr;
-    Array dy, x, gamma, out;
+    bool trusted = n == 13 && args[12] == Py_True;
+    if (!arguments(n, 13, trusted)) return nullptr;
+    Array dy, x, gamma, beta, z, out, g;
     Channels channels;
-    if (!read_gradient(args, dy, x) || !channels.set(args[4], x)) return declined();
+    if (!read_gradient(args, dy, x) || !channels.set(args[5], x)) return declined();
     if (x.tensor && !trusted) return declined();
     Call call = call_of(x, channels);
-    Doubles gamma_room, dgamma_room, dbeta_room;
+    Doubles gamma_room, beta_room, dgamma_room, dbeta_room;
     Statistics stats;
     Weights weights;
+    bool with_residual;
     if (!stats.set(args[2], channels, call)
         || !optional_vector(args[3], channels, gamma, gamma_room, call.gamma)
-        || !number_at_least_0(args[5], call.eps) || !weights.set(args[6], x, call))
+        || !optional_vector(args[4], channels, beta, beta_room, call.beta)
+        || !number_at_least_0(args[6], call.eps) || !weights.set(args[7], x, call)
+        || !set_backward_epilogue(args[8], args[9], args[10], x, z, call, with_residual))
         return declined();
     if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
-    bool given = args[7] != Py_None;
+    bool given = args[11] != Py_None;
     if (given) {
-        if (!takes_out(args[7], x, &dy, trusted, out)) return declined();
+        if (!takes_out(args[11], x, &dy, trusted, out)) return declined();
         if (!trusted) {
-            if (!apart(out, gamma) || (call.weights.data && !apart(out, weights.given))) return declined();
+            if (!apart(out, gamma) || !apart(out, beta) || !apart(out, z)
+                || (call.weights.data && !apart(out, weights.given)))
+                return declined();
             for (const Array& v : stats.v)
                 if (!apart(out, v)) return declined();
         }
@@ -308,8 +371,13 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     call.exact = gamma.dtype == DOUBLE;
     DType dtype = gamma.dtype != NONE ? gamma.dtype : x.dtype == DOUBLE ? DOUBLE : SINGLE;
     Vectors grads;
-    Result dx(x, args[7], out);
-    if (!dx.object || !grads.make(2, channels, dtype, x, &gamma) || !set_threads(call, x)) return nullptr;
+    Result dx(x, args[11], out);
+    std::optional<Result> dresidual;
+    if (with_residual) dresidual.emplace(x, Py_None, g);
+    if (!dx.object || (dresidual && !dresidual->object) || !grads.make(2, channels, dtype, x, &gamma)
+        || !set_threads(call, x))
+        return nullptr;
+    if (with_residual) call.g = g.operand();
     double* dgamma = dgamma_room.room(channels.count);
     double* dbeta = dbeta_room.room(channels.count);
     if (!run(x, [&] {
@@ -318,11 +386,12 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
         return nullptr;
     write_values(dtype, grads.data[0], dgamma, channels.count);
     write_values(dtype, grads.data[1], dbeta, channels.count);
-    PyObject* result = PyTuple_New(3);
+    PyObject* result = PyTuple_New(with_residual ? 4 : 3);
     if (!result) return nullptr;
     PyTuple_SET_ITEM(result, 0, dx.release());
     PyTuple_SET_ITEM(result, 1, grads.release(0));
     PyTuple_SET_ITEM(result, 2, grads.release(1));
+    if (with_residual) PyTuple_SET_ITEM(result, 3, dresidual->release());
     return result;
 }
 
@@ -382,22 +451,44 @@ const void* vector(PyObject* object, const Channels& channels, DType dtype) {
     return !fits ? nullptr : v.data ? (const void*)v.data : &nothing;
 }
 
-// scale_shift(x, m, a, b, axis, out) -> y or None
+// scale_shift(x, m, a, b, axis, residual, activation, out) -> y or None
 PyObject* scale_shift(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    if (!arguments(n, 6, true)) return nullptr;
-    Array x, out;
+    if (!arguments(n, 8, true)) return nullptr;
+    Array x, z, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[4], x)) return declined();
     const void* vectors[3];
     for (int k = 0; k < 3; ++k)
         if (!(vectors[k] = vector(args[1 + k], channels, x.dtype))) return declined();
-    bool given = args[5] != Py_None;
-    if (given && !takes_out(args[5], x, nullptr, true, out)) return declined();
+    bool given = args[7] != Py_None;
+    if (given && !takes_out(args[7], x, nullptr, true, out)) return declined();
     Call call = call_of(x, channels);
-    Result y(x, args[5], out);
+    if (!set_epilogue(args[5], args[6], x, z, call)) return declined();
+    Result y(x, args[7], out);
     if (!y.object || !set_threads(call, x)) return nullptr;
     if (!run(x, [&] { bn::scale_shift(call, x.operand(), vectors, out.operand()); })) return nullptr;
     return y.release();
+}
+
+// activation_gradient(dy, x, m, a, b, axis, residual, activation, y) -> g or None
+PyObject* activation_gradient(PyObject*, PyObject* const* args, Py_ssize_t n) {
+    if (!arguments(n, 9, true)) return nullptr;
+    Array dy, x, z, out;
+    Channels channels;
+    if (!read_gradient(args, dy, x) || !channels.set(args[5], x)) return declined();
+    const void* vectors[3];
+    for (int k = 0; k < 3; ++k)
+        if (!(vectors[k] = vector(args[2 + k], channels, x.dtype))) return declined();
+    Call call = call_of(x, channels);
+    call.from_y = args[8] != Py_None;
+    if (!set_epilogue(call.from_y ? args[8] : args[6], args[7], x, z, call)) return declined();
+    Result g(x, Py_None, out);
+    if (!g.object || !set_threads(call, x)) return nullptr;
+    if (!run(x, [&] {
+            bn::activation_gradient(call, dy.operand(), x.operand(), vectors, out.operand());
+        }))
+        return nullptr;
+    return g.release();
 }
 
 // grad_sums(dy, x, m, where, axis) -> (sum_dy, sum_dy_d) or None
@@ -495,13 +586,17 @@ PyObject* isas(PyObject*, PyObject*) {
 #define FUNCTION(name, function, doc) {name, (PyCFunction)(void (*)())function, METH_FASTCALL, doc}
 PyMethodDef METHODS[] = {
     FUNCTION("setup", setup, "setup(Moments, get_num_threads, empty_like)"),
-    FUNCTION("forward", forward, "forward(x, gamma, beta, axis, eps, where, out, trusted)"),
+    FUNCTION("forward", forward, 
+             "forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted)"),
     FUNCTION("moments", moments, "moments(x, axis, where)"),
     FUNCTION("inference", inference,
-             "inference(x, mean, var, mean_lo, gamma, beta, axis, eps, out, trusted)"),
-    FUNCTION("backward", backward, "backward(dy, x, stats, gamma, axis, eps, where, out, trusted)"),
+             "inference(x, mean, var, mean_lo, gamma, beta, axis, eps, residual, activation, out, trusted)"),
+    FUNCTION("backward", backward, 
+             "backward(dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, trusted)"),
     FUNCTION("update_running", update_running, "update_running(mean, var, stats, momentum, correction, in_place)"),
-    FUNCTION("scale_shift", scale_shift, "scale_shift(x, m, a, b, axis, out)"),
+    FUNCTION("scale_shift", scale_shift, "scale_shift(x, m, a, b, axis, residual, activation, out)"),
+    FUNCTION("activation_gradient", activation_gradient,
+             "activation_gradient(dy, x, m, a, b, axis, residual, activation, y)"),
     FUNCTION("grad_sums", grad_sums, "grad_sums(dy, x, m, where, axis)"),
     FUNCTION("grad_input", grad_input, "grad_input(dy, x, m, a, b, c, where, axis, out)"),
     FUNCTION("use_tensors", use_tensors, "use_tensors(Tensor, Parameter, exchange, empty_like)"),

@@ -14,7 +14,7 @@
 namespace bn {
 
 constexpr int MAX_AXES = 64;
-constexpr int MAX_OPERANDS = 4;  // x, y and weights, or dy, x, dx and weights
+constexpr int MAX_OPERANDS = 6;  // x, y, z and weights, or dy, x, dx, z or y, g and weights
 
 // Below this, data and results included, a second thread costs more than it saves.
 constexpr int64_t ALONE_BYTES = 1 << 19;

@@ -9,9 +9,10 @@ template <class T> struct Rows : Tile<T> {
     using Tile<T>::scratch;
     using Tile<T>::fast;
     using Tile<T>::weighted;
+    using Tile<T>::epilogue;
 
     double* column_sums(int k) const { return (double*)scratch + k * plan.padded; }  // 11 rows
-    C* column_vectors(int k) const { return (C*)(column_sums(11)) + k * plan.padded; }  // 4 rows
+    C* column_vectors(int k) const { return (C*)(column_sums(11)) + k * plan.padded; }  // VECTORS rows
     double* wide_vector() const { return column_sums(10); }
     // Weights of a few rows in C, or double.
     template <class V> V* weight_row() const { return (V*)(column_sums(9)); }
@@ -39,6 +40,30 @@ template <class T> struct Rows : Tile<T> {
             each(r, n);
             r += n;
         }
+    }
+    typedef Down<T> X;
+    Epilogue<T, X> epilogue_at(const Bounds& b, int64_t r) const {
+        return epilogue(job.residual ? rows_at(job.residual, b, r) : X{nullptr, 0});
+    }
+    template <bool THROUGH> using Gradient = Choice<THROUGH, ThroughActivation<T, X>, Given<T, X>>;
+    template <bool THROUGH> Gradient<THROUGH> gradient(int operand, int target, const Bounds& b, int64_t r) const {
+        X dy = rows_at(operand, b, r);
+        if constexpr (THROUGH)
+            return {dy, rows_at(1, b, r), target ? rows_at(target, b, r) : X{nullptr, 0}, epilogue_at(b, r)};
+        else return {dy};
+    }
+    // Coefficients of columns: the first N of the job's vectors.
+    template <int N> struct Columns {
+        const C* vectors[N];
+        INLINE Coefficients<C, N> operator()(int64_t t) const {
+            return Coefficients<C, N>::load_at(vectors, t);
+        }
+    };
+    template <int N> Columns<N> columns_of(const Bounds& b) const {
+        Columns<N> found;
+        for (int k = 0; k < N; ++k)
+            found.vectors[k] = spread<C>(job.template vector<C>(k), b, column_vectors(k));
+        return found;
     }
     template <class V> Down<V> weights_at(const Bounds& b, int64_t r) const {
         int64_t step = plan.channels.axis[0].step[job.weights];
@@ -111,18 +136,17 @@ template <class T> struct Rows : Tile<T> {
     bool batches(const Bounds& b) const { return !narrow() && b.r1 - b.r0 > BATCH; }
 
     // Sums of the columns of a tile: rows 3 + j are their high parts and 6 + j their low parts, of s, q, n.
-    template <bool GRAD, class S> void tile_sums(const Bounds& b, const S* pivots) const {
+    // `add(r, count, sum)` adds those of some rows.
+    template <class Add> void tile_sums(const Bounds& b, int sums, Add add) const {
         int64_t size = columns(b);
         bool parts = batches(b);
-        int first = parts ? 0 : 3, sums = weighted() && !GRAD ? 3 : 2;
+        int first = parts ? 0 : 3;
         clear_sums(first, parts ? 9 : 3 + sums, size);
         double* sum[3] = {column_sums(first), column_sums(first + 1), column_sums(first + 2)};
-        const C* k = narrow() ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
-        const double* wide_k = narrow() ? nullptr : spread<double>(pivots, b, wide_vector());
         // Weights of a row are copied to where the next row's are.
         int64_t most = weighted() ? 1 : parts ? BATCH : b.r1 - b.r0, pending = 0;
         for_rows(b.r0, b.r1, most, [&](int64_t r, int64_t count) {
-            add_rows<GRAD>(b, r, count, size, k, wide_k, sum);
+            add(r, count, (double* const*)sum);
             if (parts && (pending += count) >= BATCH) {
                 for (int j = 0; j < sums; ++j) carry(j, 3 + j, 6 + j, size);
                 pending = 0;
@@ -133,33 +157,46 @@ template <class T> struct Rows : Tile<T> {
     }
 
     // Add rows to the sums of their columns; in the type of the arithmetic where `k` is there.
-    template <bool GRAD>
-    void add_rows(
-        const Bounds& b, int64_t r, int64_t count, int64_t size, const C* k, const double* wide_k,
+    void add_moments(
+        const Bounds& b, int64_t r, int64_t count, const C* k, const double* wide_k,
         double* const* sum) const {
-        typedef Down<T> X;
-        typedef Down<double> W;
-        int64_t bytes = size * sizeof(T);
-        X x = rows_at(GRAD ? 1 : 0, b, r);
-        if constexpr (GRAD) {
-            X dy = rows_at(0, b, r);
-            if (weighted())
-                rows_sums(
-                    WeightedGradTerms<X, W>{dy, x, weights_at<double>(b, r)}, count, size, bytes, wide_k, sum);
-            else if (k) rows_sums(GradTerms<C, X>{dy, x}, count, size, 2 * bytes, k, sum);
-            else rows_sums(GradTerms<double, X>{dy, x}, count, size, 2 * bytes, wide_k, sum);
+        int64_t size = columns(b), bytes = size * sizeof(T);
+        X x = rows_at(0, b, r);
+        auto wide_at = [&](int64_t t) { return Coefficients<double, 1>{{load(wide_k + t)}}; };
+        if (weighted()) {
+            typedef WeightedMomentTerms<X, Down<double>> Terms;
+            rows_sums(Terms{x, weights_at<double>(b, r)}, count, size, bytes, wide_at, sum);
+        } else if (k) {
+            auto at = [&](int64_t t) { return Coefficients<C, 1>{{load(k + t)}}; };
+            rows_sums(MomentTerms<C, X>{x}, count, size, bytes, at, sum);
         } else {
-            if (weighted())
-                rows_sums(
-                    WeightedMomentTerms<X, W>{x, weights_at<double>(b, r)}, count, size, bytes, wide_k, sum);
-            else if (k) rows_sums(MomentTerms<C, X>{x}, count, size, bytes, k, sum);
-            else rows_sums(MomentTerms<double, X>{x}, count, size, bytes, wide_k, sum);
+            rows_sums(MomentTerms<double, X>{x}, count, size, bytes, wide_at, sum);
+        }
+    }
+    template <bool THROUGH, class At>
+    void add_gradients(const Bounds& b, int64_t r, int64_t count, At at, double* const* sum) const {
+        typedef Gradient<THROUGH> G;
+        int64_t size = columns(b), bytes = 2 * size * sizeof(T);
+        G dy = gradient<THROUGH>(0, job.g, b, r);
+        X x = rows_at(1, b, r);
+        if (weighted()) {
+            typedef WeightedGradTerms<G, X, Down<double>> Terms;
+            rows_sums(Terms{dy, x, weights_at<double>(b, r)}, count, size, bytes, at, sum);
+        } else if (narrow()) {
+            rows_sums(GradTerms<C, G, X>{dy, x}, count, size, bytes, at, sum);
+        } else {
+            rows_sums(GradTerms<double, G, X>{dy, x}, count, size, bytes, at, sum);
         }
     }
 
     static constexpr bool BY_CHANNEL = false;
     void moments(const Bounds& b, double* const* out) const {
-        tile_sums<false>(b, (const double*)out[3]);
+        const double* pivots = out[3];
+        const C* k = narrow() ? spread<C>(pivots, b, column_vectors(0)) : nullptr;
+        const double* wide_k = narrow() ? nullptr : spread<double>(pivots, b, wide_vector());
+        tile_sums(b, weighted() ? 3 : 2, [&](int64_t r, int64_t count, double* const* sum) {
+            add_moments(b, r, count, k, wide_k, sum);
+        });
         fold(3, 6, b, out[1]);
         fold(4, 7, b, out[2]);
         if (weighted()) {
@@ -171,7 +208,12 @@ template <class T> struct Rows : Tile<T> {
     }
 
     void grad_sums(const Bounds& b, double* const* out) const {
-        tile_sums<true>(b, (const C*)job.template vector<C>(0));
+        choose(job.activation != IDENTITY, [&](auto through) {
+            auto at = columns_of<Gradient<through.value>::WANTED>(b);
+            tile_sums(b, 2, [&](int64_t r, int64_t count, double* const* sum) {
+                add_gradients<through.value>(b, r, count, at, sum);
+            });
+        });
         fold(3, 6, b, out[0]);
         fold(4, 7, b, out[1]);
     }
@@ -197,7 +239,7 @@ template <class T> struct Rows : Tile<T> {
         clear_sums(3, weighted() ? 6 : 5, size);
         for (int64_t t = 0; t < size; t += LANES) store(zero + t, splat(0.0));
         for_rows(0, rows, weighted() ? 1 : rows, [&](int64_t r, int64_t n) {
-            add_rows<false>(b, r, n, size, narrow_zero, zero, sum);
+            add_moments(b, r, n, narrow_zero, zero, sum);
         });
         double *s = sum[0], *n = sum[2], *to = pivots + b.c0;
         for (int64_t j = 1; j < plan.copies; ++j)
@@ -214,13 +256,10 @@ template <class T> struct Rows : Tile<T> {
     }
 
     template <int N, class Of> void write_tile(const Bounds& b, int target, Of result_of) const {
-        const C* vectors[N];
-        for (int k = 0; k < N; ++k) vectors[k] = spread<C>(job.template vector<C>(k), b, column_vectors(k));
+        auto at = columns_of<N>(b);
         int64_t size = columns(b);
         for_rows(b.r0, b.r1, weighted() ? 1 : b.r1 - b.r0, [&](int64_t r, int64_t count) {
             auto result = result_of(r);
-            typedef typename decltype(result)::K K;
-            auto at = [&](int64_t t) { return K::load_at(vectors, t); };
             char* y = (char*)const_cast<T*>(rows_at(target, b, r).first);
             for (int64_t i = 0; i < count; ++i)
                 write_line(result, i, (T*)(y + i * row_step(target)), size, at, job.streaming);
@@ -228,17 +267,34 @@ template <class T> struct Rows : Tile<T> {
     }
 
     void write(const Bounds& b) const {
-        typedef Down<T> X;
-        if (job.pass == OUTPUT || job.pass == FORWARD)
-            write_tile<3>(b, 1, [&](int64_t r) { return Output<T, X>{rows_at(0, b, r)}; });
-        else if (weighted())
-            write_tile<4>(b, 2, [&](int64_t r) {
-                return WeightedGradInput<T, X, Down<C>>{
-                    rows_at(0, b, r), rows_at(1, b, r), weights_at<C>(b, r)};
+        if (job.pass == OUTPUT || job.pass == FORWARD) {
+            if (job.fused())
+                write_tile<3>(b, 1, [&](int64_t r) {
+                    return ActivatedOutput<T, X>{rows_at(0, b, r), epilogue_at(b, r)};
+                });
+            else
+                write_tile<3>(b, 1, [&](int64_t r) { return Output<T, X>{rows_at(0, b, r)}; });
+        } else if (job.pass == ACTIVATION_GRADIENT) {
+            write_tile<3>(b, 2, [&](int64_t r) {
+                return ActivationGradient<T, Gradient<true>>{gradient<true>(0, 0, b, r)};
+            });
+        } else {
+            choose(job.through_activation(), [&](auto through) { write_gradient<through.value>(b); });
+        }
+    }
+
+    template <bool THROUGH> void write_gradient(const Bounds& b) const {
+        typedef Gradient<THROUGH> G;
+        constexpr int N = G::FIRST + 2;
+        int dy = job.activation && job.g ? job.g : 0;
+        if (weighted())
+            write_tile<N>(b, 2, [&](int64_t r) {
+                return WeightedGradInput<T, G, X, Down<C>>{
+                    gradient<THROUGH>(dy, 0, b, r), rows_at(1, b, r), weights_at<C>(b, r)};
             });
         else
-            write_tile<4>(b, 2, [&](int64_t r) {
-                return GradInput<T, X>{rows_at(0, b, r), rows_at(1, b, r)};
+            write_tile<N>(b, 2, [&](int64_t r) {
+                return GradInput<T, G, X>{gradient<THROUGH>(dy, 0, b, r), rows_at(1, b, r)};
             });
     }
 };

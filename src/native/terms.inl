@@ -28,15 +28,96 @@ template <class C> INLINE Vec<C> first_lanes(int n) {
     return load(ones + LANES - n);
 }
 
-// Terms of sums. `k` is the pivot, or the mean.
+// In the type of sums.
+template <class Number, class C> INLINE Vec<Number> in(const Vec<C>& v) {
+    if constexpr (sizeof(Number) == sizeof(C)) return v;
+    else return wide(v);
+}
+
+// Coefficients: of a span the same for all of it; of rows a column's.
+template <class C, int N> struct Coefficients {
+    Vec<C> v[N];
+    static INLINE Coefficients of(const C* const* vectors, int64_t c) {
+        Coefficients k;
+        for (int j = 0; j < N; ++j) k.v[j] = splat(vectors[j][c]);
+        return k;
+    }
+    static INLINE Coefficients load_at(const C* const* vectors, int64_t t) {
+        Coefficients k;
+        for (int j = 0; j < N; ++j) k.v[j] = load(vectors[j] + t);
+        return k;
+    }
+};
+
+// The residual and the activation of a job, and what the activation was applied to.
+template <class T, class X> struct Epilogue {
+    typedef Compute<T> C;
+    X residual;  // null where there is none
+    int activation;
+    C slope;
+    bool from_y;
+
+    INLINE Vec<C> before(const Vec<C>& h, int64_t i, int64_t t, int n) const {
+        if (!residual.first) return h;
+        Vec<C> z = load_as<C>(residual.at(i, t), n);
+        return from_y ? z : h + z;
+    }
+    INLINE Vec<C> forward(const Vec<C>& h, int64_t i, int64_t t, int n) const {
+        return activate(activation, splat(slope), before(h, i, t, n));
+    }
+    INLINE Vec<C> backward(const Vec<C>& h, const Vec<C>& dy, int64_t i, int64_t t, int n) const {
+        return activation_gradient(activation, splat(slope), before(h, i, t, n), dy);
+    }
+};
+
+template <bool CONDITION, class A, class B> struct ChoiceOf {
+    typedef A Type;
+};
+template <class A, class B> struct ChoiceOf<false, A, B> {
+    typedef B Type;
+};
+template <bool CONDITION, class A, class B> using Choice = typename ChoiceOf<CONDITION, A, B>::Type;
+
+// Sources of the gradient to the norm's result: it is given, or dy is, from which it is found (and written
+// to `target`, where that is not null). FIRST is the row of the coefficient b of dx.
+
+template <class T, class X> struct Given {
+    typedef Compute<T> C;
+    static constexpr int FIRST = 2, WANTED = 1;
+    X dy;
+    template <class Number, class K>
+    INLINE Vec<Number> gradient(int64_t i, int64_t t, int n, const K&) const {
+        return load_as<Number>(dy.at(i, t), n);
+    }
+};
+template <class T, class X> struct ThroughActivation {
+    typedef Compute<T> C;
+    static constexpr int FIRST = 3, WANTED = 3;  // m, and a and b of h
+    X dy, x, target;
+    Epilogue<T, X> epilogue;
+    template <class Number, class K>
+    INLINE Vec<Number> gradient(int64_t i, int64_t t, int n, const K& k) const {
+        Vec<C> h = k.v[1] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[2];
+        Vec<C> g = epilogue.backward(h, load_as<C>(dy.at(i, t), n), i, t, n);
+        if (target.first) {
+            T* to = const_cast<T*>(target.at(i, t));
+            if (n == LANES) store(to, g);
+            else store(to, g, n);
+        }
+        return in<Number>(g);
+    }
+};
+
+// Terms of sums. `k` is the pivot, or in the first place the mean.
 
 template <class Number, class X> struct MomentTerms {
     typedef Number C;
+    typedef Coefficients<Number, 1> K;
     static constexpr bool WEIGHTED = false;
     static constexpr int SUMS = 2, OPERANDS = 1;
     X x;
-    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
-        Vec<C> d = load_as<C>(x.at(i, t), n) - k;
+    INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[2]) const {
+        Vec<C> d = load_as<C>(x.at(i, t), n) - k.v[0];
         if (n < LANES) d = d * first_lanes<C>(n);
         sum[0] = d;
         sum[1] = d * d;
@@ -44,37 +125,42 @@ template <class Number, class X> struct MomentTerms {
 };
 template <class X, class W> struct WeightedMomentTerms {
     typedef double C;
+    typedef Coefficients<double, 1> K;
     static constexpr bool WEIGHTED = true;
     static constexpr int SUMS = 3, OPERANDS = 1;
     X x;
     W w;
-    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[3]) const {
-        Vec<C> v = load_as<C>(w.at(i, t), n), d = where_positive(v, load_as<C>(x.at(i, t), n) - k);
+    INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[3]) const {
+        Vec<C> v = load_as<C>(w.at(i, t), n), d = where_positive(v, load_as<C>(x.at(i, t), n) - k.v[0]);
         sum[0] = v * d;
         sum[1] = sum[0] * d;
         sum[2] = v;
     }
 };
-template <class Number, class X> struct GradTerms {
+template <class Number, class G, class X> struct GradTerms {
     typedef Number C;
+    typedef Coefficients<typename G::C, G::WANTED> K;
     static constexpr bool WEIGHTED = false;
     static constexpr int SUMS = 2, OPERANDS = 2;
-    X dy, x;
-    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
-        Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
+    G dy;
+    X x;
+    INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[2]) const {
+        Vec<C> g = dy.template gradient<C>(i, t, n, k), d = load_as<C>(x.at(i, t), n) - in<C>(k.v[0]);
         if (n < LANES) d = d * first_lanes<C>(n);
         sum[0] = g;
         sum[1] = g * d;
     }
 };
-template <class X, class W> struct WeightedGradTerms {
+template <class G, class X, class W> struct WeightedGradTerms {
     typedef double C;
+    typedef Coefficients<typename G::C, G::WANTED> K;
     static constexpr bool WEIGHTED = true;
     static constexpr int SUMS = 2, OPERANDS = 2;
-    X dy, x;
+    G dy;
+    X x;
     W w;
-    INLINE void operator()(int64_t i, int64_t t, int n, const Vec<C>& k, Vec<C> (&sum)[2]) const {
-        Vec<C> g = load_as<C>(dy.at(i, t), n), d = load_as<C>(x.at(i, t), n) - k;
+    INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[2]) const {
+        Vec<C> g = dy.template gradient<C>(i, t, n, k), d = load_as<C>(x.at(i, t), n) - in<C>(k.v[0]);
         d = where_used(load_as<C>(w.at(i, t), n), g, d);
         sum[0] = g;
         sum[1] = g * d;
@@ -84,7 +170,7 @@ template <class X, class W> struct WeightedGradTerms {
 // The sums of the terms of N times sixteen values, as a tree.
 template <int N, class Terms>
 INLINE void tree(
-    const Terms& terms, int64_t i, int64_t t, int n, const Vec<typename Terms::C>& k,
+    const Terms& terms, int64_t i, int64_t t, int n, const typename Terms::K& k,
     Vec<typename Terms::C> (&sum)[Terms::SUMS]) {
     if constexpr (N == 1) {
         terms(i, t, n, k, sum);
@@ -104,10 +190,9 @@ template <class Terms> constexpr int GROUP_ROWS =
 // The sums of a span, lane by lane.
 template <class Terms>
 INLINE void span_sums(
-    const Terms& terms, int64_t size, typename Terms::C pivot, Vec<double> (&sum)[Terms::SUMS]) {
-    typedef typename Terms::C C;
+    const Terms& terms, int64_t size, const typename Terms::K& k, Vec<double> (&sum)[Terms::SUMS]) {
     constexpr int N = GROUP<Terms>;
-    Vec<C> k = splat(pivot), term[Terms::SUMS];
+    Vec<typename Terms::C> term[Terms::SUMS];
     for (int j = 0; j < Terms::SUMS; ++j) sum[j] = splat(0.0);
     auto add = [&] {
         for (int j = 0; j < Terms::SUMS; ++j) sum[j] = sum[j] + wide(term[j]);
@@ -131,7 +216,7 @@ INLINE void span_sums(
 // is left over. The columns after `size` are of padding.
 template <int N, class Terms>
 INLINE int64_t add_groups(
-    const Terms& terms, int64_t i, int64_t count, int64_t t, int n, const Vec<typename Terms::C>& k,
+    const Terms& terms, int64_t i, int64_t count, int64_t t, int n, const typename Terms::K& k,
     Vec<double> (&sum)[Terms::SUMS]) {
     Vec<typename Terms::C> term[Terms::SUMS];
     for (; i + N <= count; i += N) {
@@ -143,14 +228,13 @@ INLINE int64_t add_groups(
 
 template <int N, class Terms>
 INLINE void add_columns(
-    const Terms& terms, int64_t first, int64_t count, int64_t t, int n, const typename Terms::C* k,
+    const Terms& terms, int64_t first, int64_t count, int64_t t, int n, const typename Terms::K& k,
     double* const* sums) {
-    Vec<typename Terms::C> pivot = load(k + t);
     Vec<double> sum[Terms::SUMS];
     for (int j = 0; j < Terms::SUMS; ++j) sum[j] = load(sums[j] + t);
-    int64_t i = add_groups<N>(terms, first, count, t, n, pivot, sum);
-    if constexpr (N > 4) i = add_groups<4>(terms, i, count, t, n, pivot, sum);
-    add_groups<1>(terms, i, count, t, n, pivot, sum);
+    int64_t i = add_groups<N>(terms, first, count, t, n, k, sum);
+    if constexpr (N > 4) i = add_groups<4>(terms, i, count, t, n, k, sum);
+    add_groups<1>(terms, i, count, t, n, k, sum);
     for (int j = 0; j < Terms::SUMS; ++j) store(sums[j] + t, sum[j]);
 }
 
@@ -158,34 +242,19 @@ INLINE void add_columns(
 // group by group, as they lie in memory.
 constexpr int64_t NEAR_BYTES = 1 << 15;
 
-template <class Terms>
+template <class Terms, class At>
 void rows_sums(
-    const Terms& terms, int64_t count, int64_t size, int64_t row_bytes, const typename Terms::C* k,
-    double* const* sums) {
+    const Terms& terms, int64_t count, int64_t size, int64_t row_bytes, At at, double* const* sums) {
     constexpr int N = GROUP_ROWS<Terms>;
     int64_t most = count * row_bytes <= NEAR_BYTES ? count : N;
     for (int64_t i = 0; i < count; i += most) {
         int64_t last = i + most < count ? i + most : count, t = 0;
-        for (; t + LANES <= size; t += LANES) add_columns<N>(terms, i, last, t, LANES, k, sums);
-        if (t < size) add_columns<N>(terms, i, last, t, int(size - t), k, sums);
+        for (; t + LANES <= size; t += LANES) add_columns<N>(terms, i, last, t, LANES, at(t), sums);
+        if (t < size) add_columns<N>(terms, i, last, t, int(size - t), at(t), sums);
     }
 }
 
-// Results. `Coefficients` of a span are the same for all of it; those of rows are a column's.
-
-template <class C, int N> struct Coefficients {
-    Vec<C> v[N];
-    static INLINE Coefficients of(const C* const* vectors, int64_t c) {
-        Coefficients k;
-        for (int j = 0; j < N; ++j) k.v[j] = splat(vectors[j][c]);
-        return k;
-    }
-    static INLINE Coefficients load_at(const C* const* vectors, int64_t t) {
-        Coefficients k;
-        for (int j = 0; j < N; ++j) k.v[j] = load(vectors[j] + t);
-        return k;
-    }
-};
+// Results.
 
 template <class T, class X> struct Output {
     typedef Compute<T> C;
@@ -195,24 +264,44 @@ template <class T, class X> struct Output {
         return k.v[1] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[2];
     }
 };
-template <class T, class X> struct GradInput {
+template <class T, class X> struct ActivatedOutput {
     typedef Compute<T> C;
-    typedef Coefficients<C, 4> K;  // m, a, b, c
-    X dy, x;
+    typedef Coefficients<C, 3> K;
+    X x;
+    Epilogue<T, X> epilogue;
     INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
-        Vec<C> d = k.v[2] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[3];
-        return k.v[1] * (load_as<C>(dy.at(i, t), n) + d);
+        Vec<C> h = k.v[1] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[2];
+        return epilogue.forward(h, i, t, n);
     }
 };
-template <class T, class X, class W> struct WeightedGradInput {
+template <class T, class G> struct ActivationGradient {
     typedef Compute<T> C;
-    typedef Coefficients<C, 4> K;
-    X dy, x;
+    typedef Coefficients<C, 3> K;  // m, a, b
+    G dy;
+    INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
+        return dy.template gradient<C>(i, t, n, k);
+    }
+};
+template <class T, class G, class X> struct GradInput {
+    typedef Compute<T> C;
+    typedef Coefficients<C, G::FIRST + 2> K;  // m, a, (b of h,) b, c
+    G dy;
+    X x;
+    INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
+        Vec<C> d = k.v[G::FIRST] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[G::FIRST + 1];
+        return k.v[1] * (dy.template gradient<C>(i, t, n, k) + d);
+    }
+};
+template <class T, class G, class X, class W> struct WeightedGradInput {
+    typedef Compute<T> C;
+    typedef Coefficients<C, G::FIRST + 2> K;
+    G dy;
+    X x;
     W w;  // in C
     INLINE Vec<C> operator()(int64_t i, int64_t t, int n, const K& k) const {
         Vec<C> v = load_as<C>(w.at(i, t), n);
-        Vec<C> d = k.v[2] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[3];
-        return k.v[1] * (load_as<C>(dy.at(i, t), n) + where_positive(v, v * d));
+        Vec<C> d = k.v[G::FIRST] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[G::FIRST + 1];
+        return k.v[1] * (dy.template gradient<C>(i, t, n, k) + where_positive(v, v * d));
     }
 };
 

@@ -12,6 +12,7 @@ template <class C> struct Vec {
 
 #define FOR_PARTS _Pragma("GCC unroll 16") for (int p = 0; p < Vec<C>::PARTS; ++p)
 #define INLINE __attribute__((always_inline)) inline
+#define NOINLINE __attribute__((noinline))
 
 template <class C> INLINE Vec<C> splat(C v) {
     Vec<C> r;
@@ -30,6 +31,75 @@ template <class C> INLINE Vec<C> operator*(Vec<C> a, const Vec<C>& b) {
     FOR_PARTS a.part[p] *= b.part[p];
     return a;
 }
+template <class C> INLINE Vec<C> operator/(Vec<C> a, const Vec<C>& b) {
+    FOR_PARTS a.part[p] /= b.part[p];
+    return a;
+}
+
+// What the formulas of `activations.h` are made of.
+template <class C> INLINE Vec<C> constant(Vec<C>, double c) { return splat((C)c); }
+template <class C> INLINE Vec<C> at_most(Vec<C> h, Vec<C> c, Vec<C> a, Vec<C> b) {
+    FOR_PARTS b.part[p] = h.part[p] <= c.part[p] ? a.part[p] : b.part[p];
+    return b;
+}
+template <class C> INLINE Vec<C> at_least(Vec<C> h, Vec<C> c, Vec<C> a, Vec<C> b) {
+    FOR_PARTS b.part[p] = h.part[p] >= c.part[p] ? a.part[p] : b.part[p];
+    return b;
+}
+template <class C> INLINE Vec<C> above(Vec<C> h, Vec<C> c, Vec<C> a, Vec<C> b) {
+    FOR_PARTS b.part[p] = h.part[p] > c.part[p] ? a.part[p] : b.part[p];
+    return b;
+}
+template <class C> INLINE Vec<C> equal(Vec<C> h, Vec<C> c, Vec<C> a, Vec<C> b) {
+    FOR_PARTS b.part[p] = h.part[p] == c.part[p] ? a.part[p] : b.part[p];
+    return b;
+}
+
+// The exponential function of numbers <= 0: 2^n e^r, with |r| <= log(2)/2 and Taylor's polynomial of e^r.
+template <class C> struct Exponential;
+template <> struct Exponential<float> {
+    typedef int32_t Integer;
+    static constexpr int DEGREE = 7, FRACTION = 23, BIAS = 127, EXTRA = 64;
+    static constexpr float LEAST = -104, MAGIC = 0x1.8p23f, HIGH = 0x1.62e4p-1f, LOW = 0x1.7f7d1cp-20f;
+    static constexpr float DOWN = 0x1p-64f;
+};
+template <> struct Exponential<double> {
+    typedef int64_t Integer;
+    static constexpr int DEGREE = 13, FRACTION = 52, BIAS = 1023, EXTRA = 128;
+    static constexpr double LEAST = -746, MAGIC = 0x1.8p52, HIGH = 0x1.62e42feep-1, LOW = 0x1.a39ef35793c76p-33;
+    static constexpr double DOWN = 0x1p-128;
+};
+constexpr double inverse_factorial(int n) {
+    double f = 1;
+    for (int k = 2; k <= n; ++k) f *= k;
+    return 1 / f;
+}
+template <class C> NOINLINE Vec<C> exponential(Vec<C> v) {
+    typedef Exponential<C> E;
+    typedef typename E::Integer Integers __attribute__((vector_size(REGISTER)));
+    const C log2e = C(0x1.71547652b82fep0);
+    Vec<C> r;
+    FOR_PARTS {
+        auto x = v.part[p], least = E::LEAST - typename Vec<C>::Register{};
+        x = x <= least ? least : x;  // NaN stays
+        auto shifted = x * log2e + E::MAGIC, n = shifted - E::MAGIC;
+        auto rest = x - n * E::HIGH - n * E::LOW;
+        auto sum = (C)inverse_factorial(E::DEGREE) - typename Vec<C>::Register{};
+        for (int k = E::DEGREE - 1; k >= 0; --k) sum = sum * rest + (C)inverse_factorial(k);
+        Integers bits, zero;
+        C magic = E::MAGIC;
+        typename E::Integer whole;
+        __builtin_memcpy(&bits, &shifted, sizeof bits);
+        __builtin_memcpy(&whole, &magic, sizeof whole);
+        zero = Integers{} + whole;
+        bits = (bits - zero + (E::BIAS + E::EXTRA)) << E::FRACTION;
+        typename Vec<C>::Register power;
+        __builtin_memcpy(&power, &bits, sizeof power);
+        r.part[p] = sum * power * E::DOWN;
+    }
+    return r;
+}
+
 // `v` where w > 0, and 0 elsewhere: an element of zero weight may be NaN.
 template <class C> INLINE Vec<C> where_positive(const Vec<C>& w, Vec<C> v) {
     FOR_PARTS v.part[p] = w.part[p] > 0 ? v.part[p] : typename Vec<C>::Register{};

@@ -13,9 +13,11 @@ from batchnorm.coefficients import (
     backward_coefficients,
     forward_coefficients,
     frozen_gradients,
+    in_compute,
     in_dtype_of,
     rounded_mean,
 )
+from batchnorm.epilogue import Epilogue, activated, before_activation, gradient_through
 from batchnorm.groups import Call
 from batchnorm.layout import Layout, float_name
 from batchnorm.moments import Moments
@@ -65,9 +67,20 @@ class Backend:
         raise NotImplementedError
 
     def scale_shift(
-        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+        self,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        layout: Layout,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
     ) -> Array:
-        """Return y = a·(x − m) + b, in the dtype of x; m, a and b are (C) in `layout.compute`."""
+        """Return y = act(a·(x − m) + b + z), in the dtype of x; m, a and b are (C) in `layout.compute`.
+
+        The residual z, of the dtype of x, and the activation are those of `epilogue`, if there is one.
+        """
         raise NotImplementedError
 
     def grad_sums(
@@ -92,6 +105,16 @@ class Backend:
         """Return dx = a·(dy + w·(b·(x − m) + c)), in the dtype of dy and x, which is one."""
         raise NotImplementedError
 
+    def activation_gradient(
+        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
+    ) -> Array:
+        """Return g = act'(a·(x − m) + b + z)·dy: what goes back through `scale_shift`.
+
+        It is of `gradient_dtype`, 32 bits at least. A backend that fuses this into its backward pass
+        needs it for synchronized batches and given statistics.
+        """
+        raise NotImplementedError
+
     # The passes.
 
     def statistics(self, x: Array, w: Array | None, layout: Layout) -> Moments:
@@ -108,12 +131,14 @@ class Backend:
         eps: Any,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> tuple[Array, Moments]:
         """Return y and the moments of x."""
         stats = self.statistics(x, w, layout)
         validate_mask_count(layout, w, stats.count)
-        return self.inference(x, stats, gamma, beta, eps, layout, out=out), stats
+        y = self.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
+        return y, stats
 
     def inference(
         self,
@@ -124,11 +149,13 @@ class Backend:
         eps: Any,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> Array:
         """Return y by given statistics; their count is ignored."""
         m, a, b = forward_coefficients(layout, stats, gamma, beta, eps)  # (C), (C), (C)
-        return to_out(layout, self.scale_shift(x, m, a, b, layout, out=out), x.dtype, out)
+        y = self.scale_shift(x, m, a, b, layout, epilogue=epilogue, out=out)
+        return to_out(layout, y, x.dtype, out)
 
     def backward(
         self,
@@ -140,9 +167,50 @@ class Backend:
         eps: Any,
         layout: Layout,
         *,
+        beta: Array | None = None,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, ...]:
+        """Return dx, dgamma and dbeta in the shape and dtype of gamma, and with a residual dresidual.
+
+        beta and the epilogue say what the activation was applied to.
+        """
+        g, *dresidual = self.through_epilogue(dy, x, stats, gamma, beta, eps, layout, epilogue)
+        return *self.norm_backward(g, x, w, stats, gamma, eps, layout, out=out), *dresidual
+
+    def through_epilogue(
+        self,
+        dy: Array,
+        x: Array,
+        stats: Moments,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: Any,
+        layout: Layout,
+        epilogue: Epilogue | None,
+    ) -> tuple[Array, ...]:
+        """Return the gradient to the result of the norm, and where it is asked for to the residual."""
+        if epilogue is None:
+            return (dy,)
+        g, copy = dy, True
+        if epilogue.activation is not None:
+            m, a, b = forward_coefficients(layout, stats, gamma, beta, eps)  # (C), (C), (C)
+            g, copy = self.activation_gradient(dy, x, m, a, b, epilogue, layout), False
+        return (g, layout.xp.astype(g, x.dtype, copy=copy)) if epilogue.gradient else (g,)
+
+    def norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array | None,
+        stats: Moments,
+        gamma: Array | None,
+        eps: Any,
+        layout: Layout,
+        *,
         out: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """Return dx, and dgamma and dbeta in the shape and dtype of gamma."""
+        """Return dx, dgamma and dbeta of the norm alone."""
         sums = self.centred_sums(dy, x, w, stats, layout)
         return self.gradients(dy, x, w, stats, gamma, eps, layout, sums, out=out)
 
@@ -186,9 +254,12 @@ class Backend:
         eps: Any,
         layout: Layout,
         *,
+        beta: Array | None = None,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
-    ) -> tuple[Array, Array, Array, Array, Array]:
-        """Return dx, dgamma, dbeta, dmean and dvar of `inference`."""
+    ) -> tuple[Array, ...]:
+        """Return dx, dgamma, dbeta, with a residual dresidual, dmean and dvar of `inference`."""
+        dy, *dresidual = self.through_epilogue(dy, x, stats, gamma, beta, eps, layout, epilogue)
         dtype = x.dtype
         dy, x, inner = _in_one_dtype(layout, dy, x)
         sums = self.centred_sums(dy, x, None, stats, inner)
@@ -197,7 +268,7 @@ class Backend:
         grads = [in_dtype_of(layout, p, v) for p, v in zip(parameters, vectors, strict=True)]
         zero = inner.xp.zeros_like(a)  # (C)
         dx = self.scale_shift(dy, zero, a, zero, inner, out=out if dy.dtype == dtype else None)
-        return to_out(layout, dx, dtype, out), *grads
+        return to_out(layout, dx, dtype, out), *grads[:2], *dresidual, *grads[2:]
 
     # Synchronized: the same with one all-reduce between the kernels.
 
@@ -211,13 +282,15 @@ class Backend:
         eps: Any,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> tuple[Array, Moments]:
         """Return y of this member's part, and the moments of the joined batch."""
         call.announce_forward(layout, x)
         stats = call.allreduce_moments(self.statistics(x, w, layout))
         validate_group_count(layout, stats, w)
-        return self.inference(x, stats, gamma, beta, eps, layout, out=out), stats
+        y = self.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
+        return y, stats
 
     def backward_in_group(
         self,
@@ -230,12 +303,15 @@ class Backend:
         eps: Any,
         layout: Layout,
         *,
+        beta: Array | None = None,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """Return dx of this member's part; dgamma and dbeta of the joined batch."""
+    ) -> tuple[Array, ...]:
+        """Return dx (and dresidual) of this member's part; dgamma and dbeta of the joined batch."""
+        dy, *dresidual = self.through_epilogue(dy, x, stats, gamma, beta, eps, layout, epilogue)
         call.announce_backward(layout, x)
         sums = call.all_reduce(*self.centred_sums(dy, x, w, stats, layout))
-        return self.gradients(dy, x, w, stats, gamma, eps, layout, sums, out=out)
+        return *self.gradients(dy, x, w, stats, gamma, eps, layout, sums, out=out), *dresidual
 
     def reread(self, big: Sequence[Array | None], vectors: Sequence[Array]) -> Sequence[Array | None]:
         """Return the big arrays; a lazy backend returns copies that are computed after the vectors."""
@@ -264,11 +340,35 @@ def to_out(layout: Layout, result: Array, dtype: Any, out: Array | None) -> Arra
 
 
 class KernelSet(Backend):
-    """A backend made of four functions, the kernels."""
+    """A backend made of four functions, the kernels; residuals and activations are array API code."""
 
     def __init__(
         self, name: str, summary: str, moments: Any, scale_shift: Any, grad_sums: Any, grad_input: Any
     ) -> None:
         self.name, self.summary = name, summary
-        self.moments, self.scale_shift = moments, scale_shift  # type: ignore[method-assign]
+        self.moments, self._scale_shift = moments, scale_shift  # type: ignore[method-assign]
         self.grad_sums, self.grad_input = grad_sums, grad_input  # type: ignore[method-assign]
+
+    def scale_shift(
+        self,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        layout: Layout,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
+    ) -> Array:
+        """Return y = act(a·(x − m) + b + z)."""
+        if epilogue is None:
+            return self._scale_shift(x, m, a, b, layout, out=out)
+        h = self._scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
+        return layout.xp.astype(activated(layout, h, epilogue), x.dtype, copy=False)
+
+    def activation_gradient(
+        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
+    ) -> Array:
+        """Return g = act'(a·(x − m) + b + z)·dy."""
+        h = self._scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
+        return gradient_through(layout, before_activation(layout, h, epilogue), dy, epilogue)

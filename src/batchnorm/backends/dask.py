@@ -21,6 +21,7 @@ from dask.utils import key_split
 
 from batchnorm.arrays import namespace
 from batchnorm.backends.base import Backend
+from batchnorm.epilogue import Epilogue, gradient_dtype
 from batchnorm.layout import Layout, layout_of
 from batchnorm.moments import Moments, merge_rows
 
@@ -54,11 +55,30 @@ class Dask(Backend):
         return parts[0], parts[1], parts[2], parts[3]
 
     def scale_shift(
-        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: None = None
+        self,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        layout: Layout,
+        *,
+        epilogue: Epilogue | None = None,
+        out: None = None,
     ) -> Array:
-        """Return y = a·(x − m) + b."""
-        (x,), vectors = _ready((x,), (m, a, b))
-        return self._blocks(_chunk_scale_shift, layout, x, *vectors)
+        """Return y = act(a·(x − m) + b + z)."""
+        z = None if epilogue is None else epilogue.residual
+        (x, z), vectors = _ready((x, z), (m, a, b))
+        return self._blocks(_chunk_scale_shift, layout, x, *vectors, z, epilogue=_without(epilogue))
+
+    def activation_gradient(
+        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
+    ) -> Array:
+        """Return g = act'(a·(x − m) + b + z)·dy."""
+        (x, dy, z, y), vectors = _ready((x, dy, epilogue.residual, epilogue.y), (m, a, b))
+        dtype = gradient_dtype(layout, dy)
+        named = {"epilogue": _without(epilogue), "dtype": dtype}
+        named["meta"] = da.utils.meta_from_array(x._meta, ndim=x.ndim, dtype=dtype)
+        return self._blocks(_chunk_activation_gradient, layout, x, dy, *vectors, z, y, **named)
 
     def grad_sums(
         self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout
@@ -109,7 +129,9 @@ class Dask(Backend):
             meta=da.utils.meta_from_array(x._meta, ndim=1 + x.ndim, dtype=layout.wide),
         )
 
-    def _blocks(self, function: Callable[..., Array], layout: Layout, x: Array, *others: Any) -> Array:
+    def _blocks(
+        self, function: Callable[..., Array], layout: Layout, x: Array, *others: Any, **named: Any
+    ) -> Array:
         """Return an array of the shape of x."""
         axes = tuple(range(x.ndim))
         return da.blockwise(
@@ -118,8 +140,7 @@ class Dask(Backend):
             *_along(axes, x, *others),
             channel_axes=layout.channel_axes,
             backend_for=self._chosen,
-            dtype=x.dtype,
-            meta=x._meta,
+            **{"dtype": x.dtype, "meta": x._meta, **named},
         )
 
 
@@ -251,10 +272,41 @@ def _merged(parts: Array, axis: Any, keepdims: bool, *, channel_axes: tuple[int,
     return xp.stack([xp.reshape(v, broadcast) for v in (n, mean, low, var)])
 
 
+def _without(epilogue: Epilogue | None) -> Epilogue | None:
+    """Return an epilogue without its arrays, which come in chunks."""
+    return None if epilogue is None else epilogue._replace(residual=None, y=None)
+
+
 def _chunk_scale_shift(
-    x: Array, m: Array, a: Array, b: Array, *, channel_axes: tuple[int, ...], backend_for: Choose
+    x: Array,
+    m: Array,
+    a: Array,
+    b: Array,
+    z: Array | None,
+    *,
+    channel_axes: tuple[int, ...],
+    backend_for: Choose,
+    epilogue: Epilogue | None,
 ) -> Array:
-    return backend_for(x).scale_shift(x, m, a, b, _layout(x, channel_axes))
+    own = None if epilogue is None else epilogue._replace(residual=z)
+    return backend_for(x, z).scale_shift(x, m, a, b, _layout(x, channel_axes), epilogue=own)
+
+
+def _chunk_activation_gradient(
+    x: Array,
+    dy: Array,
+    m: Array,
+    a: Array,
+    b: Array,
+    z: Array | None,
+    y: Array | None,
+    *,
+    channel_axes: tuple[int, ...],
+    backend_for: Choose,
+    epilogue: Epilogue,
+) -> Array:
+    own, layout = epilogue._replace(residual=z, y=y), _layout(x, channel_axes)
+    return backend_for(dy, x, z, y).activation_gradient(dy, x, m, a, b, own, layout)
 
 
 def _chunk_grad_sums(

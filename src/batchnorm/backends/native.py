@@ -12,11 +12,18 @@ import numpy as np
 
 from batchnorm import core
 from batchnorm.backends.base import Backend
+from batchnorm.backends.generic import GENERIC
+from batchnorm.epilogue import Activation, Epilogue
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 from batchnorm.validation import validate_mask_count
 
 Array = Any
+
+
+def _arguments(epilogue: Epilogue | None) -> tuple[Array | None, Activation | None]:
+    """Return the residual and the activation, as functions of the core take them."""
+    return (None, None) if epilogue is None else (epilogue.residual, epilogue.activation)
 
 
 def _readable(v: Array) -> bool:
@@ -68,11 +75,12 @@ class Native(Backend):
         eps: float,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> tuple[Array, Moments]:
         """Return y and the batch's moments."""
-        axes, w = layout.channel_axes, self.weights(w)
-        found = _CORE.forward(x, self.vector(gamma), self.vector(beta), axes, eps, w, out, True)
+        axes, w, last = layout.channel_axes, self.weights(w), _arguments(epilogue)
+        found = _CORE.forward(x, self.vector(gamma), self.vector(beta), axes, eps, w, *last, out, True)
         if found is None:  # a mask with too few values in a channel, before y was written
             validate_mask_count(layout, w, _CORE.moments(x, axes, w).count)
         return found  # type: ignore[no-any-return]
@@ -87,20 +95,68 @@ class Native(Backend):
         eps: float,
         layout: Layout,
         *,
+        beta: Array | None = None,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, ...]:
+        """Return dx, dgamma and dbeta in the dtype of gamma, and with a residual dresidual."""
+        found = None
+        if epilogue is not None and epilogue.activation is not None:
+            found = self._fused_backward(dy, x, w, stats, gamma, beta, eps, layout, epilogue, out)
+        if found is None:
+            given = {"beta": beta, "epilogue": epilogue, "out": out}
+            return super().backward(dy, x, w, stats, gamma, eps, layout, **given)
+        return found
+
+    def norm_backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array | None,
+        stats: Moments,
+        gamma: Array | None,
+        eps: float,
+        layout: Layout,
+        *,
         out: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """Return dx, and dgamma and dbeta in the dtype of gamma."""
-        stats = Moments(*(self.vector(v) for v in stats))
-        axes, parameter = layout.channel_axes, self.vector(gamma)
-        found = None
-        if dy.dtype == x.dtype:
-            found = _CORE.backward(dy, x, stats, parameter, axes, eps, self.weights(w), out, True)
+        """Return dx, dgamma and dbeta of the norm alone."""
+        found: Any = self._fused_backward(dy, x, w, stats, gamma, None, eps, layout, None, out)
         if found is None:
-            return super().backward(dy, x, w, stats, gamma, eps, layout, out=out)
-        dx, *grads = found
-        if parameter is not gamma:
-            grads = [v.astype(gamma.dtype) for v in grads]  # type: ignore[union-attr]
-        return dx, *grads
+            return super().norm_backward(dy, x, w, stats, gamma, eps, layout, out=out)
+        return found  # type: ignore[no-any-return]
+
+    def _fused_backward(
+        self,
+        dy: Array,
+        x: Array,
+        w: Array | None,
+        stats: Moments,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        epilogue: Epilogue | None,
+        out: Array | None,
+    ) -> tuple[Array, ...] | None:
+        """Run a backward pass in the core; None where it declines."""
+        if dy.dtype != x.dtype:
+            return None
+        stats = Moments(*(self.vector(v) for v in stats))
+        parameters = self.vector(gamma), self.vector(beta)
+        residual, activation = _arguments(epilogue)
+        y = None
+        if epilogue is not None:
+            residual, y = epilogue.gradient if residual is None else residual, epilogue.y
+        last = residual, activation, y, out, True
+        found = _CORE.backward(
+            dy, x, stats, *parameters, layout.channel_axes, eps, self.weights(w), *last
+        )
+        if found is not None and parameters[0] is not gamma:
+            dx, dgamma, dbeta, *dresidual = found
+            dgamma, dbeta = (v.astype(gamma.dtype) for v in (dgamma, dbeta))  # type: ignore[union-attr]
+            return dx, dgamma, dbeta, *dresidual
+        return found  # type: ignore[no-any-return]
 
     def inference(
         self,
@@ -111,11 +167,12 @@ class Native(Backend):
         eps: float,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> Array:
         """Return y from statistics that are given."""
         vectors = map(self.vector, (stats.mean, stats.var, stats.mean_lo, gamma, beta))
-        return _CORE.inference(x, *vectors, layout.channel_axes, eps, out, True)
+        return _CORE.inference(x, *vectors, layout.channel_axes, eps, *_arguments(epilogue), out, True)
 
     def statistics(self, x: Array, w: Array | None, layout: Layout) -> Moments:
         """Return count, mean and variance of each channel."""
@@ -129,11 +186,29 @@ class Native(Backend):
         return count, mean, low, var
 
     def scale_shift(
-        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+        self,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        layout: Layout,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
     ) -> Array:
-        """Return y = a·(x − m) + b."""
+        """Return y = act(a·(x − m) + b + z)."""
         vectors = map(self.dense, (m, a, b))
-        return _CORE.scale_shift(x, *vectors, layout.channel_axes, out)
+        return _CORE.scale_shift(x, *vectors, layout.channel_axes, *_arguments(epilogue), out)
+
+    def activation_gradient(
+        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
+    ) -> Array:
+        """Return g = act'(a·(x − m) + b + z)·dy."""
+        if dy.dtype != x.dtype or x.itemsize == 2:  # the core writes what it reads
+            return GENERIC.activation_gradient(dy, x, m, a, b, epilogue, layout)
+        vectors = map(self.dense, (m, a, b))
+        last = *_arguments(epilogue), epilogue.y
+        return _CORE.activation_gradient(dy, x, *vectors, layout.channel_axes, *last)
 
     def grad_sums(
         self, dy: Array, x: Array, m: Array, w: Array | None, layout: Layout

@@ -15,6 +15,13 @@ from batchnorm import outputs
 from batchnorm.backends.base import Backend
 from batchnorm.backends.blocks import Block, plan_of
 from batchnorm.backends.generic import GENERIC
+from batchnorm.epilogue import (
+    Epilogue,
+    activated,
+    before_activation,
+    gradient_dtype,
+    gradient_through,
+)
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments, merge_rows
 
@@ -62,17 +69,52 @@ class NumPy(Backend):
 
     @np.errstate(all="ignore")
     def scale_shift(
-        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+        self,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        layout: Layout,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
     ) -> Array:
-        """Return y = a·(x − m) + b."""
+        """Return y = act(a·(x − m) + b + z)."""
         y = outputs.empty_like(x) if out is None else out
         plan = plan_of(x.shape, x.strides, layout.channel_axes)
-        x, m, a, b, target = plan.transposed(x, m, a, b, y)
+        z = None if epilogue is None else epilogue.residual
+        x, m, a, b, z, target = plan.transposed(x, m, a, b, z, y)
         for block in plan.blocks:
+            to = target[(*block.selection, ...)]
             d = np.subtract(x[block.selection], m[block.channels], dtype=layout.compute)
             d *= a[block.channels]
-            np.add(d, b[block.channels], out=target[(*block.selection, ...)], casting="same_kind")
+            if epilogue is None:
+                np.add(d, b[block.channels], out=to, casting="same_kind")
+                continue
+            d += b[block.channels]
+            own = epilogue._replace(residual=None if z is None else z[block.selection])
+            to[...] = activated(layout, d, own)
         return y
+
+    @np.errstate(all="ignore")
+    def activation_gradient(
+        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
+    ) -> Array:
+        """Return g = act'(a·(x − m) + b + z)·dy."""
+        g = np.empty_like(dy, dtype=gradient_dtype(layout, dy))
+        plan = plan_of(x.shape, x.strides, layout.channel_axes)
+        dy, x, m, a, b, z, y, target = plan.transposed(dy, x, m, a, b, epilogue.residual, epilogue.y, g)
+        for block in plan.blocks:
+            at = block.selection
+            own = epilogue._replace(
+                residual=None if z is None else z[at], y=None if y is None else y[at]
+            )
+            h = np.subtract(x[at], m[block.channels], dtype=layout.compute)
+            h *= a[block.channels]
+            h += b[block.channels]
+            h = before_activation(layout, h, own)
+            target[(*at, ...)] = gradient_through(layout, h, dy[at], own)
+        return g
 
     @np.errstate(all="ignore")
     def grad_sums(

@@ -14,6 +14,7 @@ import numpy as np
 
 from batchnorm.backends.base import Backend
 from batchnorm.backends.generic import Generic
+from batchnorm.epilogue import Epilogue
 from batchnorm.errors import describe_type
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
@@ -127,6 +128,8 @@ def _to_host(value: Any) -> Any:
     torch = sys.modules["torch"]
     if isinstance(value, torch.Tensor):
         return view(value)
+    if isinstance(value, Epilogue):
+        return value._replace(residual=_to_host(value.residual), y=_to_host(value.y))
     if isinstance(value, (tuple, list)) and not isinstance(value, Layout):
         return _like_tuple(value, map(_to_host, value))
     return _layout(value) if isinstance(value, Layout) else value
@@ -145,8 +148,10 @@ def _like_tuple(value: Any, parts: Iterable[Any]) -> Any:
 def _delegated(method: str, like: int | None) -> Any:
     """Make a method that runs the host's on the memory of tensors; a result in `out` is that tensor."""
 
-    def call(self: OnTensors, *arguments: Any, out: Array | None = None) -> Any:
-        host = getattr(self.host, method)
+    def call(self: OnTensors, *arguments: Any, out: Array | None = None, **named: Any) -> Any:
+        host = functools.partial(
+            getattr(self.host, method), **{name: _to_host(v) for name, v in named.items()}
+        )
         if like is None:
             return _to_tensors(host(*map(_to_host, arguments)))
         target = out
@@ -180,6 +185,7 @@ for _method, _like in {
     "centred_sums": None,
     "gradients": 1,
     "inference_backward": 1,
+    "activation_gradient": None,
 }.items():
     setattr(OnTensors, _method, _delegated(_method, _like))
 
@@ -193,11 +199,9 @@ def on_tensors(host: Backend) -> Backend:
 class OwnOperators(Generic):
     """Array API code on PyTorch's own operators, with results in the layout of its batch norm's."""
 
-    def scale_shift(
-        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
-    ) -> Array:
-        """Return y = a·(x − m) + b."""
-        return laid_out(super().scale_shift(x, m, a, b, layout), x)
+    def scale_shift(self, x: Array, *arguments: Any, out: Array | None = None, **named: Any) -> Array:
+        """Return y = act(a·(x − m) + b + z)."""
+        return laid_out(super().scale_shift(x, *arguments, **named), x)
 
     def grad_input(self, dy: Array, x: Array, *arguments: Any, out: Array | None = None) -> Array:
         """Return dx = a·(dy + w·(b·(x − m) + c))."""

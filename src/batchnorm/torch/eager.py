@@ -12,6 +12,7 @@ import torch
 
 from batchnorm import core, tracing
 from batchnorm.backends import native_tensors  # noqa: F401  which shows the core how to read tensors
+from batchnorm.epilogue import Activation, validate_activation
 from batchnorm.moments import Moments
 from batchnorm.torch import operators
 
@@ -35,68 +36,106 @@ class _DeclinedError(Exception):
     """The core does not take the call, which the general path explains or runs."""
 
 
+def _backward(
+    ctx: Any, dy: Any, x: Any, stats: Moments, gamma: Any, where: Any, axis: Any, last: Any
+) -> Any:
+    """Return dx, dgamma, dbeta and dresidual by the core; None where PyTorch has to see operators."""
+    if torch.is_grad_enabled() or not _plain():
+        return None
+    beta, residual, y = last
+    added = residual if residual is not None else (ctx.residual and bool(ctx.activation))
+    activation = Activation(ctx.activation, ctx.slope) if ctx.activation else None
+    settings = axis, ctx.eps, where, added, activation, y, None, True
+    found = _CORE.backward(dy, x, stats, gamma, beta, *settings)
+    if found is None:
+        return None
+    dx, dgamma, dbeta, *dresidual = found
+    if ctx.beta is None:
+        dbeta = None
+    elif dbeta.dtype != ctx.beta:
+        dbeta = dbeta.to(ctx.beta)
+    if ctx.residual and not dresidual:
+        dresidual = [dy]
+    return dx, None if gamma is None else dgamma, dbeta, dresidual[0] if dresidual else None
+
+
 class _BatchNorm(torch.autograd.Function):
     """`batch_norm` for gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, where: Any, axis: Any, eps: Any) -> Any:
+    def forward(
+        ctx: Any,
+        x: Any,
+        gamma: Any,
+        beta: Any,
+        where: Any,
+        axis: Any,
+        eps: Any,
+        residual: Any,
+        activation: Any,
+    ) -> Any:
         """Return y and the four vectors of the batch's moments."""
-        found = _CORE.forward(x, gamma, beta, axis, eps, where, None, True)
+        found = _CORE.forward(x, gamma, beta, axis, eps, where, residual, activation, None, True)
         if found is None:
             raise _DeclinedError
         y, stats = found
         axes = list(axis) if isinstance(axis, tuple) else [axis]
-        operators.save_batch_norm(ctx, (x, gamma, beta, where, axes, eps), (y, *stats))
+        last = residual, *(validate_activation(activation) or ("", 0.0))
+        operators.save_batch_norm(ctx, (x, gamma, beta, where, axes, eps, *last), (y, *stats))
         return y, *stats
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dn: Any, dmean: Any, dvar: Any, dlow: Any) -> Any:
-        """Return the gradients of x, gamma and beta."""
-        simple = dy is not None and dmean is None and dvar is None
-        if simple and not torch.is_grad_enabled() and _plain():
-            x, gamma, where, *stats = ctx.saved_tensors
-            axes, eps = tuple(ctx.axis), ctx.eps
-            found = _CORE.backward(dy, x, Moments(*stats), gamma, axes, eps, where, None, True)
+        """Return the gradients of x, gamma, beta and the residual."""
+        if dy is not None and dmean is None and dvar is None:
+            x, gamma, where, n, mean, var, low, *last = ctx.saved_tensors
+            stats = Moments(n, mean, var, low)
+            found = _backward(ctx, dy, x, stats, gamma, where, tuple(ctx.axis), last)
             if found is not None:
-                dx, dgamma, dbeta = found
-                dbeta = None if ctx.beta is None else dbeta.to(ctx.beta)
-                return dx, None if gamma is None else dgamma, dbeta, None, None, None
-        return operators.grad_batch_norm(ctx, dy, dn, dmean, dvar, dlow)
+                dx, dgamma, dbeta, dresidual = found
+                return dx, dgamma, dbeta, None, None, None, dresidual, None
+        return operators.grad_batch_norm(ctx, dy, dn, dmean, dvar, dlow)[:-1]
 
 
 class _BatchNormModule(torch.autograd.Function):
     """A module's pass in training: y alone, as nothing else of it has a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, eps: float, found: list[Any]) -> Any:
+    def forward(
+        ctx: Any,
+        x: Any,
+        gamma: Any,
+        beta: Any,
+        residual: Any,
+        activation: Any,
+        eps: float,
+        found: list[Any],
+    ) -> Any:
         """Return y, and append the batch's moments to `found`."""
-        done = _CORE.forward(x, gamma, beta, 1, eps, None, None, True)
+        done = _CORE.forward(x, gamma, beta, 1, eps, None, residual, activation, None, True)
         if done is None:
             raise _DeclinedError
         y, stats = done
         found.append(stats)
-        ctx.save_for_backward(x, gamma)
-        ctx.stats, ctx.eps, ctx.beta = stats, eps, None if beta is None else beta.dtype
+        ctx.axis, ctx.eps, ctx.stats = [1], eps, stats
+        last = operators.save_epilogue(ctx, beta, y, residual, *(activation or ("", 0.0)))
+        ctx.save_for_backward(x, gamma, *last)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> Any:
-        """Return the gradients of x, gamma and beta."""
+        """Return the gradients of x, gamma, beta and the residual."""
         if dy is None:
-            return None, None, None, None, None
-        x, gamma = ctx.saved_tensors
-        found = None
-        if not torch.is_grad_enabled() and _plain():
-            found = _CORE.backward(dy, x, ctx.stats, gamma, 1, ctx.eps, None, None, True)
+            return (None,) * 7
+        x, gamma, *last = ctx.saved_tensors
+        found = _backward(ctx, dy, x, ctx.stats, gamma, None, 1, last)
         if found is None:
-            found = operators.backward(dy, x, *ctx.stats, gamma, None, [1], ctx.eps)
-        dx, dgamma, dbeta = found
-        if ctx.beta is None:
-            dbeta = None
-        elif dbeta.dtype != ctx.beta:
-            dbeta = dbeta.to(ctx.beta)
-        return dx, None if gamma is None else dgamma, dbeta, None, None
+            g, dresidual = operators.through_epilogue(ctx, dy, x, None, gamma, ctx.stats, last)
+            dx, dgamma, dbeta = operators.backward(g, x, *ctx.stats, gamma, None, [1], ctx.eps)
+            dbeta = None if ctx.beta is None else dbeta.to(ctx.beta)
+            found = dx, None if gamma is None else dgamma, dbeta, dresidual
+        return *found, None, None, None
 
 
 # `Function.apply` without what it does for `torch.func`, which `_plain` excludes.
@@ -104,19 +143,31 @@ _apply_module: Any = super(torch.autograd.Function, _BatchNormModule).apply
 
 
 def train(
-    x: Array, gamma: Any, beta: Any, mean: Any, var: Any, count: Any, momentum: Any, eps: float
+    x: Array,
+    gamma: Any,
+    beta: Any,
+    mean: Any,
+    var: Any,
+    count: Any,
+    momentum: Any,
+    eps: float,
+    residual: Any = None,
+    activation: Any = None,
 ) -> Any:
-    """Return y of a module in training, and update its statistics; or None."""
+    """Return y of a module in training, and update its statistics; or None.
+
+    The activation is an `Activation`.
+    """
     if momentum is None or not _plain() or not _CORE.fits(x, 1, gamma, beta, mean, var):
         return None
     if mean is not None and not (mean.is_contiguous() and var.is_contiguous()):
         return None
     found: list[Any] = []
     try:
-        if _recorded(x, gamma, beta):
-            y = _apply_module(x, gamma, beta, eps, found)
+        if _recorded(x, gamma, beta, residual):
+            y = _apply_module(x, gamma, beta, residual, activation, eps, found)
         else:
-            done = _CORE.forward(x, gamma, beta, 1, eps, None, None, True)
+            done = _CORE.forward(x, gamma, beta, 1, eps, None, residual, activation, None, True)
             if done is None:
                 return None
             y = done[0]
@@ -131,16 +182,25 @@ def train(
 
 
 def forward(
-    x: Array, gamma: Any, beta: Any, axis: Any, eps: Any, where: Any, out: Any, trusted: bool
+    x: Array,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    eps: Any,
+    where: Any,
+    residual: Any,
+    activation: Any,
+    out: Any,
+    trusted: bool,
 ) -> Any:
     """Return y and the batch's moments, or None."""
     if where is not None or out is not None or not _plain():
         return None
-    if not _recorded(x, gamma, beta):
+    if not _recorded(x, gamma, beta, residual):
         # Arguments that a pass with a mask has to look at are the general path's.
-        return _CORE.forward(x, gamma, beta, axis, eps, None, None, True)
+        return _CORE.forward(x, gamma, beta, axis, eps, None, residual, activation, None, True)
     try:
-        y, *stats = _BatchNorm.apply(x, gamma, beta, None, axis, eps)  # type: ignore[no-untyped-call]
+        y, *stats = _BatchNorm.apply(x, gamma, beta, None, axis, eps, residual, activation)  # type: ignore[no-untyped-call]
     except _DeclinedError:
         return None
     return y, Moments(*stats)
@@ -151,19 +211,25 @@ def backward(
     x: Array,
     stats: Any,
     gamma: Any,
+    beta: Any,
     axis: Any,
     eps: Any,
     where: Any,
+    residual: Any,
+    activation: Any,
+    y: Any,
     out: Any,
     trusted: bool,
 ) -> Any:
     """Return dx, dgamma and dbeta, or None."""
     if where is not None or out is not None or not isinstance(stats, Moments):
         return None
-    given = (dy, x, gamma, *stats)
+    given = (dy, x, gamma, beta, residual, y, *stats)
     if not _plain() or _recorded(*given):
         return None
-    return _CORE.backward(dy, x, stats, gamma, axis, eps, None, None, True)
+    return _CORE.backward(
+        dy, x, stats, gamma, beta, axis, eps, None, residual, activation, y, None, True
+    )
 
 
 def inference(
@@ -175,14 +241,18 @@ def inference(
     beta: Any,
     axis: Any,
     eps: Any,
+    residual: Any,
+    activation: Any,
     out: Any,
     trusted: bool,
 ) -> Any:
     """Return y by given statistics, or None."""
-    given = (x, mean, var, mean_lo, gamma, beta)
+    given = (x, mean, var, mean_lo, gamma, beta, residual)
     if out is not None or not _plain() or _recorded(*given):
         return None
-    return _CORE.inference(x, mean, var, mean_lo, gamma, beta, axis, eps, None, True)
+    return _CORE.inference(
+        x, mean, var, mean_lo, gamma, beta, axis, eps, residual, activation, None, True
+    )
 
 
 def update_running(

@@ -16,6 +16,7 @@ import torch
 
 from batchnorm import functional, tracing
 from batchnorm.coefficients import weights_of
+from batchnorm.epilogue import backward_epilogue, validate_activation
 from batchnorm.moments import Moments
 from batchnorm.torch import leaving
 
@@ -71,6 +72,35 @@ def _tensors(stats: Moments, x: Array) -> list[Array]:
     return [n, mean, var, torch.zeros_like(mean) if low is None else low]
 
 
+def _epilogue(residual: Array | None, activation: Any) -> tuple[Array | None, str, float]:
+    """Return the residual and the activation as arguments of the operators."""
+    return residual, *(validate_activation(activation) or ("", 0.0))
+
+
+def _through_epilogue(
+    dy: Array,
+    x: Array,
+    stats: list[Any],
+    w: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    axes: list[int],
+    eps: float,
+    residual: Any,
+    activation: Any,
+    y: Array | None,
+) -> tuple[Array, ...]:
+    """Return the gradient to the result of the norm, and with a residual to that."""
+    epilogue = backward_epilogue(residual, activation, y)
+    if epilogue is None:
+        return (dy,)
+    g = dy
+    if epilogue.activation is not None:
+        vectors = gamma, beta, epilogue.residual, epilogue.y, w
+        g = _ops.activation_gradient(dy, x, *stats, *vectors, axes, eps, *epilogue.activation)
+    return (g, g.to(x.dtype)) if epilogue.gradient else (g,)
+
+
 def _batch_norm(
     x: Array,
     gamma: Array | None = None,
@@ -79,8 +109,11 @@ def _batch_norm(
     axis: Any = 1,
     eps: float = 1e-5,
     where: Array | None = None,
+    residual: Array | None = None,
+    activation: Any = None,
 ) -> tuple[Array, Moments]:
-    y, *stats = _ops.batch_norm(x, gamma, beta, weights_of(where, x.ndim), _axes(axis), eps)
+    last = _epilogue(residual, activation)
+    y, *stats = _ops.batch_norm(x, gamma, beta, weights_of(where, x.ndim), _axes(axis), eps, *last)
     return y, Moments(*stats)
 
 
@@ -89,14 +122,19 @@ def _batch_norm_backward(
     x: Array,
     stats: Moments,
     gamma: Array | None = None,
+    beta: Array | None = None,
     *,
     axis: Any = 1,
     eps: float = 1e-5,
     where: Array | None = None,
+    residual: Any = None,
+    activation: Any = None,
+    y: Array | None = None,
 ) -> tuple[Array, ...]:
-    w, axes = weights_of(where, x.ndim), _axes(axis)
-    found: tuple[Array, ...] = _ops.batch_norm_backward(dy, x, *_tensors(stats, x), gamma, w, axes, eps)
-    return found
+    w, axes, vectors = weights_of(where, x.ndim), _axes(axis), _tensors(stats, x)
+    last = vectors, w, gamma, beta, axes, eps, residual, activation, y
+    g, *dresidual = _through_epilogue(dy, x, *last)
+    return *_ops.batch_norm_backward(g, x, *vectors, gamma, w, axes, eps), *dresidual
 
 
 def _normalize(
@@ -108,8 +146,11 @@ def _normalize(
     *,
     axis: Any = 1,
     eps: float = 1e-5,
+    residual: Array | None = None,
+    activation: Any = None,
 ) -> Array:
-    return _ops.normalize(x, mean, var, gamma, beta, _axes(axis), eps)
+    last = _axes(axis), eps, *_epilogue(residual, activation)
+    return _ops.normalize(x, mean, var, gamma, beta, *last)
 
 
 def _normalize_backward(
@@ -118,13 +159,20 @@ def _normalize_backward(
     mean: Array,
     var: Array,
     gamma: Array | None = None,
+    beta: Array | None = None,
     *,
     axis: Any = 1,
     eps: float = 1e-5,
+    residual: Any = None,
+    activation: Any = None,
+    y: Array | None = None,
     stats_grad: bool = False,
 ) -> tuple[Array, ...]:
-    found: tuple[Array, ...] = _ops.normalize_backward(dy, x, mean, var, gamma, _axes(axis), eps)
-    return found if stats_grad else found[:3]
+    axes, stats = _axes(axis), [None, mean, var, None]
+    last = stats, None, gamma, beta, axes, eps, residual, activation, y
+    g, *dresidual = _through_epilogue(dy, x, *last)
+    dx, dgamma, dbeta, *others = _ops.normalize_backward(g, x, mean, var, gamma, axes, eps)
+    return dx, dgamma, dbeta, *dresidual, *(others if stats_grad else ())
 
 
 def _moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:

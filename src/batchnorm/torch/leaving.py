@@ -15,6 +15,7 @@ import torch
 from batchnorm.arguments import validate_axes
 from batchnorm.backends.generic import GENERIC
 from batchnorm.coefficients import weights_of
+from batchnorm.epilogue import validate_activation, validate_epilogue
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 from batchnorm.validation import validate_input, validate_vectors
@@ -52,9 +53,13 @@ def _batch_norm(
     axis: Any = 1,
     eps: float = 1e-5,
     where: Array | None = None,
+    residual: Array | None = None,
+    activation: Any = None,
 ) -> tuple[Array, Moments]:
     layout = _layout(x, axis, gamma=gamma, beta=beta)
-    return GENERIC.forward(x, weights_of(where, x.ndim), gamma, beta, eps, layout)
+    epilogue = validate_epilogue(layout, x, residual, activation)
+    w = weights_of(where, x.ndim)
+    return GENERIC.forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
 
 
 def _moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:
@@ -70,8 +75,30 @@ def _normalize(
     *,
     axis: Any = 1,
     eps: float = 1e-5,
+    residual: Array | None = None,
+    activation: Any = None,
 ) -> Array:
-    """Normalize, if possible with PyTorch's operator, which exporters recognize."""
+    """Normalize, if possible with PyTorch's operators, which exporters recognize."""
+    y = _norm(x, mean, var, gamma, beta, axis=axis, eps=eps)
+    if residual is not None:
+        y = y + residual
+    checked = validate_activation(activation)
+    if checked is None:
+        return y
+    function = getattr(_functional, checked.name)
+    return function(y, checked.slope) if checked.name == "leaky_relu" else function(y)
+
+
+def _norm(
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    axis: Any,
+    eps: float,
+) -> Array:
     channel_axes = validate_axes(axis, x.ndim)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if len(channel_axes) == 1 and x.ndim > 1 and torch.promote_types(mean.dtype, dtype) == dtype:

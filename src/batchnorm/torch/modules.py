@@ -68,7 +68,7 @@ def _whole_call(self: Module, x: Any) -> Any:
     mean, var = buffers["running_mean"], buffers["running_var"]
     fast = optimistic.for_array(x)
     if not self.training and mean is not None:
-        return fast.inference(x, mean, var, None, gamma, beta, 1, self.eps, None, False)
+        return fast.inference(x, mean, var, None, gamma, beta, 1, self.eps, None, None, None, False)
     count = buffers["num_batches_tracked"] if self.training and self.track_running_stats else None
     if not self.training or (count is None) != (mean is None):
         return None

@@ -15,7 +15,9 @@ import torch
 from batchnorm.arrays import namespace
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.backends.tensors import OWN_OPERATORS, OwnOperators, laid_out
+from batchnorm.coefficients import forward_coefficients, in_compute
 from batchnorm.derivatives import double_backward
+from batchnorm.epilogue import ACTIVATIONS, Activation, Epilogue, before_activation
 from batchnorm.errors import fail
 from batchnorm.layout import Layout, layout_of
 from batchnorm.moments import Moments
@@ -43,9 +45,28 @@ def _contiguous(vectors: Any) -> list[Array]:
     return [v.contiguous() for v in vectors]
 
 
-def _batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
+def _epilogue(residual: Array | None, activation: str, slope: float) -> Epilogue | None:
+    if residual is None and not activation:
+        return None
+    return Epilogue(Activation(activation, slope) if activation else None, residual)
+
+
+def epilogue_arguments(epilogue: Epilogue | None) -> tuple[Array | None, str, float]:
+    """Return the residual, the activation and its slope as arguments of operators."""
+    if epilogue is None:
+        return None, "", 0.0
+    return epilogue.residual, *(epilogue.activation or ("", 0.0))
+
+
+def _batch_norm(  # type: ignore[no-untyped-def]
+    x, gamma, beta, where, axis, eps, residual=None, activation="", slope=0.0
+):
     layout = _layout(x, axis, gamma=gamma, beta=beta)
-    y, stats = backend_for(x, gamma, beta, where).forward(x, where, gamma, beta, eps, layout)
+    backend, epilogue = (
+        backend_for(x, gamma, beta, where, residual),
+        _epilogue(residual, activation, slope),
+    )
+    y, stats = backend.forward(x, where, gamma, beta, eps, layout, epilogue=epilogue)
     return laid_out(y, x), *_contiguous(stats)
 
 
@@ -66,11 +87,26 @@ def _batch_norm_double_backward(  # type: ignore[no-untyped-def]
     return laid_out(d_dy.to(dy.dtype), dy), laid_out(d_x, x), d_gamma
 
 
-def _normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
+def _normalize(  # type: ignore[no-untyped-def]
+    x, mean, var, gamma, beta, axis, eps, residual=None, activation="", slope=0.0
+):
     layout = _layout(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
-    backend = backend_for(x, mean, var, gamma, beta)
-    y = backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout)
+    backend = backend_for(x, mean, var, gamma, beta, residual)
+    epilogue = _epilogue(residual, activation, slope)
+    y = backend.inference(x, Moments(1, mean, var), gamma, beta, eps, layout, epilogue=epilogue)
     return laid_out(y, x)
+
+
+def _activation_gradient(  # type: ignore[no-untyped-def]
+    dy, x, n, mean, var, mean_lo, gamma, beta, residual, y, where, axis, eps, activation, slope
+):
+    """Return act'(h)·dy. `n` is there where the statistics are those of x, and `where` to go with it."""
+    layout = _layout(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    backend = backend_for(dy, x, mean, var, mean_lo, gamma, beta, residual, y)
+    epilogue = Epilogue(Activation(activation, slope), residual, y)
+    stats = Moments(1, mean, var, mean_lo)
+    g, *_ = backend.through_epilogue(dy, x, stats, gamma, beta, eps, layout, epilogue)
+    return laid_out(g, dy)
 
 
 def _normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-untyped-def]
@@ -90,18 +126,45 @@ def _moments(x, where, axis):  # type: ignore[no-untyped-def]
 
 def save_batch_norm(ctx: Any, inputs: Any, output: Any) -> None:
     """Keep what the gradient needs."""
-    x, gamma, beta, where, axis, eps = inputs
+    x, gamma, beta, where, axis, eps, *epilogue = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[4])
-    ctx.save_for_backward(x, gamma, where, *output[1:])
-    ctx.beta = None if beta is None else beta.dtype
+    ctx.save_for_backward(x, gamma, where, *output[1:], *save_epilogue(ctx, beta, output[0], *epilogue))
     ctx.axis, ctx.eps = axis, eps
 
 
+def save_epilogue(
+    ctx: Any, beta: Any, y: Any, residual: Any = None, activation: str = "", slope: float = 0.0
+) -> tuple[Any, Any, Any]:
+    """Return beta, the residual and y, as far as the derivative of the activation needs them."""
+    ctx.beta = None if beta is None else beta.dtype
+    ctx.residual, ctx.activation, ctx.slope = residual is not None, activation, slope
+    if not activation:
+        return None, None, None
+    if residual is None:
+        return beta, None, None
+    curved = ACTIVATIONS[activation].curvature is not None
+    return beta, residual if curved else None, None if curved else y
+
+
+def through_epilogue(ctx: Any, dy: Any, x: Any, where: Any, gamma: Any, stats: Any, last: Any) -> Any:
+    """Return the gradient to the result of the norm, and to the residual."""
+    if dy is None:
+        return None, None
+    beta, residual, y = last
+    g = dy
+    if ctx.activation:
+        g = _ops.activation_gradient(
+            dy, x, *stats, gamma, beta, residual, y, where, ctx.axis, ctx.eps, ctx.activation, ctx.slope
+        )
+    return g, g.to(x.dtype) if ctx.residual else None
+
+
 def grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: Any) -> Any:
-    """Return the gradients of x, gamma and beta, through y and the statistics."""
+    """Return the gradients of x, gamma, beta and the residual, through y and the statistics."""
     _not_to_weights(ctx, 3)
-    x, gamma, where, n, mean, var, mean_lo = ctx.saved_tensors
+    x, gamma, where, n, mean, var, mean_lo, *last = ctx.saved_tensors
+    dy, dresidual = through_epilogue(ctx, dy, x, where, gamma, (n, mean, var, mean_lo), last)
     dx = dgamma = dbeta = None
     if dy is not None:
         dx, dgamma, dbeta = _ops.batch_norm_backward(
@@ -112,7 +175,8 @@ def grad_batch_norm(ctx: Any, dy: Any, _n: Any, dmean: Any, dvar: Any, _low: Any
         dx = through if dx is None else dx + through
     if dbeta is not None and ctx.beta is not None:
         dbeta = dbeta.to(ctx.beta)
-    return dx, dgamma if gamma is not None else None, dbeta if ctx.beta else None, None, None, None
+    dgamma, dbeta = dgamma if gamma is not None else None, dbeta if ctx.beta else None
+    return dx, dgamma, dbeta, None, None, None, dresidual, None, None
 
 
 def _not_to_weights(ctx: Any, argument: int) -> None:
@@ -154,17 +218,54 @@ def _grad_backward(ctx: Any, ddx: Any, ddgamma: Any, ddbeta: Any) -> Any:
 
 
 def _save_normalize(ctx: Any, inputs: Any, output: Any) -> None:
-    x, mean, var, gamma, beta, axis, eps = inputs
-    ctx.save_for_backward(x, mean, var, gamma)
-    ctx.beta = None if beta is None else beta.dtype
+    x, mean, var, gamma, beta, axis, eps, *epilogue = inputs
+    ctx.save_for_backward(x, mean, var, gamma, *save_epilogue(ctx, beta, output, *epilogue))
     ctx.axis, ctx.eps = axis, eps
 
 
 def _grad_normalize(ctx: Any, dy: Any) -> Any:
-    x, mean, var, gamma = ctx.saved_tensors
+    x, mean, var, gamma, *last = ctx.saved_tensors
+    dy, dresidual = through_epilogue(ctx, dy, x, None, gamma, (None, mean, var, None), last)
     dx, dgamma, dbeta, dmean, dvar = _ops.normalize_backward(dy, x, mean, var, gamma, ctx.axis, ctx.eps)
     dgamma = dgamma if gamma is not None else None
-    return dx, dmean, dvar, dgamma, dbeta.to(ctx.beta) if ctx.beta else None, None, None
+    dbeta = dbeta.to(ctx.beta) if ctx.beta else None
+    return dx, dmean, dvar, dgamma, dbeta, None, None, dresidual, None, None
+
+
+def _save_activation(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, axis, eps, activation, slope = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.axis, ctx.eps, ctx.activation, ctx.slope = axis, eps, activation, slope
+
+
+def _grad_activation(ctx: Any, dg: Any) -> Any:
+    """Return the gradients of dy and, where the activation is curved, of what h is made of."""
+    dy, x, n, mean, var, mean_lo, gamma, beta, residual, y, where = ctx.saved_tensors
+    settings = ctx.axis, ctx.eps, ctx.activation, ctx.slope
+    given = x, n, mean, var, mean_lo, gamma, beta, residual, y, where
+    d_dy = _ops.activation_gradient(dg, *given, *settings).to(dy.dtype)
+    curvature = ACTIVATIONS[ctx.activation].curvature
+    nothing = [None] * 10
+    if curvature is None:
+        return d_dy, *nothing, None, None, None, None
+    layout = _layout(x, ctx.axis)
+    m, a, b = forward_coefficients(layout, Moments(1, mean, var, mean_lo), gamma, beta, ctx.eps)
+    h = a * (in_compute(layout, x) - m) + b
+    h = before_activation(layout, h, Epilogue(None, residual))
+    dh = curvature(layout.xp, h) * dy * dg
+    dmean = dvar = None
+    if n is None:
+        dx, dgamma, dbeta, dmean, dvar = _ops.normalize_backward(
+            dh, x, mean, var, gamma, ctx.axis, ctx.eps
+        )
+    else:
+        stats = n, mean, var, mean_lo
+        dx, dgamma, dbeta = _ops.batch_norm_backward(dh, x, *stats, gamma, where, ctx.axis, ctx.eps)
+    dgamma = None if gamma is None else dgamma
+    dbeta = None if beta is None else dbeta.to(beta.dtype)
+    dresidual = None if residual is None else dh.to(residual.dtype)
+    found = dx, None, dmean, dvar, None, dgamma, dbeta, dresidual, None, None
+    return d_dy, *found, None, None, None, None
 
 
 def _grad_normalize_backward(
@@ -246,6 +347,7 @@ _OPERATORS: dict[str, Any] = {
         _save_backward,
         _grad_normalize_backward,
     ),
+    "activation_gradient": (_activation_gradient, _save_activation, _grad_activation),
     "moments": (_moments, _save_moments, _grad_moments),
 }
 
@@ -268,6 +370,7 @@ def _register() -> None:
 
 _register()
 batch_norm, normalize, backward = _ops.batch_norm, _ops.normalize, _ops.batch_norm_backward
+activation_gradient = _ops.activation_gradient
 
 
 # As a backend.
@@ -304,16 +407,18 @@ class Operators(OwnOperators):
         eps: float,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> Any:
         """Return y and the batch's moments."""
         _refuse_out(out)
         if differentiates_weights(w):
-            return OWN_OPERATORS.forward(x, w, gamma, beta, eps, layout)
-        y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(layout), eps)
+            return OWN_OPERATORS.forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
+        last = epilogue_arguments(epilogue)
+        y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(layout), eps, *last)
         return y, Moments(*stats)
 
-    def backward(
+    def norm_backward(
         self,
         dy: Array,
         x: Array,
@@ -325,10 +430,10 @@ class Operators(OwnOperators):
         *,
         out: Array | None = None,
     ) -> Any:
-        """Return dx, dgamma and dbeta."""
+        """Return dx, dgamma and dbeta of the norm alone."""
         _refuse_out(out)
         if differentiates_weights(w):
-            return OWN_OPERATORS.backward(dy, x, w, stats, gamma, eps, layout)
+            return OWN_OPERATORS.norm_backward(dy, x, w, stats, gamma, eps, layout)
         vectors = (self._vector(v, x, layout) for v in stats)
         return _ops.batch_norm_backward(dy, x, *vectors, gamma, w, _axes(layout), eps)
 
@@ -348,28 +453,30 @@ class Operators(OwnOperators):
         eps: float,
         layout: Layout,
         *,
+        epilogue: Epilogue | None = None,
         out: Array | None = None,
     ) -> Array:
         """Return y from statistics that are given."""
         _refuse_out(out)
         if stats.mean_lo is not None:
-            return super().inference(x, stats, gamma, beta, eps, layout)
-        return _ops.normalize(x, stats.mean, stats.var, gamma, beta, _axes(layout), eps)
+            return super().inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue)
+        last = _axes(layout), eps, *epilogue_arguments(epilogue)
+        return _ops.normalize(x, stats.mean, stats.var, gamma, beta, *last)
 
-    def inference_backward(self, *arguments: Any, out: Array | None = None) -> Any:
+    def inference_backward(self, *arguments: Any, out: Array | None = None, **named: Any) -> Any:
         """Return dx, dgamma, dbeta, dmean and dvar of `inference`."""
         _refuse_out(out)
-        return super().inference_backward(*arguments)
+        return super().inference_backward(*arguments, **named)
 
-    def forward_in_group(self, *arguments: Any, out: Array | None = None) -> Any:
+    def forward_in_group(self, *arguments: Any, out: Array | None = None, **named: Any) -> Any:
         """Return y of this member's part, and the moments of the joined batch."""
         _refuse_out(out)
-        return synchronized.forward(*arguments)
+        return synchronized.forward(*arguments, **named)
 
-    def backward_in_group(self, *arguments: Any, out: Array | None = None) -> Any:
+    def backward_in_group(self, *arguments: Any, out: Array | None = None, **named: Any) -> Any:
         """Return dx of this member's part; dgamma and dbeta of the joined batch."""
         _refuse_out(out)
-        return super().backward_in_group(*arguments)
+        return super().backward_in_group(*arguments, **named)
 
 
 def _axes(layout: Layout) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from batchnorm.backends.tensors import empty_result
+from batchnorm.epilogue import gradient_dtype, validate_residual
 from batchnorm.layout import Layout
 from batchnorm.validation import validate_input, validate_vectors
 
@@ -15,16 +16,21 @@ Array = Any
 
 STATS = "Tensor n, Tensor mean, Tensor var, Tensor mean_lo"
 LAYOUT = "int[] axis, float eps"
+EPILOGUE = "Tensor? residual=None, str activation='', float slope=0.0"
 SCHEMAS = {
-    "batch_norm": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? where, {LAYOUT})"
+    "batch_norm": f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? where, {LAYOUT}, {EPILOGUE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "batch_norm_backward": f"(Tensor dy, Tensor x, {STATS}, Tensor? gamma, Tensor? where, {LAYOUT})"
     " -> (Tensor, Tensor, Tensor)",
     "batch_norm_double_backward": "(Tensor? ddx, Tensor? ddgamma, Tensor? ddbeta, Tensor dy, Tensor x,"
     f" {STATS}, Tensor? gamma, Tensor? where, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
-    "normalize": f"(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, {LAYOUT}) -> Tensor",
+    "normalize": "(Tensor x, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta,"
+    f" {LAYOUT}, {EPILOGUE}) -> Tensor",
     "normalize_backward": f"(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? gamma, {LAYOUT})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "activation_gradient": "(Tensor dy, Tensor x, Tensor? n, Tensor mean, Tensor var, Tensor? mean_lo,"
+    " Tensor? gamma, Tensor? beta, Tensor? residual, Tensor? y, Tensor? where, int[] axis, float eps,"
+    " str activation, float slope) -> Tensor",
     "moments": "(Tensor x, Tensor? where, int[] axis) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
@@ -44,9 +50,12 @@ def _vectors(layout: Layout, dtype: Any, count: int) -> list[Array]:
     return [torch.empty(layout.channels, dtype=dtype, device=layout.device) for _ in range(count)]
 
 
-def batch_norm(x, gamma, beta, where, axis, eps):  # type: ignore[no-untyped-def]
+def batch_norm(  # type: ignore[no-untyped-def]
+    x, gamma, beta, where, axis, eps, residual=None, activation="", slope=0.0
+):
     """Return y, and count, mean, variance and low part of the mean."""
     layout = _validate(x, axis, gamma=gamma, beta=beta)
+    validate_residual(layout, x, residual)
     return empty_result(x), *_vectors(layout, layout.wide, 4)
 
 
@@ -66,9 +75,11 @@ def batch_norm_double_backward(  # type: ignore[no-untyped-def]
     return empty_result(dy), empty_result(x), *_vectors(layout, dtype, 1)
 
 
-def normalize(x, mean, var, gamma, beta, axis, eps):  # type: ignore[no-untyped-def]
+def normalize(  # type: ignore[no-untyped-def]
+    x, mean, var, gamma, beta, axis, eps, residual=None, activation="", slope=0.0
+):
     """Return y."""
-    _validate(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    validate_residual(_validate(x, axis, mean=mean, var=var, gamma=gamma, beta=beta), x, residual)
     return empty_result(x)
 
 
@@ -78,6 +89,30 @@ def normalize_backward(dy, x, mean, var, gamma, axis, eps):  # type: ignore[no-u
     dtype = layout.compute if gamma is None else gamma.dtype
     grads = _vectors(layout, dtype, 2)
     return empty_result(x), *grads, torch.empty_like(mean), torch.empty_like(var)
+
+
+def activation_gradient(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    n,
+    mean,
+    var,
+    mean_lo,
+    gamma,
+    beta,
+    residual,
+    y,
+    where,
+    axis,
+    eps,
+    activation,
+    slope,
+):
+    """Return the gradient to the result of the norm."""
+    layout = _validate(x, axis, mean=mean, var=var, gamma=gamma, beta=beta)
+    validate_residual(layout, x, residual)
+    validate_residual(layout, x, y, "y")
+    return torch.empty_like(empty_result(dy), dtype=gradient_dtype(layout, dy))
 
 
 def moments(x, where, axis):  # type: ignore[no-untyped-def]

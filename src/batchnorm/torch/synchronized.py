@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from batchnorm import groups
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.coefficients import in_dtype_of, rstd_and_scale
+from batchnorm.epilogue import Epilogue
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
@@ -26,11 +27,23 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, w: Any, gamma: Any, beta: Any, eps: Any, layout: Layout, call: groups.Call
+        ctx: Any,
+        x: Any,
+        w: Any,
+        gamma: Any,
+        beta: Any,
+        residual: Any,
+        eps: Any,
+        layout: Layout,
+        call: groups.Call,
+        activation: Any,
     ) -> Any:
-        backend = backend_for(x, gamma, beta, w)
-        y, stats = backend.forward_in_group(call, x, w, gamma, beta, eps, layout)
-        ctx.save_for_backward(x, w, gamma, *stats)
+        backend = backend_for(x, gamma, beta, w, residual)
+        fused = residual is not None or activation is not None
+        epilogue = Epilogue(activation, residual) if fused else None
+        y, stats = backend.forward_in_group(call, x, w, gamma, beta, eps, layout, epilogue=epilogue)
+        ctx.activation, ctx.residual = activation, residual is not None
+        ctx.save_for_backward(x, w, gamma, *stats, beta, residual if activation is not None else None)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.eps, ctx.group = layout, eps, call.group
@@ -40,11 +53,18 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Any, *_: Any) -> Any:
-        x, w, gamma, *fields = ctx.saved_tensors
-        layout, moments = ctx.layout, Moments(*fields)
+        x, w, gamma, n, mean, var, low, beta, residual = ctx.saved_tensors
+        layout, moments = ctx.layout, Moments(n, mean, var, low)
+        dresidual = None
         with groups.call(ctx.group, "batch_norm_backward") as call:
             dy = torch.zeros_like(x) if dy is None else dy  # the others need this member's sums
             backend = backend_for(dy, x, gamma, w)
+            if ctx.activation is not None or ctx.residual:
+                epilogue = Epilogue(ctx.activation, residual, gradient=ctx.residual)
+                dy, *last = backend.through_epilogue(
+                    dy, x, moments, gamma, beta, ctx.eps, layout, epilogue
+                )
+                dresidual = last[0] if last else None
             call.announce_backward(layout, x)
             own = backend.centred_sums(dy, x, w, moments, layout)
             sums = call.all_reduce(*own)
@@ -52,7 +72,7 @@ class _Joined(torch.autograd.Function):
         rstd, _ = rstd_and_scale(layout, moments.var, gamma, ctx.eps)
         dgamma = None if gamma is None else in_dtype_of(layout, gamma, rstd * own[1])
         dbeta = None if ctx.beta is None else layout.squeeze(own[0]).to(ctx.beta)
-        return dx, None, dgamma, dbeta, None, None, None
+        return dx, None, dgamma, dbeta, dresidual, None, None, None, None
 
 
 def forward(
@@ -63,8 +83,11 @@ def forward(
     beta: Array | None,
     eps: Any,
     layout: Layout,
+    *,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Array, Moments]:
     """Return y and the moments of the joined batch, which are constants to PyTorch."""
     apply: Any = _Joined.apply
-    y, *stats = apply(x, w, gamma, beta, eps, layout, call)
+    activation, residual, *_ = epilogue or (None, None)
+    y, *stats = apply(x, w, gamma, beta, residual, eps, layout, call, activation)
     return y, Moments(*stats)
