@@ -17,6 +17,7 @@ import traceback
 import numpy as np
 
 import batchnorm as bn
+from batchnorm.epilogue import ACTIVATIONS
 from batchnorm.testing import data, verdict
 from batchnorm.testing.libraries import numpy_dtype, targets
 from batchnorm.testing.oracle import Problem, decimals, precise
@@ -118,6 +119,21 @@ class Draw:
         enough = np.sum(np.broadcast_to(mask, shape) > 0, axis=reduced)
         return mask if np.all(enough >= 2) else None
 
+    def epilogue(self, shape, dtype, **options):
+        """A residual and an activation, or None for either."""
+        z = (self.rng.standard_normal(shape) * 3).astype(numpy_dtype(dtype))
+        kinds = (None, None, *ACTIVATIONS, ("leaky_relu", 0.25))
+        return self.laid(z, **options) if self.flip(0.4) else None, self.one(kinds)
+
+    def through(self, problem, dy, z, y, activation, dtype):
+        """What a backward pass is given of the epilogue, and dy without what roundings decide."""
+        near = problem.near_a_kink(dtype)
+        if np.any(near):
+            dy = np.where(near, np.zeros_like(dy), dy)
+        from_y = activation not in (None, "silu") and self.flip()
+        residual = None if z is None else True if from_y or (activation is None and self.flip()) else z
+        return dy, residual, self.laid(y, broadcast=False) if from_y else None
+
     def moments(self, problem):
         """The moments of a problem, each field in memory as it likes."""
         fields = [np.asarray(problem.flat(v)) for v in (problem.n, problem.mean, problem.var)]
@@ -181,46 +197,69 @@ def parameters_of(dtype, gamma):
     return "float64" if dtype == "float64" else "float32"
 
 
+def coarser(right, activation, dtype, **results):
+    """Sizes for gradients of float64 parameters, of data that is narrower.
+
+    The derivative of an activation that does more than to pick values is float32 arithmetic.
+    """
+    if dtype == "float64" or activation in (None, "relu", "relu6"):
+        return right
+    coarse = decimal.Decimal(verdict.EPS["float32"] / verdict.EPS["float64"])
+    wide = [f"{name}_size" for name, kind in results.items() if kind == "float64"]
+    return right._replace(**{name: getattr(right, name) * coarse for name in wide})
+
+
 def training(draw):
     """batch_norm and batch_norm_backward."""
     shape, axis = draw.layout()
     dtype, reduced = draw.dtype(), reduced_of(shape, axis)
     vector, eps = data.channels(shape, axis), draw.one((1e-5, 1e-3, 1.0))
-    aliased = 0 if draw.flip(0.2) else None
+    aliased = draw.one((None,) * 8 + (0, 4))
     x = draw.big(shape, dtype, writable=aliased == 0)
     original = x.copy()
     gamma, beta = (draw.vector(vector) if draw.flip(0.8) else None for _ in range(2))
     where = draw.where(shape, reduced)
+    z, activation = draw.epilogue(shape, dtype, writable=aliased == 4)
+    aliased = None if aliased == 4 and z is None else aliased
+    added = None if z is None else z.copy()
     options = {"axis": axis, "eps": eps}
 
-    def forward(x, gamma, beta, where, **out):
-        return bn.batch_norm(x, gamma, beta, where=where, **options, **out)
+    def forward(x, gamma, beta, where, z, **out):
+        named = {**options, **out, "where": where, "residual": z, "activation": activation}
+        return bn.batch_norm(x, gamma, beta, **named)
 
-    y, stats = draw.call(forward, x, gamma, beta, where, out=draw.out(x), aliased=aliased)
-    expected = Problem(original, gamma, beta, where=where, **options)
+    y, stats = draw.call(forward, x, gamma, beta, where, z, out=draw.out(x), aliased=aliased)
+    named = {**options, "residual": added, "activation": activation}
+    expected = Problem(original, gamma, beta, where=where, **named)
     verdict.forward(y, expected, dtype)
     verdict.moments(stats, expected, x.dtype.name)
 
     dy, x = draw.gradient(shape), draw.laid(original, broadcast=False)
+    dy, residual, y = draw.through(expected, dy, added, y, activation, dtype)
     out, aliased = draw.out(x), None
     if dy.dtype == x.dtype and dy.flags.writeable and 0 not in dy.strides and draw.flip(0.2):
         aliased = 0
     first = dy.copy()
 
-    def backward(dy, x, stats, gamma, where, **out):
-        return bn.batch_norm_backward(dy, x, stats, gamma, where=where, **options, **out)
+    def backward(dy, x, stats, gamma, beta, where, residual, y, **out):
+        named = {**options, **out, "where": where, "activation": activation}
+        return bn.batch_norm_backward(dy, x, stats, gamma, beta, residual=residual, y=y, **named)
 
     stats = draw.moments(expected)
-    grads = draw.call(backward, dy, x, stats, gamma, where, out=out, aliased=aliased)
+    given = (dy, x, stats, gamma, beta, where, residual, y)
+    grads = draw.call(backward, *given, out=out, aliased=aliased)
     parameters = parameters_of(dtype, gamma)
-    right = expected.backward(first)
+    right = expected.backward(first, y)
+    if residual is not None:
+        verdict.dresidual(grads[3], right, dtype)
     # What weighs nothing may lie many std from the mean, and its dy still counts in the sums.
     # And a variance of 0 is not quite that in 50 digits.
     right = right._replace(
         dx_size=np.maximum(right.dx_size, abs(right.dx)),
         dgamma_size=right.dgamma_size + decimal.Decimal("1e-40"),
     )
-    verdict.backward(grads, right, dtype, parameters)
+    right = coarser(right, activation, dtype, dgamma=parameters, dbeta=parameters)
+    verdict.backward(grads[:3], right, dtype, parameters)
 
 
 def inference(draw):
@@ -235,24 +274,34 @@ def inference(draw):
     mean = draw.vector(vector, dtype=draw.dtype(wide=True))
     var = draw.vector(vector, 0.3, 3, dtype=kind)
     gamma, beta = (draw.vector(vector) if draw.flip(0.8) else None for _ in range(2))
+    z, activation = draw.epilogue(shape, dtype)
     options = {"axis": axis, "eps": eps}
 
-    def forward(x, mean, var, gamma, beta, **out):
-        return bn.normalize(x, mean, var, gamma, beta, **options, **out)
+    def forward(x, mean, var, gamma, beta, z, **out):
+        named = {**options, **out, "residual": z, "activation": activation}
+        return bn.normalize(x, mean, var, gamma, beta, **named)
 
-    y = draw.call(forward, x, mean, var, gamma, beta, out=draw.out(x), aliased=aliased)
-    expected = Problem(original, gamma, beta, mean=mean, var=var, **options)
+    y = draw.call(forward, x, mean, var, gamma, beta, z, out=draw.out(x), aliased=aliased)
+    named = {**options, "residual": z, "activation": activation}
+    expected = Problem(original, gamma, beta, mean=mean, var=var, **named)
     verdict.forward(y, expected, dtype)
     if not x.size:
         return
     dy, x = draw.gradient(shape), draw.laid(original, broadcast=False)
+    dy, residual, y = draw.through(expected, dy, z, y, activation, dtype)
 
-    def backward(dy, x, mean, var, gamma, **out):
-        return bn.normalize_backward(dy, x, mean, var, gamma, stats_grad=True, **options, **out)
+    def backward(dy, x, mean, var, gamma, beta, residual, y, **out):
+        named = {**options, **out, "residual": residual, "activation": activation, "y": y}
+        return bn.normalize_backward(dy, x, mean, var, gamma, beta, stats_grad=True, **named)
 
-    dx, dgamma, dbeta, dmean, dvar = draw.call(backward, dy, x, mean, var, gamma, out=draw.out(x))
-    right = expected.backward(dy)
+    given = (dy, x, mean, var, gamma, beta, residual, y)
+    dx, dgamma, dbeta, *dz, dmean, dvar = draw.call(backward, *given, out=draw.out(x))
+    right = expected.backward(dy, y)
+    if residual is not None:
+        verdict.dresidual(dz[0], right, dtype)
     parameters = parameters_of(dtype, gamma)
+    kinds = {"dgamma": parameters, "dbeta": parameters, "dmean": mean.dtype.name, "dvar": var.dtype.name}
+    right = coarser(right, activation, dtype, **kinds)
     verdict.backward((dx, dgamma, dbeta), right, dtype, parameters)
     for name, v, like in (("dmean", dmean, mean), ("dvar", dvar, var)):
         size, own = getattr(right, f"{name}_size"), like.dtype.name

@@ -18,6 +18,7 @@ OPERATIONS = {
     "derivatives": "batch_norm_jvp, batch_norm_double_backward",
     "moments": "moments, Moments.merge, update_running",
     "where": "masks and weights",
+    "epilogue": "residual=, activation=",
     "layer": "BatchNorm",
     "fold": "fold, fold_linear, fold_conv",
     "out": "writing into out=",

@@ -41,8 +41,12 @@ struct Job {
 
     template <class C> C* vector(int k) const { return (C*)vectors + k * row; }
     bool fused() const { return activation || residual; }
-    // Whether dx is made of act'(h) dy, where h is found again, and not of the gradient to the norm's result.
-    bool through_activation() const { return activation && !g; }
+    // Whether dx is made of act'(h) dy, with h found again, and not of g, which may have been rounded.
+    bool through_activation() const {
+        bool exact = dtype == SINGLE || dtype == DOUBLE || activation == RELU || activation == RELU6;
+        return activation && !(g && exact);
+    }
+    int gradient() const { return activation && !through_activation() ? g : 0; }
     double* part(int64_t block, int rows, int k) const { return parts + (block * rows + k) * row; }
 };
 

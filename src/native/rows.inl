@@ -286,7 +286,7 @@ template <class T> struct Rows : Tile<T> {
     template <bool THROUGH> void write_gradient(const Bounds& b) const {
         typedef Gradient<THROUGH> G;
         constexpr int N = G::FIRST + 2;
-        int dy = job.activation && job.g ? job.g : 0;
+        int dy = job.gradient();
         if (weighted())
             write_tile<N>(b, 2, [&](int64_t r) {
                 return WeightedGradInput<T, G, X, Down<C>>{

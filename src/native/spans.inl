@@ -233,7 +233,7 @@ template <class T> struct Spans : Tile<T> {
 
     template <bool THROUGH> void write_gradient(const Bounds& b) const {
         typedef Gradient<THROUGH> G;
-        int dy = job.activation && job.g ? job.g : 0;
+        int dy = job.gradient();
         if (weighted()) {
             typedef WeightedGradInput<T, G, X, Along<C>> Result;
             write_segments<G::FIRST + 2, Result>(

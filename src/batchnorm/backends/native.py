@@ -58,9 +58,9 @@ class Native(Backend):
 
     def vector(self, v: Any) -> Any:
         """Return a per-channel vector in a dtype that the core reads."""
-        if v is None or not hasattr(v, "dtype") or _readable(v):
+        if v is None or not hasattr(v, "dtype"):
             return v
-        return np.asarray(v, np.float64)
+        return np.asarray(v) if _readable(v) else np.asarray(v, np.float64)  # a scalar of NumPy, maybe
 
     def dense(self, v: Array) -> Array:
         """Return a vector of a kernel as the core reads it; that of a single channel may be a user's."""

@@ -54,6 +54,12 @@ def _as(a: Array, like: Array) -> Array:
     return decimals(a) if like.dtype == object else a.astype(np.float64)
 
 
+def _sigmoid(h: Array) -> Array:
+    decay = -abs(h)
+    e = np.vectorize(lambda v: v.exp(), otypes=[object])(decay) if h.dtype == object else np.exp(decay)
+    return np.where(h < 0, e, 1 + 0 * e) / (1 + e)
+
+
 class Problem:
     """One batch to normalize, and every quantity of it that a test may want to compare."""
 
@@ -69,6 +75,8 @@ class Problem:
         where: Array | None = None,
         mean: Array | None = None,
         var: Array | None = None,
+        residual: Array | None = None,
+        activation: str | tuple[str, float] | None = None,
     ) -> None:
         x = lift(x)
         kept = tuple(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
@@ -92,14 +100,66 @@ class Problem:
         self.x_hat = self.d / self.std
         self.gamma = self._vector(np.ones(self.channels) if gamma is None else gamma)
         self.beta = self._vector(np.zeros(self.channels) if beta is None else beta)
-        self.y = self.gamma * self.x_hat + self.beta
-        self.size = np.maximum(one, abs(self.gamma * self.x_hat) + abs(self.beta))
+        z = 0 * self.d if residual is None else _as(residual, x)
+        self.h = self.gamma * self.x_hat + self.beta + z
+        self.size = np.maximum(one, abs(self.gamma * self.x_hat) + abs(self.beta) + abs(z))
+        name, slope = activation if isinstance(activation, tuple) else (activation, 0.01)
+        self.activation, self.slope = name, _as(np.asarray(slope), x)[()]
+        self.y = self._activated(self.h)
+
+    def _activated(self, h: Array) -> Array:
+        match self.activation:
+            case None:
+                return h
+            case "relu":
+                return np.where(h > 0, h, 0 * h)
+            case "relu6":
+                return np.minimum(np.where(h > 0, h, 0 * h), 6 + 0 * h)
+            case "leaky_relu":
+                return np.where(h > 0, h, self.slope * h)
+            case "silu":
+                return h * _sigmoid(h)
+        raise ValueError(self.activation)
+
+    def _slope_at(self, h: Array) -> Array:
+        one, zero = 1 + 0 * h, 0 * h
+        match self.activation:
+            case None:
+                return one
+            case "relu":
+                return np.where(h > 0, one, zero)
+            case "relu6":
+                return np.where((h > 0) & (h < 6), one, zero)
+            case "leaky_relu":
+                return np.where(h > 0, one, self.slope * one)
+            case "silu":
+                s = _sigmoid(h)
+                return s + h * s * (1 - s)
+        raise ValueError(self.activation)
 
     @precise()
-    def backward(self, dy: Array) -> Gradients:
-        """The chain rule, step by step (Ioffe & Szegedy 2015, section 3), with weights."""
+    def near_a_kink(self, dtype: str) -> Array:
+        """Return where rounding errors decide which derivative an activation has."""
+        kinks = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,)}.get(self.activation or "", ())
+        units = 64 * (2.0**-52 if dtype == "float64" else 2.0**-23)
+        near = np.zeros(self.h.shape, dtype=bool)
+        for kink in kinks:
+            near |= np.asarray(
+                abs(self.h - kink) <= self.size * _as(np.asarray(units), self.x)[()], bool
+            )
+        return near
+
+    @precise()
+    def backward(self, dy: Array, y: Array | None = None) -> Gradients:
+        """The chain rule, step by step (Ioffe & Szegedy 2015, section 3), with weights.
+
+        Where y is given, it says which of its derivatives an activation has.
+        """
         dy = _as(dy, self.x)
+        slope = self._slope_at(self.h if y is None else _as(y, self.x))
+        reach = abs(dy) * (self.size if self.activation == "silu" else 1 + 0 * self.size)
         with np.errstate(invalid="ignore"):
+            dy = np.where(dy == 0, 0 * dy, dy * slope)
             through = np.where(dy == 0, 0 * dy, dy * self.x_hat)  # NaN where nothing flows is nothing
             d_x_hat = dy * self.gamma
             d_var = -self._sum(through * self.gamma) / (2 * self.std * self.std)
@@ -109,6 +169,7 @@ class Problem:
             if not self.given:
                 indirect = d_var * 2 * self.d * self.w / self.n + d_mean * self.w / self.n
                 dx = direct + np.where(self.w > 0, indirect, 0 * self.w)
+            weight = np.where(reach == 0, reach, reach * abs(self.x_hat))
         scale = abs(self.gamma) / self.std
         return Gradients(
             dx=dx,
@@ -116,11 +177,13 @@ class Problem:
             dbeta=self.flat(self._sum(dy)),
             dmean=self.flat(d_mean),
             dvar=self.flat(d_var),
-            dx_size=np.broadcast_to(np.max(scale) * np.max(abs(dy)), dy.shape),
-            dgamma_size=self.flat(self._sum(abs(through))),
-            dbeta_size=self.flat(self._sum(abs(dy))),
-            dmean_size=self.flat(self._sum(abs(d_x_hat)) / self.std),
-            dvar_size=self.flat(self._sum(abs(through * self.gamma)) / (2 * self.std * self.std)),
+            dx_size=np.broadcast_to(np.max(scale) * np.max(reach), dy.shape),
+            dgamma_size=self.flat(self._sum(weight)),
+            dbeta_size=self.flat(self._sum(reach)),
+            dmean_size=self.flat(self._sum(reach * abs(self.gamma)) / self.std),
+            dvar_size=self.flat(self._sum(weight * abs(self.gamma)) / (2 * self.std * self.std)),
+            dresidual=dy,
+            dresidual_size=reach,
         )
 
     def flat(self, v: Array) -> Array:
@@ -147,6 +210,8 @@ class Gradients(NamedTuple):
     dbeta_size: Array
     dmean_size: Array
     dvar_size: Array
+    dresidual: Array
+    dresidual_size: Array
 
 
 def running(

@@ -39,6 +39,13 @@ def backward(grads: tuple[Array, ...], expected: Gradients, dtype: str, paramete
         _close_or_rounded(v, getattr(expected, name), size, parameters, BACKWARD, name)
 
 
+def dresidual(actual: Array, expected: Gradients, dtype: str) -> None:
+    """Check the gradient to a residual."""
+    assert actual.dtype.name == dtype, f"dresidual: got {actual.dtype}, expected {dtype}"
+    size = expected.dresidual_size
+    _close_or_rounded(actual, expected.dresidual, size, dtype, BACKWARD, "dresidual")
+
+
 def moments(stats: Any, expected: Problem, data: str = "float64") -> None:
     """Check count, mean and variance to a few eps of the dtype that they came in.
 
