@@ -346,6 +346,28 @@ def test_the_module_takes_a_mask():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activation", ["relu", "silu", ("leaky_relu", 0.2), None], ids=str)
+def test_the_module_adds_a_residual_and_activates(activation):
+    plain = {"relu": jax.nn.relu, "silu": jax.nn.silu, None: lambda h: h}
+    act = plain.get(activation, lambda h: jax.nn.leaky_relu(h, 0.2))
+    rng = np.random.default_rng(0)
+    x, z, weights = (jnp.asarray(rng.standard_normal((8, 4, 3)), jnp.float32) for _ in range(3))
+    ours = BatchNorm(3, activation=activation, rngs=nnx.Rngs(0))
+    theirs = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def our_loss(module, x, z):
+        return jnp.sum(weights * module(x, False, residual=z))
+
+    def their_loss(module, x, z):
+        return jnp.sum(weights * act(module(x, False) + z))
+
+    our_grads = nnx.jit(nnx.grad(our_loss, argnums=(1, 2)))(ours, x, z)
+    their_grads = nnx.jit(nnx.grad(their_loss, argnums=(1, 2)))(theirs, x, z)
+    for mine, right in zip(our_grads, their_grads, strict=True):
+        np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours(x, True, residual=z), act(theirs(x, True) + z), rtol=1e-5, atol=1e-5)
+
+
 def test_the_module_is_right_where_flax_s_is_not():
     """float32 with mean 1e4 and std 1: Flax's default gives NaN or errors of thousands of std."""
     x = (np.random.default_rng(0).standard_normal((1000, 3)) + 1e4).astype(np.float32)

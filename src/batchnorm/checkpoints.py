@@ -69,12 +69,15 @@ def to_state(layer: BatchNorm, framework: str) -> State:
     ------
     TypeError, ValueError
         The framework is unknown, the layer has no running statistics, they are out of the range of
-        float32, or the layer has a cumulative average (``momentum=None``) and the framework does not.
+        float32, the layer has an activation, or it has a cumulative average (``momentum=None``) and the
+        framework does not.
     """
     import numpy as np
 
     form = validate_framework(framework)
     own, dtype = _layer_arrays(layer)
+    if layer.activation is not None:
+        fail(ValueError, "layer", f"one with the activation {layer.activation[0]!r}", "one without")
     if layer.momentum is None and framework != "torch":
         got = f"momentum None, a cumulative average, which {framework} does not have"
         fail(ValueError, "layer", got, "a number")

@@ -24,6 +24,9 @@ class Activation(NamedTuple):
     slope: float = 0.0
     """The factor of negative values, for leaky_relu."""
 
+    def __repr__(self) -> str:
+        return repr((self.name, self.slope) if self.name == "leaky_relu" else self.name)
+
 
 class Epilogue(NamedTuple):
     """The residual and the activation of a call."""

@@ -11,6 +11,7 @@ from flax.errors import TraceContextError
 
 import batchnorm as bn
 from batchnorm.distributed import jax as jax_group
+from batchnorm.epilogue import validate_activation
 from batchnorm.errors import fail
 
 Array = Any
@@ -21,7 +22,8 @@ class BatchNorm(nnx.BatchNorm):
 
     It has the same arguments and variables (`scale`, `bias`, `mean`, `var`). Statistics are exact for
     data of any mean, and `use_fast_variance` has no effect. A `mask` excludes values; devices along
-    `axis_name` are weighted by the number of their values.
+    `axis_name` are weighted by the number of their values. The `activation` (of the module) and the
+    `residual` (of a call, cast to the dtype of x) are those of `batchnorm.batch_norm`.
 
     Raises
     ------
@@ -29,8 +31,17 @@ class BatchNorm(nnx.BatchNorm):
         As `nnx.BatchNorm` and `batchnorm.batch_norm`.
     """
 
+    def __init__(self, *args: Any, activation: Any = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.activation = validate_activation(activation)
+
     def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+        residual: Array | None = None,
     ) -> Array:
         """Normalize; if the statistics of the batch are used, update the running statistics."""
         frozen = self.use_running_average if use_running_average is None else use_running_average
@@ -41,11 +52,14 @@ class BatchNorm(nnx.BatchNorm):
         beta = self.bias[...] if self.bias is not None else None
         mean, var = self.mean[...], self.var[...]
         x, _, _, gamma, beta = self.promote_dtype((x, mean, var, gamma, beta), dtype=self.dtype)
-        axis = axes[0] if len(axes) == 1 else axes
+        settings: dict[str, Any] = {"axis": axes[0] if len(axes) == 1 else axes, "eps": self.epsilon}
+        settings |= {"activation": self.activation}
+        if residual is not None:
+            settings |= {"residual": residual.astype(x.dtype)}
         if frozen:
-            return bn.normalize(x, mean, var, gamma, beta, axis=axis, eps=self.epsilon)
+            return bn.normalize(x, mean, var, gamma, beta, **settings)
         group = None if self.axis_name is None else jax_group(self.axis_name, self.axis_index_groups)
-        y, stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=self.epsilon, where=mask, group=group)
+        y, stats = bn.batch_norm(x, gamma, beta, where=mask, group=group, **settings)
         mean, var = bn.update_running(mean, var, stats, momentum=1 - self.momentum, correction=0)
         try:
             self.mean.set_value(jax.lax.stop_gradient(mean))

@@ -22,6 +22,7 @@ from batchnorm.arguments import (
     validate_number,
 )
 from batchnorm.arrays import library_name, same_shape
+from batchnorm.epilogue import ACTIVATIONS, Activation, validate_activation, validate_epilogue
 from batchnorm.errors import describe, fail
 from batchnorm.functional import (
     batch_norm,
@@ -54,12 +55,18 @@ class _Pass(NamedTuple):
     where: Array | None
     group: Any
     pending: Moments | None
+    activation: Any
+    beta: Array | None
+    residual: Array | bool | None
+    y: Array | None
 
 
 class BatchNorm(groups.Shared):
     r"""Batch normalization with parameters and running statistics.
 
-    .. math:: y = \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+    .. math::
+        y = \operatorname{act}\left(
+        \gamma \, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + z \right)
 
     In training, :math:`\mu, \sigma^2` are the batch's own; in inference, the running ones.
 
@@ -84,6 +91,8 @@ class BatchNorm(groups.Shared):
         Whether there are gamma and beta.
     track_running_stats : bool, default True
         Whether there are running statistics. Without, inference uses the batch's own too.
+    activation : {"relu", "relu6", "leaky_relu", "silu"}, ("leaky_relu", slope) or None
+        Applied in the same pass, as in `batch_norm`; an attribute that may be assigned to.
     group : optional
         The members over which batches are joined, as in `batch_norm`; a call may name another.
     xp : module, optional
@@ -143,6 +152,7 @@ class BatchNorm(groups.Shared):
         correction: float = 1,
         affine: bool = True,
         track_running_stats: bool = True,
+        activation: Any = None,
         group: Any = None,
         xp: ModuleType | None = None,
         device: Any = None,
@@ -168,6 +178,7 @@ class BatchNorm(groups.Shared):
         self.num_features, self.axis, self.eps = num_features, axis, eps
         self.momentum, self.correction = momentum, correction
         self.affine, self.track_running_stats = affine, track_running_stats
+        self.activation: Any = validate_activation(activation)
         self.group, self.dtype = group, dtype
         self.num_batches_tracked: Any = 0
         self.gamma_grad: Array | None = None
@@ -237,7 +248,13 @@ class BatchNorm(groups.Shared):
         return self.train(False)
 
     def __call__(
-        self, x: Array, *, where: Array | None = None, group: Any = None, out: Array | None = None
+        self,
+        x: Array,
+        *,
+        where: Array | None = None,
+        group: Any = None,
+        residual: Array | None = None,
+        out: Array | None = None,
     ) -> Array:
         """Normalize x.
 
@@ -245,9 +262,11 @@ class BatchNorm(groups.Shared):
         ----------
         x : array, shape (..., C, ...)
             float16, bfloat16, float32 or float64.
-        where, group, out
+        where, group, residual, out
             As in `batch_norm`; `where` and `group` matter to the batch's statistics only. Left out,
-            `group` is the layer's. With `x` itself as `out`, there is no `backward` from this call.
+            `group` is the layer's. With `x` itself as `out`, there is no `backward` from this call, nor
+            with the residual where its values are needed ("silu"). With a residual and an activation,
+            `backward` reads y, which must not have been changed.
 
         Returns
         -------
@@ -263,7 +282,7 @@ class BatchNorm(groups.Shared):
         """
         group = self.group if group is None else group
         if self._bound and where is None and group is None and out is None:
-            done = self._whole_call(x)
+            done = self._whole_call(x, residual)
             if done is not None:
                 return done
         validate_group(group)
@@ -274,10 +293,12 @@ class BatchNorm(groups.Shared):
             if not self.batch_statistics:
                 validate_weights(layout, x, where)
                 validate_out(layout, x, out)
+                validate_epilogue(layout, x, residual, self.activation)
 
         gamma, beta = state["gamma"], state["beta"]
         mean, var = state["running_mean"], state["running_var"]
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
+        settings |= {"residual": residual, "activation": self.activation}
         pending = None
         if self.batch_statistics:
             y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
@@ -306,11 +327,26 @@ class BatchNorm(groups.Shared):
         # Where y took the place of x there is nothing left to go back from, and what JAX traces is no
         # longer there when the trace has ended.
         gone = same_memory(out, x) or (is_jax_tracer(y) and self._trace != jax_trace())
-        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, pending)
+        last = self._kept_of_epilogue(beta, residual, y)
+        if residual is not None and last[2] is residual:
+            gone = gone or same_memory(out, residual)
+        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, pending, *last)
         self._saved = None if gone else saved
         return y
 
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+    def _kept_of_epilogue(
+        self, beta: Array | None, residual: Array | None, y: Array
+    ) -> tuple[Activation | None, Array | None, Array | bool | None, Array | None]:
+        """Return the activation, and what `backward` needs of beta, the residual and y."""
+        activation = validate_activation(self.activation)
+        if activation is None:
+            return None, None, None if residual is None else True, None
+        if residual is None:
+            return activation, beta, None, None
+        from_y = ACTIVATIONS[activation.name].curvature is None
+        return (activation, beta, True, y) if from_y else (activation, beta, residual, None)
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array | tuple[Array, Array]:
         """Back-propagate through the last call, and commit its statistics.
 
         Sets `gamma_grad` and `beta_grad` (where there are parameters and they are `trainable`), and
@@ -325,8 +361,10 @@ class BatchNorm(groups.Shared):
 
         Returns
         -------
-        array
-            dx, of the shape, dtype, library and device of `x`.
+        dx : array
+            Of the shape, dtype, library and device of `x`.
+        dresidual : array
+            As dx; only if the call had a residual.
 
         Raises
         ------
@@ -339,26 +377,26 @@ class BatchNorm(groups.Shared):
             with groups.call(self.group if self.batch_statistics else None, "backward"):
                 got = "no forward pass to go back from"
                 fail(RuntimeError, "backward", got, "a call of the layer first")
-        x, stats, by_batch, gamma, where, group, pending = self._saved
+        x, stats, by_batch, gamma, where, group, pending, *epilogue = self._saved
         running = None
         # Statistics of another pass are not this one's to commit, nor those that were committed.
         if pending is not None and pending is self._pending:
             with groups.call(group if by_batch else None, "backward"):
                 running = self._updated(pending)
-        axis, eps = self.axis, self.eps
+        settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
+        activation, beta, residual, y = epilogue
+        settings |= {"residual": residual, "activation": activation, "y": y}
         if by_batch:
-            dx, dgamma, dbeta = batch_norm_backward(
-                dy, x, stats, gamma, axis=axis, eps=eps, where=where, group=group, out=out
-            )
+            grads = batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
         else:
-            mean, var = stats.mean, stats.var
-            dx, dgamma, dbeta = normalize_backward(dy, x, mean, var, gamma, axis=axis, eps=eps, out=out)
+            grads = normalize_backward(dy, x, stats.mean, stats.var, gamma, beta, **settings)
+        dx, dgamma, dbeta, *dresidual = grads
         if running is not None:
             self._commit(*running)
         trained = self.affine and self.trainable
         self.gamma_grad, self.beta_grad = (dgamma, dbeta) if trained else (None, None)
         self._saved = None
-        return dx
+        return (dx, dresidual[0]) if dresidual else dx
 
     def update(self) -> None:
         """Commit the moments of the last training pass to the running statistics, once.
@@ -414,11 +452,12 @@ class BatchNorm(groups.Shared):
         self._saved = self._pending = None
 
     def __repr__(self) -> str:
-        names = ("axis", "eps", "momentum", "correction", "affine", "track_running_stats")
+        names: tuple[str, ...] = ("axis", "eps", "momentum", "correction", "affine")
+        names += ("track_running_stats", *(("activation",) if self.activation is not None else ()))
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({self.num_features}, {settings})"
 
-    def _whole_call(self, x: Array) -> Array | None:
+    def _whole_call(self, x: Array, residual: Array | None) -> Array | None:
         """Run a call in compiled code, which reads arrays as they are; None if it declines the call."""
         state = self.gamma, self.beta, self.running_mean, self.running_var
         fast = optimistic.for_array(x)
@@ -430,14 +469,13 @@ class BatchNorm(groups.Shared):
         ):
             return None
         gamma, beta, mean, var = state
+        last = residual, self.activation, None, False
         if by_batch:
-            found = fast.forward(x, gamma, beta, self.axis, self.eps, None, None, None, None, False)
+            found = fast.forward(x, gamma, beta, self.axis, self.eps, None, *last)
         else:
             if mean is None or self._pending is not None:  # which may be a reason for a warning
                 return None
-            y = fast.inference(
-                x, mean, var, None, gamma, beta, self.axis, self.eps, None, None, None, False
-            )
+            y = fast.inference(x, mean, var, None, gamma, beta, self.axis, self.eps, *last)
             found = None if y is None else (y, Moments(1, mean, var))
         if found is None:
             return None
@@ -447,7 +485,8 @@ class BatchNorm(groups.Shared):
         pending = None
         if updates:
             pending = self._pending = _detached(stats)
-        self._saved = _Pass(x, stats, by_batch, gamma, None, None, pending)
+        kept = self._kept_of_epilogue(beta, residual, y)
+        self._saved = _Pass(x, stats, by_batch, gamma, None, None, pending, *kept)
         return y
 
     def _validated(self, x: Array) -> tuple[Layout, dict[str, Array | None]]:

@@ -6,6 +6,7 @@ This module requires the package `onnx`, which is imported at the first call.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 from collections import Counter
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.arguments import validate_int
+from batchnorm.arguments import validate_bool, validate_int
 from batchnorm.checkpoints import from_state, to_state
+from batchnorm.epilogue import validate_activation
 from batchnorm.errors import describe, describe_type, fail
 from batchnorm.formats import FORMATS
 from batchnorm.functional import batch_norm, normalize
@@ -45,7 +47,18 @@ def _onnx() -> Any:
         ) from None
 
 
-def from_onnx(model: Any) -> dict[str, BatchNorm]:
+class Fused(NamedTuple):
+    """A layer that does what some nodes do."""
+
+    layer: BatchNorm
+    """With the activation of the node after it."""
+    residual: str | None
+    """The tensor that an Add node adds, which is the `residual` of a call; None for none."""
+    output: str
+    """The tensor that the layer then gives: the output of the last of the nodes."""
+
+
+def from_onnx(model: Any, *, fuse: bool = False) -> dict[str, Any]:
     """Load a model's batch norms as layers.
 
     Parameters
@@ -53,10 +66,14 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
     model : onnx.ModelProto
         A model whose BatchNormalization nodes have their parameters as initializers or constants,
         perhaps behind Identity and Cast nodes, in its graph, in subgraphs or in its own functions.
+    fuse : bool, default False
+        Whether an Add of another tensor, and then a Relu, LeakyRelu, Clip to [0, 6], or a Sigmoid with
+        its Mul, become the residual and the activation of the layer. They do where nothing else uses
+        the tensors between.
 
     Returns
     -------
-    dict of str to BatchNorm
+    dict of str to BatchNorm, or with `fuse` to Fused
         A layer for each node, in the order of the graph. Its key is the name of the node, or of its
         first output if the node has no name or shares it. Nodes of subgraphs follow their node. Nodes of
         a function are included at each call, under the names that ``onnx.inliner`` generates. A layer
@@ -78,19 +95,22 @@ def from_onnx(model: Any) -> dict[str, BatchNorm]:
         got = f"batch norm in the function {function.name!r}, which onnx.inliner does not inline"
         fail(ValueError, "model", got, "functions of the model's own opset")
     opset = next((o.version for o in model.opset_import if o.domain in DOMAIN), 1)
+    fuse = validate_bool("fuse", fuse)
     found = list(_layers(onnx, model.graph, {}, opset))
-    times = Counter(node.name for node, _ in found)
-    layers: dict[str, BatchNorm] = {}
-    for node, layer in found:
+    times = Counter(node.name for node, *_ in found)
+    layers: dict[str, Any] = {}
+    for node, layer, graph, known in found:
         name = node.name if node.name and times[node.name] == 1 else node.output[0]
         if name in layers:
             fail(ValueError, "model", f"two nodes {name!r}", "nodes that differ in name or output")
-        layers[name] = layer
+        layers[name] = _fused(onnx, graph, known, node, layer) if fuse else layer
     return layers
 
 
-def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterator[tuple[Any, BatchNorm]]:
-    """Yield the node and the layer of each batch norm of a graph and its subgraphs."""
+def _layers(
+    onnx: Any, graph: Any, outer: dict[str, Any], opset: int
+) -> Iterator[tuple[Any, BatchNorm, Any, dict[str, Any]]]:
+    """Yield each batch norm of a graph and its subgraphs: its node, layer, graph and known tensors."""
     known = outer | {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.domain in DOMAIN:
@@ -115,9 +135,75 @@ def _layers(onnx: Any, graph: Any, outer: dict[str, Any], opset: int) -> Iterato
             is_training = next(rule for since, rule in TRAINING.items() if opset >= since)
             training = is_training(node, settings)
             settings = {n: v for n, v in settings.items() if n in ("epsilon", "momentum")}
-            yield node, from_state(arrays, "onnx", settings).train(training)
+            yield node, from_state(arrays, "onnx", settings).train(training), graph, known
         for inner in _subgraphs(node):
             yield from _layers(onnx, inner, known, opset)
+
+
+def _fused(onnx: Any, graph: Any, known: dict[str, Any], node: Any, layer: BatchNorm) -> Fused:
+    """Let a layer do what the nodes after its own do, as far as it can."""
+    y, residual = node.output[0], None
+    users = _users(graph, y)
+    if [n.op_type for n in users] == ["Add"]:
+        others = [tensor for tensor in users[0].input if tensor != y]
+        if len(others) == 1 and others[0] not in known:  # a constant is a bias, maybe
+            y, residual = users[0].output[0], others[0]
+            users = _users(graph, y)
+    for operators, rule in _ACTIVATIONS.items():
+        if sorted(n.op_type for n in users) == sorted(operators):
+            activation, last = rule(onnx, graph, known, users)
+            if activation is not None:
+                layer.activation = validate_activation(activation)
+                y = last.output[0]
+                break
+    return Fused(layer, residual, y)
+
+
+def _users(graph: Any, tensor: str) -> list[Any]:
+    """Return the nodes that use a tensor; none where it is an output, or used in a subgraph."""
+    inner = [g for node in graph.node for g in _subgraphs(node)]
+    if tensor in {output.name for output in graph.output} or any(_reads(g, tensor) for g in inner):
+        return []
+    return [node for node in graph.node if tensor in node.input and node.domain in DOMAIN]
+
+
+def _reads(graph: Any, tensor: str) -> bool:
+    """Return whether a graph or one inside it reads a tensor."""
+    return any(
+        tensor in node.input or any(_reads(g, tensor) for g in _subgraphs(node)) for node in graph.node
+    ) or tensor in {output.name for output in graph.output}
+
+
+def _relu(onnx: Any, graph: Any, known: Any, users: list[Any]) -> tuple[Any, Any]:
+    return "relu", users[0]
+
+
+def _leaky_relu(onnx: Any, graph: Any, known: Any, users: list[Any]) -> tuple[Any, Any]:
+    slope = next((a.f for a in users[0].attribute if a.name == "alpha"), 0.01)
+    return ("leaky_relu", float(f"{slope:.7g}")) if slope >= 0 else None, users[0]
+
+
+def _clip(onnx: Any, graph: Any, known: Any, users: list[Any]) -> tuple[Any, Any]:
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in users[0].attribute}
+    bounds = [given.get("min"), given.get("max")]
+    for i, tensor in enumerate(users[0].input[1:3]):  # from opset 11 on
+        bounds[i] = float(_array(onnx, known[tensor])) if tensor in known else None
+    return "relu6" if bounds == [0.0, 6.0] else None, users[0]
+
+
+def _silu(onnx: Any, graph: Any, known: Any, users: list[Any]) -> tuple[Any, Any]:
+    sigmoid, product = sorted(users, key=lambda node: node.op_type == "Mul")
+    own = [n for n in _users(graph, sigmoid.output[0]) if sigmoid.output[0] in product.input]
+    return "silu" if own == [product] else None, product
+
+
+# Operators of the nodes that use a norm's result: the activation that they are, or None, and the last.
+_ACTIVATIONS: dict[tuple[str, ...], Callable[..., tuple[Any, Any]]] = {
+    ("Relu",): _relu,
+    ("LeakyRelu",): _leaky_relu,
+    ("Clip",): _clip,
+    ("Mul", "Sigmoid"): _silu,
+}
 
 
 def _is_batch_norm(node: Any) -> bool:
@@ -173,7 +259,7 @@ def _settings(onnx: Any, node: Any, argument: str) -> dict[str, Any]:
 
 
 def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | None = None) -> Any:
-    """Export a layer as a model of one node.
+    """Export a layer as a model of one node, and its activation.
 
     Parameters
     ----------
@@ -191,8 +277,9 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
     Returns
     -------
     onnx.ModelProto
-        A model that passes the checker of onnx. x is float32, or float64 for a layer in float64 (as in
-        `to_state`), and has the shape (N, C, ...), in which all dimensions except C are arbitrary.
+        A model that passes the checker of onnx, with the layer's activation after the node. x is
+        float32, or float64 for a layer in float64 (as in `to_state`), and has the shape (N, C, ...), in
+        which all dimensions except C are arbitrary.
 
     Raises
     ------
@@ -209,22 +296,45 @@ def to_onnx(layer: BatchNorm, *, ndim: int = 4, name: str = "bn", opset: int | N
         fail(ValueError, "opset", opset, expected)
     if name == "" or not isinstance(name, str):
         fail(ValueError if name == "" else TypeError, "name", describe(name), "a name")
-    state = to_state(layer, "onnx")
+    if not isinstance(layer, BatchNorm):
+        fail(TypeError, "layer", describe_type(layer), "a BatchNorm")
+    activation, plain = layer.activation, copy.copy(layer)
+    plain.activation = None
+    state = to_state(plain, "onnx")
     if layer.axis != 1:
         fail(ValueError, "layer", f"one with channels at axis {layer.axis}", "channels at axis 1")
     tensors = [onnx.numpy_helper.from_array(v, f"{name}.{key}") for key, v in state.arrays.items()]
-    node = onnx.helper.make_node(
-        OPERATOR, ["x", *(tensor.name for tensor in tensors)], ["y"], name=name, **state.settings
-    )
+    result = "y" if activation is None else f"{name}.h"
+    inputs = ["x", *(tensor.name for tensor in tensors)]
+    nodes = [onnx.helper.make_node(OPERATOR, inputs, [result], name=name, **state.settings)]
+    if activation is not None:
+        dtype = next(iter(state.arrays.values())).dtype
+        made, constants = _activation_nodes(onnx, activation, name, dtype)
+        nodes, tensors = nodes + made, tensors + constants
     helper, element = onnx.helper, tensors[0].data_type
     shape = ["N", layer.num_features, *(f"D{i}" for i in range(2, validate_int("ndim", ndim, 2)))]
     ends = ([helper.make_tensor_value_info(end, element, shape)] for end in ("x", "y"))
-    graph = helper.make_graph([node], name, *ends, tensors)
+    graph = helper.make_graph(nodes, name, *ends, tensors)
     opsets = [helper.make_opsetid("", opset)]
     version = helper.find_min_ir_version_for(opsets)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="batchnorm")
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _activation_nodes(onnx: Any, activation: Any, name: str, dtype: Any) -> tuple[list[Any], list[Any]]:
+    """Return nodes from the tensor ``name.h`` to y, and the constants that they need."""
+    make, h = onnx.helper.make_node, f"{name}.h"
+    if activation.name == "relu6":
+        bounds = {f"{name}.min": 0, f"{name}.max": 6}
+        constants = [onnx.numpy_helper.from_array(np.asarray(v, dtype), n) for n, v in bounds.items()]
+        return [make("Clip", [h, *bounds], ["y"])], constants
+    if activation.name == "silu":
+        gate = f"{name}.gate"
+        return [make("Sigmoid", [h], [gate]), make("Mul", [h, gate], ["y"])], []
+    if activation.name == "leaky_relu":
+        return [make("LeakyRelu", [h], ["y"], alpha=activation.slope)], []
+    return [make("Relu", [h], ["y"])], []
 
 
 @functools.cache

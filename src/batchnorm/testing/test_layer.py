@@ -44,6 +44,28 @@ def test_training_step(target):
     np.testing.assert_array_equal(after["gamma"], gamma)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_and_activation(target, training, activation):
+    x, z, dy = (data.batch((12, 5), mean=m, seed=i) for i, m in enumerate((2.0, 0.5, 0.1)))
+    gamma, beta, mean, var = state(5)
+    given = {} if training else {"mean": mean, "var": var}
+    problem = Problem(x, gamma, beta, residual=z, activation=activation, **given)
+    dy = np.where(problem.near_a_kink("float32"), np.zeros_like(dy), dy)
+
+    def step(x, z, dy, *arrays):
+        layer = loaded(*arrays, activation=activation).train(training)
+        y = layer(x, residual=z)
+        dx, dz = layer.backward(dy)
+        return y, (dx, layer.gamma_grad, layer.beta_grad), dz
+
+    y, grads, dz = target.call(step, x, z, dy, gamma, beta, mean, var)
+    verdict.forward(y, problem, "float32")
+    right = problem.backward(dy)
+    verdict.backward(grads, right, "float32", "float32")
+    verdict.dresidual(dz, right, "float32")
+
+
 def test_fresh_layer_takes_the_library_of_its_input(target):
     x = data.batch((12, 5), mean=2.0)
 
