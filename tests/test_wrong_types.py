@@ -89,6 +89,8 @@ AXIS = {"axis": Argument(1, "a negative int")}
 EPS = {"eps": Argument(1e-5, "an int", "a float", *NUMBER)}
 WHERE = {"where": Argument(None, "None", *NUMBER)}
 REST = AXIS | EPS | WHERE | optional(group=None)
+ADDED = optional(residual=X, activation="relu")
+GONE_BACK = ADDED | optional(beta=V) | {"residual": Argument(X, "None", others=("y",))}
 COUNT = {"count": Argument(V, "an int", "a float", *NUMBER)}
 
 
@@ -128,19 +130,33 @@ LEADS = {"mean": Argument(V, others=("var", r"parts\[0\]\.count")), "var": Argum
 
 # A name for the call, the function, and its arguments.
 CALLS = {
-    "batch_norm": (bn.batch_norm, LEAD | optional(gamma=V, beta=V, out=None) | REST),
+    "batch_norm": (bn.batch_norm, LEAD | optional(gamma=V, beta=V, out=None) | ADDED | REST),
     "batch_norm_backward": (
         bn.batch_norm_backward,
-        arrays(dy=X, stats=STATS) | LEAD | optional(gamma=V, out=None) | REST,
+        arrays(dy=X, stats=STATS) | LEAD | optional(gamma=V, out=None) | GONE_BACK | REST,
+    ),
+    "batch_norm_backward from y": (
+        lambda **options: bn.batch_norm_backward(X, X, STATS, **options),
+        {"y": Argument(X, "None"), "activation": Argument("relu", others=("y",))},
     ),
     "fields of stats": (
         lambda **fields: bn.batch_norm_backward(X, X, bn.Moments(**fields)),
         COUNT | GIVEN | optional(mean_lo=V),
     ),
-    "normalize": (bn.normalize, LEAD | GIVEN | optional(gamma=V, beta=V, out=None) | AXIS | EPS),
+    "normalize": (
+        bn.normalize,
+        LEAD | GIVEN | optional(gamma=V, beta=V, out=None) | ADDED | AXIS | EPS,
+    ),
     "normalize_backward": (
         bn.normalize_backward,
-        arrays(dy=X) | LEAD | GIVEN | optional(gamma=V, out=None) | AXIS | EPS | switch("stats_grad"),
+        arrays(dy=X)
+        | LEAD
+        | GIVEN
+        | optional(gamma=V, out=None)
+        | GONE_BACK
+        | AXIS
+        | EPS
+        | switch("stats_grad"),
     ),
     "moments": (bn.moments, {"x": Argument(X, "another shape", others=("axis",))} | AXIS | WHERE),
     "Moments.merge": (lambda parts: bn.Moments.merge(parts, STATS), arrays(parts=STATS)),
@@ -176,7 +192,9 @@ CALLS = {
         optional(dx=X, dgamma=V, dbeta=V)
         | arrays(stats=STATS)
         | LEAD
-        | optional(gamma=V)
+        | optional(gamma=V, dresidual=X)
+        | GONE_BACK
+        | {"residual": Argument(X, others=("y", "d?dresidual"))}
         | AXIS
         | EPS
         | WHERE,
@@ -186,7 +204,9 @@ CALLS = {
         optional(ddx=X, ddgamma=V, ddbeta=V)
         | arrays(dy=X, stats=STATS)
         | LEAD
-        | optional(gamma=V)
+        | optional(gamma=V, ddresidual=X)
+        | GONE_BACK
+        | {"residual": Argument(X, others=("y", "d?dresidual"))}
         | AXIS
         | EPS
         | WHERE,
@@ -213,7 +233,7 @@ CALLS = {
         | EPS
         | switch("affine", True)
         | switch("track_running_stats", True)
-        | optional(group=None, xp=np, device=None, dtype=None),
+        | optional(group=None, xp=np, device=None, dtype=None, activation="relu"),
     ),
     "BatchNorm of a library": (
         lambda **options: bn.BatchNorm(4, xp=np, **options),
@@ -223,7 +243,7 @@ CALLS = {
         bn.BatchNorm.like,
         arrays(framework="keras") | {"num_features": Argument(4, "an int", others=("axis",))},
     ),
-    "a layer's call": (called, LEAD | WHERE | optional(group=None, out=None)),
+    "a layer's call": (called, LEAD | WHERE | optional(group=None, residual=X, out=None)),
     "a layer's backward": (gone_back, arrays(dy=X) | optional(out=None)),
     "a layer's train": (bn.BatchNorm(4).train, switch("mode")),
     "a layer's load_state_dict": (

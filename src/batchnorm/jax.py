@@ -36,7 +36,6 @@ class Jax(Backend):
     scale_shift = GENERIC.scale_shift
     grad_sums = GENERIC.grad_sums
     grad_input = GENERIC.grad_input
-    activation_gradient = GENERIC.activation_gradient
 
     def forward(
         self,

@@ -67,20 +67,9 @@ class Backend:
         raise NotImplementedError
 
     def scale_shift(
-        self,
-        x: Array,
-        m: Array,
-        a: Array,
-        b: Array,
-        layout: Layout,
-        *,
-        epilogue: Epilogue | None = None,
-        out: Array | None = None,
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
     ) -> Array:
-        """Return y = act(a·(x − m) + b + z), in the dtype of x; m, a and b are (C) in `layout.compute`.
-
-        The residual z, of the dtype of x, and the activation are those of `epilogue`, if there is one.
-        """
+        """Return y = a·(x − m) + b, in the dtype of x; m, a and b are (C) in `layout.compute`."""
         raise NotImplementedError
 
     def grad_sums(
@@ -105,15 +94,32 @@ class Backend:
         """Return dx = a·(dy + w·(b·(x − m) + c)), in the dtype of dy and x, which is one."""
         raise NotImplementedError
 
+    # The epilogue: a residual z, of the dtype of x, and an activation. A backend overrides these where it
+    # can fuse them.
+
+    def output(
+        self,
+        x: Array,
+        m: Array,
+        a: Array,
+        b: Array,
+        layout: Layout,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
+    ) -> Array:
+        """Return y = act(a·(x − m) + b + z), in the dtype of x, to which it is rounded once."""
+        if epilogue is None:
+            return self.scale_shift(x, m, a, b, layout, out=out)
+        h = self.scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
+        return layout.xp.astype(activated(layout, h, epilogue), x.dtype, copy=False)
+
     def activation_gradient(
         self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
     ) -> Array:
-        """Return g = act'(a·(x − m) + b + z)·dy: what goes back through `scale_shift`.
-
-        It is of `gradient_dtype`, 32 bits at least. A backend that fuses this into its backward pass
-        needs it for synchronized batches and given statistics.
-        """
-        raise NotImplementedError
+        """Return g = act'(a·(x − m) + b + z)·dy, in `gradient_dtype`: 32 bits at least."""
+        h = self.scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
+        return gradient_through(layout, before_activation(layout, h, epilogue), dy, epilogue)
 
     # The passes.
 
@@ -154,7 +160,7 @@ class Backend:
     ) -> Array:
         """Return y by given statistics; their count is ignored."""
         m, a, b = forward_coefficients(layout, stats, gamma, beta, eps)  # (C), (C), (C)
-        y = self.scale_shift(x, m, a, b, layout, epilogue=epilogue, out=out)
+        y = self.output(x, m, a, b, layout, epilogue=epilogue, out=out)
         return to_out(layout, y, x.dtype, out)
 
     def backward(
@@ -340,35 +346,11 @@ def to_out(layout: Layout, result: Array, dtype: Any, out: Array | None) -> Arra
 
 
 class KernelSet(Backend):
-    """A backend made of four functions, the kernels; residuals and activations are array API code."""
+    """A backend made of four functions, the kernels."""
 
     def __init__(
         self, name: str, summary: str, moments: Any, scale_shift: Any, grad_sums: Any, grad_input: Any
     ) -> None:
         self.name, self.summary = name, summary
-        self.moments, self._scale_shift = moments, scale_shift  # type: ignore[method-assign]
+        self.moments, self.scale_shift = moments, scale_shift  # type: ignore[method-assign]
         self.grad_sums, self.grad_input = grad_sums, grad_input  # type: ignore[method-assign]
-
-    def scale_shift(
-        self,
-        x: Array,
-        m: Array,
-        a: Array,
-        b: Array,
-        layout: Layout,
-        *,
-        epilogue: Epilogue | None = None,
-        out: Array | None = None,
-    ) -> Array:
-        """Return y = act(a·(x − m) + b + z)."""
-        if epilogue is None:
-            return self._scale_shift(x, m, a, b, layout, out=out)
-        h = self._scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
-        return layout.xp.astype(activated(layout, h, epilogue), x.dtype, copy=False)
-
-    def activation_gradient(
-        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
-    ) -> Array:
-        """Return g = act'(a·(x − m) + b + z)·dy."""
-        h = self._scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
-        return gradient_through(layout, before_activation(layout, h, epilogue), dy, epilogue)

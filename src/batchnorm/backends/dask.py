@@ -55,6 +55,12 @@ class Dask(Backend):
         return parts[0], parts[1], parts[2], parts[3]
 
     def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        return self.output(x, m, a, b, layout, out=out)
+
+    def output(
         self,
         x: Array,
         m: Array,
@@ -68,7 +74,7 @@ class Dask(Backend):
         """Return y = act(a·(x − m) + b + z)."""
         z = None if epilogue is None else epilogue.residual
         (x, z), vectors = _ready((x, z), (m, a, b))
-        return self._blocks(_chunk_scale_shift, layout, x, *vectors, z, epilogue=_without(epilogue))
+        return self._blocks(_chunk_output, layout, x, *vectors, z, epilogue=_without(epilogue))
 
     def activation_gradient(
         self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
@@ -277,7 +283,7 @@ def _without(epilogue: Epilogue | None) -> Epilogue | None:
     return None if epilogue is None else epilogue._replace(residual=None, y=None)
 
 
-def _chunk_scale_shift(
+def _chunk_output(
     x: Array,
     m: Array,
     a: Array,
@@ -289,7 +295,7 @@ def _chunk_scale_shift(
     epilogue: Epilogue | None,
 ) -> Array:
     own = None if epilogue is None else epilogue._replace(residual=z)
-    return backend_for(x, z).scale_shift(x, m, a, b, _layout(x, channel_axes), epilogue=own)
+    return backend_for(x, z).output(x, m, a, b, _layout(x, channel_axes), epilogue=own)
 
 
 def _chunk_activation_gradient(

@@ -16,7 +16,6 @@ from typing import Any
 from batchnorm.backends.base import Backend
 from batchnorm.backends.sums import pieces, total, tree_sum
 from batchnorm.coefficients import in_compute, in_wide, ones_for_zeros
-from batchnorm.epilogue import Epilogue, activated, before_activation, gradient_through
 from batchnorm.layout import Layout, definite, two_parts
 from batchnorm.moments import Moments, merge_rows
 
@@ -40,20 +39,10 @@ class Generic(Backend):
         return n, mean, mean_lo, var
 
     def scale_shift(
-        self,
-        x: Array,
-        m: Array,
-        a: Array,
-        b: Array,
-        layout: Layout,
-        *,
-        epilogue: Epilogue | None = None,
-        out: Array | None = None,
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
     ) -> Array:
-        """Return y = act(a·(x − m) + b + z): the mean goes first, so that no large terms cancel."""
+        """Return y = a·(x − m) + b: the mean goes first, so that no large terms cancel."""
         y = a * (in_compute(layout, x) - m) + b  # (..., C, ...)
-        if epilogue is not None:
-            y = activated(layout, y, epilogue)
         return layout.xp.astype(y, x.dtype, copy=False)
 
     def grad_sums(
@@ -94,13 +83,6 @@ class Generic(Backend):
             through_statistics = xp.where(w > 0, through, xp.zeros_like(through))
         dx = a * (in_compute(layout, dy) + through_statistics)  # (..., C, ...)
         return xp.astype(dx, x.dtype, copy=False)
-
-    def activation_gradient(
-        self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
-    ) -> Array:
-        """Return g = act'(a·(x − m) + b + z)·dy."""
-        h = before_activation(layout, a * (in_compute(layout, x) - m) + b, epilogue)  # (..., C, ...)
-        return gradient_through(layout, h, dy, epilogue)  # (..., C, ...)
 
 
 GENERIC = Generic()

@@ -186,6 +186,12 @@ class Native(Backend):
         return count, mean, low, var
 
     def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        return self.output(x, m, a, b, layout, out=out)
+
+    def output(
         self,
         x: Array,
         m: Array,

@@ -67,8 +67,14 @@ class NumPy(Backend):
         n, mean, var, low = (back(v) for v in merge_rows(Moments(*rows)))
         return n, mean, low, var
 
-    @np.errstate(all="ignore")
     def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        return self.output(x, m, a, b, layout, out=out)
+
+    @np.errstate(all="ignore")
+    def output(
         self,
         x: Array,
         m: Array,

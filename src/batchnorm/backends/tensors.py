@@ -185,6 +185,7 @@ for _method, _like in {
     "centred_sums": None,
     "gradients": 1,
     "inference_backward": 1,
+    "output": 0,
     "activation_gradient": None,
 }.items():
     setattr(OnTensors, _method, _delegated(_method, _like))
@@ -199,9 +200,15 @@ def on_tensors(host: Backend) -> Backend:
 class OwnOperators(Generic):
     """Array API code on PyTorch's own operators, with results in the layout of its batch norm's."""
 
-    def scale_shift(self, x: Array, *arguments: Any, out: Array | None = None, **named: Any) -> Array:
+    def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        return laid_out(super().scale_shift(x, m, a, b, layout), x)
+
+    def output(self, x: Array, *arguments: Any, out: Array | None = None, **named: Any) -> Array:
         """Return y = act(a·(x − m) + b + z)."""
-        return laid_out(super().scale_shift(x, *arguments, **named), x)
+        return laid_out(super().output(x, *arguments, **named), x)
 
     def grad_input(self, dy: Array, x: Array, *arguments: Any, out: Array | None = None) -> Array:
         """Return dx = a·(dy + w·(b·(x − m) + c))."""
