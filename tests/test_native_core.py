@@ -138,7 +138,7 @@ def test_memory_and_values(build, sets):
 def test_threads_have_no_races(build, sets):
     """Under ThreadSanitizer, which threads after a fork are not for. What is shared, any set shares."""
     kernels = build.kernels(sets[-1], "thread")
-    check(build.program("thread", {sets[-1]: kernels}), sets[-1], "tiles", "callers", "pool")
+    check(build.program("thread", {sets[-1]: kernels}), sets[-1], "tiles", "epilogues", "callers", "pool")
 
 
 # Faults by name: the source, the right text, and a wrong one in its place; how the program is compiled,
@@ -196,7 +196,8 @@ def test_a_planted_fault_is_caught(fault, build, sets, tmp_path):
     copies = tmp_path / "src/native"  # headers name others by their place
     shutil.copytree(SOURCES, copies)
     (tmp_path / "src/batchnorm/backends").mkdir(parents=True)
-    shutil.copy(ROOT / "src/batchnorm/backends/coefficients.h", tmp_path / "src/batchnorm/backends")
+    for header in ("activations.h", "coefficients.h"):
+        shutil.copy(ROOT / "src/batchnorm/backends" / header, tmp_path / "src/batchnorm/backends")
     text = (copies / file).read_text()
     assert text.count(right) == 1, "the text to break is there once"
     (copies / file).write_text(text.replace(right, wrong))

@@ -517,6 +517,8 @@ void streams() {
         }
 }
 
+#include "epilogue.h"
+
 // Many callers of the same pool.
 void callers() {
     now = "callers";  // the only name: threads do not set it
@@ -598,7 +600,7 @@ void check_reached() {
 struct Group { const char* name; void (*run)(); };
 const Group GROUPS[] = {
     {"small", small_arrays}, {"tiles", tiles}, {"accuracy", accuracy}, {"poison", poison}, {"too-few", too_few},
-    {"streams", streams}, {"callers", callers}, {"pool", pool}, {"forks", forks}};
+    {"streams", streams}, {"epilogues", epilogues}, {"callers", callers}, {"pool", pool}, {"forks", forks}};
 
 }  // namespace test
 

@@ -94,8 +94,8 @@ class Backend:
         """Return dx = a·(dy + w·(b·(x − m) + c)), in the dtype of dy and x, which is one."""
         raise NotImplementedError
 
-    # The epilogue: a residual z, of the dtype of x, and an activation. A backend overrides these where it
-    # can fuse them.
+    # The epilogue: a residual z, of the dtype of x, and an activation. A backend overrides these two
+    # where it can fuse them.
 
     def output(
         self,
