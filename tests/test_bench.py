@@ -43,6 +43,30 @@ def test_every_contestant_computes_the_same():
                 np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_every_contestant_adds_and_activates():
+    for layout in cases.LAYOUTS:
+        arrays = cases.case((6, 4, 5, 5), layout, fused=True)
+        axes = tuple(i for i in range(4) if i != arrays.axis % 4)
+        x, z, dy = (a.astype(np.float64) for a in (arrays.x, arrays.z, arrays.dy))
+        rstd = 1 / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+        gamma, beta = (np.expand_dims(v, axes) for v in (arrays.gamma, arrays.beta))
+        hat = (x - x.mean(axes, keepdims=True)) * rstd
+        y = np.maximum(gamma * hat + beta + z, 0)
+        g = dy * (y > 0)
+        through = g.mean(axes, keepdims=True) + hat * (g * hat).mean(axes, keepdims=True)
+        right = {"forward": y, "backward": gamma * rstd * (g - through)}
+        ours = ("batchnorm (native)", "batchnorm, add, ReLU", "batchnorm on PyTorch", "batchnorm on JAX")
+        for name in (*ours, "PyTorch"):
+            for which, expected in right.items():
+                found = contestants.CONTESTANTS[name].prepare(arrays, which)()
+                while isinstance(found, tuple):
+                    found = found[0]
+                found = np.asarray(found)
+                if name == "PyTorch" and layout == "last":
+                    found = np.moveaxis(found, 1, -1)
+                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.filterwarnings("ignore")  # the peers' own, at their import
 def test_the_whole_in_small(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "FEW", ("MLP, small",))

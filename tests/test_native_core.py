@@ -138,7 +138,9 @@ def test_memory_and_values(build, sets):
 def test_threads_have_no_races(build, sets):
     """Under ThreadSanitizer, which threads after a fork are not for. What is shared, any set shares."""
     kernels = build.kernels(sets[-1], "thread")
-    check(build.program("thread", {sets[-1]: kernels}), sets[-1], "tiles", "epilogues", "callers", "pool")
+    check(
+        build.program("thread", {sets[-1]: kernels}), sets[-1], "tiles", "epilogues", "callers", "pool"
+    )
 
 
 # Faults by name: the source, the right text, and a wrong one in its place; how the program is compiled,
@@ -161,6 +163,12 @@ FAULTS = {
         "        terms(0, t, int(size - t), k, term);",
         "        terms(0, t, int(size - t) - 1, k, term);",
         ("plain", "small", "FAILED small"),
+    ),
+    "a derivative is taken at h + y": (
+        "terms.inl",
+        "return from_y ? z : h + z;",
+        "return h + z;",
+        ("plain", "epilogues", "FAILED epilogue"),
     ),
     "rows that are left over are left out": (
         "plan.cc",

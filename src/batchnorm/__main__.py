@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="measure an NVIDIA GPU: CuPy, PyTorch; the output is a .csv file",
     )
+    bench.add_argument("--fused", action="store_true", help="with a residual and a ReLU after each norm")
     bench.add_argument("--all", action="store_true", help="all shapes of the published table (minutes)")
     bench.add_argument(
         "--output",
@@ -78,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     if problem is not None:
         command.error(f"argument --output: {chosen.output} cannot be written ({problem})")
 
+    if on_gpu and chosen.fused:
+        command.error("argument --fused: not with --gpu")
     if on_gpu:
         from batchnorm.bench import gpu
 
@@ -88,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command is bench:
         from batchnorm.bench import run as measure
 
-        return measure(chosen.all, chosen.output)
+        return measure(chosen.all, chosen.output, fused=chosen.fused)
 
     from batchnorm.demo import run
 

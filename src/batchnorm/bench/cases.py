@@ -55,6 +55,8 @@ class Case(NamedTuple):
     mean: Array
     var: Array
     axis: int
+    z: Array | None = None
+    """A residual, which is added before a ReLU; None for the norm alone."""
 
     @property
     def last(self) -> bool:
@@ -62,18 +64,21 @@ class Case(NamedTuple):
         return self.axis == -1
 
 
-def case(shape: tuple[int, ...], layout: str, dtype: Any = np.float32, seed: int = 0) -> Case:
-    """Return normally distributed data with a mean of 3."""
+def case(
+    shape: tuple[int, ...], layout: str, dtype: Any = np.float32, seed: int = 0, *, fused: bool = False
+) -> Case:
+    """Return normally distributed data with a mean of 3; with `fused`, a residual too."""
     rng = np.random.default_rng(seed)
-    x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    x, dy, z = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
     x += 3
     channels = shape[1]
     if layout == "last":
         order = (0, *range(2, len(shape)), 1)
-        x, dy = (np.ascontiguousarray(a.transpose(order)) for a in (x, dy))
+        x, dy, z = (np.ascontiguousarray(a.transpose(order)) for a in (x, dy, z))
     gamma, beta = rng.uniform(0.5, 2, channels), rng.standard_normal(channels)
     given = (gamma, beta, np.full(channels, 3.0), np.ones(channels))
     vectors: list[Array] = [v.astype(np.float32) for v in given]
     axis = 1 if layout == "second" else -1
     gamma, beta, mean, var = vectors
-    return Case(x.astype(dtype), dy.astype(dtype), gamma, beta, mean, var, axis)
+    x, dy, z = (a.astype(dtype) for a in (x, dy, z))
+    return Case(x, dy, gamma, beta, mean, var, axis, z if fused else None)

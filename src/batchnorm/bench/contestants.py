@@ -38,15 +38,46 @@ def package(convert: Callable[[Array], Array]) -> Any:
 
     def prepare(case: Case, which: str) -> Timed:
         x, dy, gamma, beta, mean, var = (convert(a) for a in case[:6])
-        axis = case.axis
+        settings: dict[str, Any] = {"axis": case.axis, "eps": EPS}
+        back = {}
+        if case.z is not None:
+            settings |= {"residual": convert(case.z), "activation": "relu"}
         if which == "forward":
-            return lambda: bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)
+            return lambda: bn.batch_norm(x, gamma, beta, **settings)
         if which == "inference":
-            return lambda: bn.normalize(x, mean, var, gamma, beta, axis=axis, eps=EPS)
-        _, stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)
-        return lambda: bn.batch_norm_backward(dy, x, stats, gamma, axis=axis, eps=EPS)
+            return lambda: bn.normalize(x, mean, var, gamma, beta, **settings)
+        y, stats = bn.batch_norm(x, gamma, beta, **settings)
+        if case.z is not None:
+            back = {"residual": True, "y": y}
+        return lambda: bn.batch_norm_backward(dy, x, stats, gamma, beta, **{**settings, **back})
 
     return prepare
+
+
+def _apart(case: Case, which: str) -> Timed | None:
+    """Run this package on NumPy arrays, and the addition and the ReLU after it in NumPy."""
+    norm = package(lambda a: a)(case._replace(z=None), which)
+    if case.z is None:
+        return None
+    z = case.z
+
+    def forward() -> Array:
+        y = norm()
+        y = y[0] if which == "forward" else y
+        np.add(y, z, out=y)
+        return np.maximum(y, 0, out=y)
+
+    if which != "backward":
+        return forward
+    x, dy, gamma, beta = case[:4]
+    settings: dict[str, Any] = {"axis": case.axis, "eps": EPS}
+    y, stats = bn.batch_norm(x, gamma, beta, residual=z, activation="relu", **settings)
+
+    def backward() -> Any:
+        g = np.multiply(dy, y > 0)
+        return *bn.batch_norm_backward(g, x, stats, gamma, **settings), g
+
+    return backward
 
 
 def _on_torch(a: Array) -> Array:
@@ -61,17 +92,21 @@ def _on_jax(case: Case, which: str) -> Timed:
     import jax.numpy as jnp
 
     x, dy, gamma, beta, mean, var = (jnp.asarray(a) for a in case[:6])
-    axis = case.axis
+    z = None if case.z is None else jnp.asarray(case.z)
+    settings: dict[str, Any] = {"axis": case.axis, "eps": EPS}
+    settings |= {} if z is None else {"activation": "relu"}
     wait: Callable[[Any], Any] = jax.block_until_ready
     if which == "forward":
-        f = jax.jit(lambda x, g, b: bn.batch_norm(x, g, b, axis=axis, eps=EPS))
-        return lambda: wait(f(x, gamma, beta))
+        f = jax.jit(lambda x, g, b, z: bn.batch_norm(x, g, b, residual=z, **settings))
+        return lambda: wait(f(x, gamma, beta, z))
     if which == "inference":
-        f = jax.jit(lambda x, m, v, g, b: bn.normalize(x, m, v, g, b, axis=axis, eps=EPS))
-        return lambda: wait(f(x, mean, var, gamma, beta))
-    stats = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS)[1]
-    f = jax.jit(lambda dy, x, s, g: bn.batch_norm_backward(dy, x, s, g, axis=axis, eps=EPS))
-    return lambda: wait(f(dy, x, stats, gamma))
+        f = jax.jit(lambda x, m, v, g, b, z: bn.normalize(x, m, v, g, b, residual=z, **settings))
+        return lambda: wait(f(x, mean, var, gamma, beta, z))
+    y, stats = bn.batch_norm(x, gamma, beta, residual=z, **settings)
+    settings |= {} if z is None else {"residual": True}
+    y = None if z is None else y
+    f = jax.jit(lambda dy, x, s, g, y: bn.batch_norm_backward(dy, x, s, g, y=y, **settings))
+    return lambda: wait(f(dy, x, stats, gamma, y))
 
 
 def _torch_operators(case: Case, which: str) -> Timed:
@@ -84,20 +119,31 @@ def _torch_operators(case: Case, which: str) -> Timed:
 
     x, dy, gamma, beta, mean, var = (tensor(a) for a in case[:6])
     norm = torch.nn.functional.batch_norm
+    z = None if case.z is None else tensor(case.z)
+
+    def added(y: Array) -> Array:
+        return y if z is None else y.add_(z).relu_()
+
     if which == "forward":
-        return lambda: norm(x, None, None, gamma, beta, training=True, eps=EPS)
+        return lambda: added(norm(x, None, None, gamma, beta, training=True, eps=EPS))
     if which == "inference":
-        return lambda: norm(x, mean, var, gamma, beta, training=False, eps=EPS)
-    _, m, rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
-    operator = torch.ops.aten.native_batch_norm_backward
-    return lambda: operator(dy, x, gamma, None, None, m, rstd, True, EPS, [True, True, True])
+        return lambda: added(norm(x, mean, var, gamma, beta, training=False, eps=EPS))
+    y, m, rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
+    y, operator = added(y), torch.ops.aten.native_batch_norm_backward
+    relu = torch.ops.aten.threshold_backward
+
+    def backward() -> Any:
+        g = dy if z is None else relu(dy, y, 0)
+        return operator(g, x, gamma, None, None, m, rstd, True, EPS, [True, True, True]), g
+
+    return backward
 
 
 def _tensorflow(case: Case, which: str) -> Timed | None:
     """Run TensorFlow's fused batch norm, which on a CPU requires channels last."""
     import tensorflow as tf
 
-    if not case.last or case.x.ndim > 4:
+    if not case.last or case.x.ndim > 4 or case.z is not None:
         return None
     shape = (case.x.shape[0], *(case.x.shape[1:-1] or (1,)), case.x.shape[-1])
     shape = shape if len(shape) == 4 else (*shape[:-1], 1, shape[-1])
@@ -129,7 +175,7 @@ def _tensorflow(case: Case, which: str) -> Timed | None:
 
 def _textbook(case: Case, which: str) -> Timed | None:
     """Run the formula of textbooks in NumPy."""
-    if which != "forward":
+    if which != "forward" or case.z is not None:
         return None
     x, axes = case.x, tuple(i for i in range(case.x.ndim) if i != case.axis % case.x.ndim)
     vectors = tuple(np.expand_dims(v, axes) for v in (case.gamma, case.beta))
@@ -151,8 +197,10 @@ def copy(case: Case, which: str) -> Timed:
     """
     threads = bn.get_num_threads()
     pool = _copiers.setdefault(threads, ThreadPoolExecutor(threads))
-    # A backward pass reads two arrays and writes one: three halves of a copy's bytes.
-    count = case.x.size * 3 // 2 if which == "backward" else case.x.size
+    # A backward pass reads two arrays and writes one: three halves of a copy's bytes. With a residual
+    # and a ReLU, it reads y and writes the residual's gradient too; a forward pass reads the residual.
+    halves = {(False, False): 2, (True, False): 3, (False, True): 3, (True, True): 5}
+    count = case.x.size * halves[which == "backward", case.z is not None] // 2
     source, target = np.ones(count, case.x.dtype), np.ones(count, case.x.dtype)
     if source.nbytes < 2**20:
         return lambda: np.copyto(target, source)
@@ -172,6 +220,7 @@ def copy(case: Case, which: str) -> Timed:
 
 CONTESTANTS = {
     "batchnorm (native)": Contestant(package(lambda a: a), "batchnorm._core", True, "native"),
+    "batchnorm, add, ReLU": Contestant(_apart, "batchnorm._core", True, "native"),
     "batchnorm (NumPy)": Contestant(package(lambda a: a), "numpy", True, "numpy"),
     "batchnorm on PyTorch": Contestant(package(_on_torch), "torch", True),
     "batchnorm on JAX": Contestant(_on_jax, "jax", True),

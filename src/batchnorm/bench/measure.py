@@ -30,11 +30,16 @@ class Time(NamedTuple):
     megabytes: float
 
 
-def times(shapes: tuple[str, ...], contestants: dict[str, Contestant]) -> Iterator[list[Time]]:
-    """Measure all shapes, layouts and passes; yield the results of each combination."""
+def times(
+    shapes: tuple[str, ...], contestants: dict[str, Contestant], *, fused: bool = False
+) -> Iterator[list[Time]]:
+    """Measure all shapes, layouts and passes; yield the results of each combination.
+
+    With `fused`, a residual is added and a ReLU applied after each norm.
+    """
     for name in shapes:
         for layout in LAYOUTS:
-            arrays = case(SHAPES[name], layout)
+            arrays = case(SHAPES[name], layout, fused=fused)
             for which in PASSES:
                 medians = race(arrays, which, contestants)
                 size = arrays.x.nbytes / 1e6

@@ -13,7 +13,7 @@ from batchnorm.bench.measure import Time, steps, times
 PEERS = tuple(name for name, c in CONTESTANTS.items() if not c.ours and name != "copy")
 
 
-def run(everything: bool, output: Path) -> int:
+def run(everything: bool, output: Path, *, fused: bool = False) -> int:
     """Measure, print the table, draw the chart, and return the exit status."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,10 +25,11 @@ def run(everything: bool, output: Path) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=steps(shapes))
-        for step in times(shapes, found):
+        for step in times(shapes, found, fused=fused):
             results += step
             progress.update(task, advance=1, description=f"{step[0].shape}, {step[0].which}")
-    console.print(f"float32, {bn.get_num_threads()} threads each, medians, milliseconds")
+    after = ", with a residual and a ReLU" if fused else ""
+    console.print(f"float32, {bn.get_num_threads()} threads each, medians, milliseconds{after}")
     console.print(table(results, tuple(found)))
     for line in summary(results):
         console.print(line, highlight=False)
