@@ -79,11 +79,12 @@ template <class A, class B> struct ChoiceOf<false, A, B> {
 template <bool CONDITION, class A, class B> using Choice = typename ChoiceOf<CONDITION, A, B>::Type;
 
 // Sources of the gradient to the norm's result: it is given, or dy is, from which it is found (and written
-// to `target`, where that is not null). FIRST is the row of the coefficient b of dx.
+// to `target`, where that is not null). FIRST is the row of the coefficient b of dx, WANTED the number of
+// coefficients, and MOST the number of terms that are worth adding as a tree.
 
 template <class T, class X> struct Given {
     typedef Compute<T> C;
-    static constexpr int FIRST = 2, WANTED = 1;
+    static constexpr int FIRST = 2, WANTED = 1, MOST = 16;
     X dy;
     template <class Number, class K>
     INLINE Vec<Number> gradient(int64_t i, int64_t t, int n, const K&) const {
@@ -92,19 +93,27 @@ template <class T, class X> struct Given {
 };
 template <class T, class X> struct ThroughActivation {
     typedef Compute<T> C;
-    static constexpr int FIRST = 3, WANTED = 3;  // m, and a and b of h
+    static constexpr int FIRST = 3, WANTED = 3, MOST = 4;  // m, and a and b of h
     X dy, x, target;
     Epilogue<T, X> epilogue;
     template <class Number, class K>
     INLINE Vec<Number> gradient(int64_t i, int64_t t, int n, const K& k) const {
-        Vec<C> h = k.v[1] * (load_as<C>(x.at(i, t), n) - k.v[0]) + k.v[2];
+        // As a function where speed matters less: inlined everywhere, it would double the time to compile.
+        if constexpr (REGISTER > 16 && sizeof(Number) == sizeof(C)) return find(i, t, n, k.v);
+        else return in<Number>(found(i, t, n, k.v));
+    }
+    INLINE Vec<C> find(int64_t i, int64_t t, int n, const Vec<C>* k) const {
+        Vec<C> h = k[1] * (load_as<C>(x.at(i, t), n) - k[0]) + k[2];
         Vec<C> g = epilogue.backward(h, load_as<C>(dy.at(i, t), n), i, t, n);
         if (target.first) {
             T* to = const_cast<T*>(target.at(i, t));
             if (n == LANES) store(to, g);
             else store(to, g, n);
         }
-        return in<Number>(g);
+        return g;
+    }
+    __attribute__((noinline)) Vec<C> found(int64_t i, int64_t t, int n, const Vec<C>* k) const {
+        return find(i, t, n, k);
     }
 };
 
@@ -114,7 +123,7 @@ template <class Number, class X> struct MomentTerms {
     typedef Number C;
     typedef Coefficients<Number, 1> K;
     static constexpr bool WEIGHTED = false;
-    static constexpr int SUMS = 2, OPERANDS = 1;
+    static constexpr int SUMS = 2, OPERANDS = 1, MOST = 16;
     X x;
     INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[2]) const {
         Vec<C> d = load_as<C>(x.at(i, t), n) - k.v[0];
@@ -127,7 +136,7 @@ template <class X, class W> struct WeightedMomentTerms {
     typedef double C;
     typedef Coefficients<double, 1> K;
     static constexpr bool WEIGHTED = true;
-    static constexpr int SUMS = 3, OPERANDS = 1;
+    static constexpr int SUMS = 3, OPERANDS = 1, MOST = 16;
     X x;
     W w;
     INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[3]) const {
@@ -141,7 +150,7 @@ template <class Number, class G, class X> struct GradTerms {
     typedef Number C;
     typedef Coefficients<typename G::C, G::WANTED> K;
     static constexpr bool WEIGHTED = false;
-    static constexpr int SUMS = 2, OPERANDS = 2;
+    static constexpr int SUMS = 2, OPERANDS = 2, MOST = G::MOST;
     G dy;
     X x;
     INLINE void operator()(int64_t i, int64_t t, int n, const K& k, Vec<C> (&sum)[2]) const {
@@ -155,7 +164,7 @@ template <class G, class X, class W> struct WeightedGradTerms {
     typedef double C;
     typedef Coefficients<typename G::C, G::WANTED> K;
     static constexpr bool WEIGHTED = true;
-    static constexpr int SUMS = 2, OPERANDS = 2;
+    static constexpr int SUMS = 2, OPERANDS = 2, MOST = G::MOST;
     G dy;
     X x;
     W w;
@@ -183,9 +192,10 @@ INLINE void tree(
 }
 
 // How many terms are added before their sum joins a float64 sum.
-template <class Terms> constexpr int GROUP = sizeof(typename Terms::C) == 4 ? 16 : 2;
+template <class Terms> constexpr int GROUP = sizeof(typename Terms::C) == 8 ? 2 : Terms::MOST;
 template <class Terms> constexpr int GROUP_ROWS =
-    sizeof(typename Terms::C) == 8 ? (Terms::WEIGHTED ? 1 : 4) : Terms::OPERANDS == 1 ? 16 : 8;
+    sizeof(typename Terms::C) == 8 ? (Terms::WEIGHTED ? 1 : 4)
+    : Terms::OPERANDS == 1 || Terms::MOST < 8 ? Terms::MOST : 8;
 
 // The sums of a span, lane by lane.
 template <class Terms>

@@ -12,7 +12,6 @@ template <class C> struct Vec {
 
 #define FOR_PARTS _Pragma("GCC unroll 16") for (int p = 0; p < Vec<C>::PARTS; ++p)
 #define INLINE __attribute__((always_inline)) inline
-#define NOINLINE __attribute__((noinline))
 
 template <class C> INLINE Vec<C> splat(C v) {
     Vec<C> r;
@@ -74,7 +73,7 @@ constexpr double inverse_factorial(int n) {
     for (int k = 2; k <= n; ++k) f *= k;
     return 1 / f;
 }
-template <class C> NOINLINE Vec<C> exponential(Vec<C> v) {
+template <class C> INLINE Vec<C> exponential(Vec<C> v) {
     typedef Exponential<C> E;
     typedef typename E::Integer Integers __attribute__((vector_size(REGISTER)));
     const C log2e = C(0x1.71547652b82fep0);

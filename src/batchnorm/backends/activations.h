@@ -6,6 +6,12 @@
 
 #include "coefficients.h"
 
+#ifdef __CUDACC__
+#define BN_FUNCTION __device__ inline
+#else
+#define BN_FUNCTION __attribute__((noinline))
+#endif
+
 namespace bn {
 
 // The order of `KINDS` in `epilogue.py`.
@@ -32,6 +38,14 @@ template <class V> struct Sigmoids {
         t = at_least(h, zero, e, one) / sum;
     }
 };
+// Long formulas are functions of their own: inlined wherever an activation may be, they take longer to
+// compile than all the rest.
+template <class V> BN_FUNCTION V silu(V h) { return h * Sigmoids<V>(h).s; }
+template <class V> BN_FUNCTION V silu_gradient(V h, V v) {
+    V zero = constant(h, 0), one = constant(h, 1);
+    Sigmoids<V> of(h);
+    return equal(v, zero, v, v * (of.s * (one + h * of.t)));
+}
 
 // act(h). NaN stays NaN.
 template <class V> BN_INLINE V activate(int activation, V slope, V h) {
@@ -40,22 +54,19 @@ template <class V> BN_INLINE V activate(int activation, V slope, V h) {
         case RELU: return at_most(h, zero, zero, h);
         case RELU6: return at_least(h, six, six, at_most(h, zero, zero, h));
         case LEAKY_RELU: return above(h, zero, h, slope * h);
-        case SILU: return h * Sigmoids<V>(h).s;
+        case SILU: return silu(h);
         default: return h;
     }
 }
 
 // act'(h) v; 0 where v is 0.
 template <class V> BN_INLINE V activation_gradient(int activation, V slope, V h, V v) {
-    V zero = constant(h, 0), one = constant(h, 1), six = constant(h, 6);
+    V zero = constant(h, 0), six = constant(h, 6);
     switch (activation) {
         case RELU: return at_most(h, zero, zero, v);
         case RELU6: return at_least(h, six, zero, at_most(h, zero, zero, v));
         case LEAKY_RELU: return above(h, zero, v, slope * v);
-        case SILU: {
-            Sigmoids<V> of(h);
-            return equal(v, zero, v, v * (of.s * (one + h * of.t)));
-        }
+        case SILU: return silu_gradient(h, v);
         default: return v;
     }
 }

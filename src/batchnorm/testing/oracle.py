@@ -157,7 +157,9 @@ class Problem:
         """
         dy = _as(dy, self.x)
         slope = self._slope_at(self.h if y is None else _as(y, self.x))
-        reach = abs(dy) * (self.size if self.activation == "silu" else 1 + 0 * self.size)
+        reach = abs(dy)
+        if self.activation == "silu":  # whose derivative is not exact
+            reach = np.where(dy == 0, reach, reach * self.size)
         with np.errstate(invalid="ignore"):
             dy = np.where(dy == 0, 0 * dy, dy * slope)
             through = np.where(dy == 0, 0 * dy, dy * self.x_hat)  # NaN where nothing flows is nothing
