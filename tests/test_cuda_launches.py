@@ -8,9 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
 from batchnorm.backends.cuda import params as params_of
+from batchnorm.backends.cuda import running as cuda
 from batchnorm.backends.cuda.launches import GIVEN, ORDERED, SUM, WRITE, Limits, MemoryLayout
 
 H200 = Limits(132, 60 * 2**20)
