@@ -14,8 +14,9 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> st
     static const int SUMS = 2;  // doubles of a partial result
     static const int FACTORS = EPILOGUE ? 5 : 4;  // m, a, b, c, and b of h
     static const int H = 4;  // the place of the last
-    // Vectors in flight: as many as the registers allow.
-    static const int DEPTH = V == 8 && EPILOGUE ? 2 : ACROSS_CHANNELS || WEIGHTED || V > 1 || EPILOGUE ? 4 : 8;
+    // Vectors of each array in flight: as many as the registers allow, in sums and in outputs.
+    static const bool FEW = EPILOGUE && V * sizeof(T) == 16;
+    static const int DEPTH = FEW ? 2 : ACROSS_CHANNELS || WEIGHTED || V > 1 || EPILOGUE ? 4 : 8;
     typedef SharedMemory<A, CH> Shared;
 
     static __device__ void prepare(const Params& params, const Tile& tile, Shared& shared) {
@@ -75,7 +76,7 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> st
                 }
                 cursor.next(params);
             }
-            choose_activation<EPILOGUE>(params, [&](auto chosen) {
+            choose_activation<EPILOGUE, RELU>(params, [&](auto chosen) {
 #pragma unroll
                 for (int ch = 0; ch < CH; ++ch) {
                     A g[L], gd[L];
@@ -147,7 +148,7 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> st
         A f[CH][MAX_FACTORS];
         load_factors<Backward>(f, params, tile, shared);
         Cursor<V, WEIGHTED> cursor(params, tile);
-        const int IN_FLIGHT = V * sizeof(T) >= 8 ? 4 : 8;  // vectors of dy and of x in flight
+        const int IN_FLIGHT = FEW ? 2 : V * sizeof(T) >= 8 ? 4 : 8;
         for (long long i = tile.begin; i < tile.end; i += IN_FLIGHT * params.lanes) {
             Pack<T, V> dy[IN_FLIGHT], x[IN_FLIGHT], z[EPILOGUE ? IN_FLIGHT : 1];
             long long offset[IN_FLIGHT];
@@ -163,7 +164,7 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> st
                 }
                 cursor.next(params);
             }
-            choose_activation<EPILOGUE>(params, [&](auto chosen) {
+            choose_activation<EPILOGUE, RELU>(params, [&](auto chosen) {
 #pragma unroll
                 for (int k = 0; k < IN_FLIGHT; ++k) {
                     if (offset[k] < 0) continue;
