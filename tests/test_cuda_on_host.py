@@ -218,6 +218,7 @@ BOUNDS = """
 import sys
 import cuda_on_host
 import test_cuda_on_host as t
+from test_cuda_epilogues import Case
 options = ("-fsanitize=address", "--param=asan-stack=0")
 source = t.cuda.source()
 if len(sys.argv) > 1:
@@ -226,6 +227,8 @@ with cuda_on_host.active(source=source, options=options):
     for shape, axis in (((5, 6, 9), 1), ((33, 12), 1), ((7, 4, 20), 1), ((3, 5, 7), -1)):
         for weighted in (None, "mask"):
             t.check(shape, axis, weighted=weighted)
+for seed in range(6):
+    Case("float32", "relu", seed).check(True, seed % 2 == 1, source=source, options=options)
 print("within bounds")
 """
 

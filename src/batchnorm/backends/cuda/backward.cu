@@ -1,10 +1,10 @@
-// The backward pass: sums of g and of g (x - m), then dx = a (g + w (b (x - m) + c)), where g is dy, or with
-// an epilogue act'(h) dy.
+// The backward pass: sums of g and of g (x - m), then dx = a (g + w (b (x - m) + c)). Without an epilogue g
+// is dy, with one act'(h) dy.
 //
-// That g is computed in both phases, and as the gradient to the residual it is written in the second. If the
-// sums wrote it for the second phase to read, that would read one array less, but only of groups that do not
-// fit in the cache; dx would have the error of a g that is rounded to 16 bits, and what other blocks wrote
-// would have to be kept out of the L1 cache.
+// That is computed in both phases, and written in the second, as the gradient to the residual. Where a
+// group stays in the cache, this moves as few bytes as if the sums wrote it and the second phase read it
+// instead of dy and z; elsewhere one array in eight more. But dx does not have the error of a g that was
+// rounded to 16 bits, and no block reads elements that another one wrote, which its L1 cache may not have.
 
 template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> struct Backward {
     typedef typename Number<T>::Compute A;
@@ -51,8 +51,10 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> st
             if (tile.begin < tile.end)  // the mean, rounded to the type of the arithmetic
                 f[ch][0] = params.phases & GIVEN ? ((const A*)params.factors[0])[tile.channel + ch]
                                                  : (A)shared.inputs[INPUT_MEAN][tile.bundle * CH + ch];
-            if constexpr (EPILOGUE)
-                for (int k : {1, H}) f[ch][k] = shared.factors[k][tile.bundle * CH + ch];
+            if constexpr (EPILOGUE) {
+                f[ch][1] = shared.factors[1][tile.bundle * CH + ch];
+                f[ch][H] = shared.factors[H][tile.bundle * CH + ch];
+            }
         }
         Cursor<V, WEIGHTED> cursor(params, tile);
         for (long long i = tile.begin; i < tile.end; i += DEPTH * params.lanes) {
@@ -87,7 +89,8 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> st
                         if constexpr (EPILOGUE) {
                             A v = value(x[k].item[item]), given = value(z[k].item[item]);
                             g[j] = gradient(chosen, params, f[ch], v, given, g[j]);
-                            if (WEIGHTED) used[k] = used[k] && (weighs[k] || g[j] != 0);
+                            if (WEIGHTED)  // g may be 0 where dy is not
+                                used[k] = used[k] && (weighs[k] || g[j] != 0);
                         }
                         gd[j] = used[k] ? g[j] * (value(x[k].item[item]) - f[ch][0]) : A(0);
                     }

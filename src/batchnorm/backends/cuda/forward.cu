@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward(const Params params) {
 }
 
 // Outputs alone, from given statistics or factors. Fewer registers are needed, so that more blocks run
-// at a time.
+// at a time; vectors of a residual need some.
 template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE>
 __global__ void __launch_bounds__(THREADS, EPILOGUE ? 3 : 4) normalize(const Params params) {
     typedef typename Number<T>::Compute A;

@@ -179,7 +179,7 @@ def launch(
     weighted : bool
         Whether there are weights.
     reads : int
-        Number of big arrays that are read.
+        Number of big arrays that are read, by the sums if there are sums.
     phases : int
         `SUM`, `WRITE` or both.
     limits : Limits
