@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from batchnorm.backends.base import Backend, to_out
-from batchnorm.backends.cuda.arrangement import Device, arrange, output
+from batchnorm.backends.cuda.arrangement import Device, arrange, result_like
 from batchnorm.backends.cuda.launches import GIVEN, RAW, SUM, WRITE
 from batchnorm.backends.cuda.running import rows, run
 from batchnorm.backends.generic import GENERIC
@@ -70,7 +70,7 @@ class Cuda(Backend):
             return super().forward(x, w, gamma, beta, eps, layout, epilogue=epilogue, out=out)
         device = self.device
         arranged = arrange(device, layout, None, x, *_read_by(epilogue))
-        y = output(device, layout, arranged, out)
+        y = result_like(device, layout, arranged, out)
         given = {"gamma": gamma, "beta": beta}
         table = run(
             device,
@@ -142,9 +142,9 @@ class Cuda(Backend):
         """Run a backward pass in one launch."""
         device = self.device
         arranged = arrange(device, layout, w, x, dy, *_read_by(epilogue))
-        dx = output(device, layout, arranged, out)
+        dx = result_like(device, layout, arranged, out)
         wanted = epilogue is not None and epilogue.gradient
-        dresidual = output(device, layout, arranged, None) if wanted else None
+        dresidual = result_like(device, layout, arranged, None) if wanted else None
         given = dict(zip(("n", "mean", "var", "low"), stats, strict=True), gamma=gamma, beta=beta)
         dtype = layout.compute if gamma is None else gamma.dtype
         table = run(
@@ -183,7 +183,7 @@ class Cuda(Backend):
         if stats.mean_lo is not None:  # the kernel takes no residual of the mean
             return super().inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
         arranged = arrange(self.device, layout, None, x, *_read_by(epilogue))
-        y = output(self.device, layout, arranged, out)
+        y = result_like(self.device, layout, arranged, out)
         vectors = {"mean": stats.mean, "var": stats.var, "gamma": gamma, "beta": beta}
         run(
             self.device,
@@ -208,8 +208,14 @@ class Cuda(Backend):
         count, mean, var, low = rows(layout, table, layout.broadcast)
         return count, mean, low, var
 
-    @_active
     def scale_shift(
+        self, x: Array, m: Array, a: Array, b: Array, layout: Layout, *, out: Array | None = None
+    ) -> Array:
+        """Return y = a·(x − m) + b."""
+        return self.output(x, m, a, b, layout, out=out)
+
+    @_active
+    def output(
         self,
         x: Array,
         m: Array,
@@ -224,7 +230,7 @@ class Cuda(Backend):
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
         arranged = arrange(self.device, layout, None, x, *_read_by(epilogue))
-        y = output(self.device, layout, arranged, out)
+        y = result_like(self.device, layout, arranged, out)
         run(
             self.device,
             layout,
@@ -244,9 +250,9 @@ class Cuda(Backend):
         """Return g = act'(a·(x − m) + b + z)·dy."""
         same = dy.dtype == x.dtype == gradient_dtype(layout, dy)  # the kernel writes what it reads
         if not same or 0 in x.shape:
-            return GENERIC.activation_gradient(dy, x, m, a, b, epilogue, layout)
+            return super().activation_gradient(dy, x, m, a, b, epilogue, layout)
         arranged = arrange(self.device, layout, None, x, dy, *_read_by(epilogue))
-        g = output(self.device, layout, arranged, None)
+        g = result_like(self.device, layout, arranged, None)
         run(  # a backward pass without dx: the b and c of that are not used
             self.device,
             layout,
@@ -297,6 +303,6 @@ class Cuda(Backend):
         if 0 in x.shape:
             return layout.xp.empty_like(x) if out is None else out
         arranged = arrange(self.device, layout, w, x, dy)
-        dx = output(self.device, layout, arranged, out)
+        dx = result_like(self.device, layout, arranged, out)
         run(self.device, layout, "backward", WRITE | GIVEN, arranged, out=dx, factors=(m, a, b, c))
         return dx
