@@ -14,6 +14,7 @@ SLOW = re.compile(
     r"|test_cuda_on_host\.py::test_any_alignment\[(?!0-float32|1-float16)"
     r"|test_cuda_on_host\.py::test_a_planted_fault_is_caught\[(?!the wrong part|no barrier before sums)"
     r"|test_cuda_on_host\.py::test_no_access_outside_of_arrays"
+    r"|test_cuda_epilogues\.py::test_a_planted_fault_is_caught\[(?!y added)"
 )
 
 

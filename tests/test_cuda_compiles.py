@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
+from batchnorm.backends.cuda import running as cuda
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
 

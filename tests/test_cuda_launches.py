@@ -1,6 +1,7 @@
 """Launch arithmetic of the CUDA kernels, without a device."""
 
 import collections
+import itertools
 import re
 import struct
 
@@ -8,10 +9,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
 from batchnorm.backends.cuda import params as params_of
+from batchnorm.backends.cuda import running as cuda
 from batchnorm.backends.cuda.launches import GIVEN, ORDERED, SUM, WRITE, Limits, MemoryLayout
+from batchnorm.epilogue import ACTIVATIONS, KINDS, Activation
 
 H200 = Limits(132, 60 * 2**20)
 TINY = Limits(2, 2**14, 256)
@@ -171,10 +173,50 @@ def test_more_than_2_to_the_31_elements():
     params = params_of.pack_params(
         launch, params_of.Operands(1, 0, 2, 0), None, params_of.VECTORS, 3, (), 4, 5, 1e-5
     )
-    outer, channel, inner = struct.unpack_from("=3q", params, 32)
+    outer, channel, inner = struct.unpack_from("=3q", params, 48)
     assert (outer, channel, inner) == (64 * 12_000_000, 12_000_000, 4)
     sequence_numbers = 2 * -(-launch.slices // launch.group) * launch.group * launch.parts
     assert sequence_numbers < 2**32
+
+
+def test_an_epilogue_is_packed():
+    """In the places that the fields have in the source, with the number that the enum has there."""
+    given = memory_layout(3, 8, 5, False)
+    launch = launches.launch(given, "float32", 16, False, 2, WRITE, H200)
+    operands = params_of.Operands(1, 2, 3, 4, residual=5, dresidual=6)
+    last = (params_of.VECTORS, 7, (11, 12, 13, 14, 15), 8, 9, 1e-5, Activation("leaky_relu", 0.25))
+    packed = params_of.pack_params(launch, operands, None, *last)
+    assert struct.unpack_from("=6Q", packed) == (1, 2, 3, 4, 5, 6)
+    fields = struct.unpack_from("=8Q dqd", packed, params_of.PARAMS_BYTES - 11 * 8)
+    assert fields == (7, 11, 12, 13, 14, 15, 8, 9, 1e-5, KINDS.index("leaky_relu"), 0.25)
+    names = re.search(r"enum Activation \{(.*?)\}", cuda.source()).group(1).lower().split(", ")
+    assert [n.strip() for n in names] == ["identity", *ACTIVATIONS, "activations"]
+
+
+@pytest.mark.parametrize("dtype", launches.TYPES)
+def test_factors_lie_in_the_working_memory(dtype):
+    """They are as many as a pass has, aligned, and do not overlap each other or the partial sums."""
+    for channels in (1, 3, 64, 101):
+        given = memory_layout(64, channels, 10_000, False)
+        launch = launches.launch(given, dtype, 16, False, 1, SUM | WRITE, TINY)
+        scratch = launches.scratch(launch, "backward", dtype)
+        assert launch.phases & ORDERED
+        found = launches.factor_addresses(4096, scratch, launch, dtype)
+        size = 8 if dtype == "float64" else 4
+        assert len(found) == launches.MAX_FACTORS
+        assert all(b - a == channels * size for a, b in itertools.pairwise(found))
+        assert found[-1] + channels * size <= 4096 + scratch.factors
+        assert scratch.factors % 8 == 0
+
+
+def test_the_source_needs_no_files():
+    """NVRTC compiles one text: a header that includes another comes after it."""
+    text = cuda.source()
+    for name in re.findall(r'#include "(\w+)\.h"', text):
+        guard = f"BATCHNORM_{name.upper()}_H"
+        before = text[: text.index(f'#include "{name}.h"')]
+        assert f"#define {guard}" in before
+        assert before.rstrip().rpartition("\n")[2].startswith(f"#ifndef {guard}")
 
 
 def test_the_parameters_have_the_size_of_the_struct():
@@ -186,7 +228,7 @@ def test_the_parameters_have_the_size_of_the_struct():
         r"(const void\*|void\*|long long|Vector|double\*|unsigned\*|double)\s+([^;]+);", body
     ):
         for name in names.split(","):
-            count = re.search(r"\[(\d+)\]", name)
+            count = re.search(r"\[(\d+)\]", name.replace("MAX_FACTORS", str(launches.MAX_FACTORS)))
             size += (24 if type_ == "Vector" else 8) * (int(count.group(1)) if count else 1)
     assert size == params_of.PARAMS_BYTES
 
@@ -198,23 +240,27 @@ def test_phases_and_dtype_tags_are_those_of_the_source():
     tags = re.search(r"enum DtypeTag \{(.*?)\}", cuda.source()).group(1).replace(" ", "").split(",")
     named = {None: "NOTHING", "float16": "HALF", "bfloat16": "BFLOAT16", "float32": "SINGLE"}
     assert [named.get(dtype, "DOUBLE") for dtype in params_of.DTYPE_TAGS] == tags
-    for name in ("THREADS", "MAX_BUNDLES", "FAN"):
+    for name in ("THREADS", "MAX_BUNDLES", "FAN", "MAX_FACTORS"):
         found = re.search(rf"const int {name} = (\d+);", cuda.source()).group(1)
         assert getattr(launches, name) == int(found)
 
 
 def test_every_launch_has_an_instance():
     known = set(launches.instances())
+    both = (False, True)  # without an epilogue and with one
     for dtype in launches.TYPES:
         for weights in (None, "bool", "float64"):
             for channels, inner, last in ((64, 64, False), (64, 9, True), (7, 3, False), (6, 4, True)):
                 for alignment in (2, 4, 8, 16):
-                    for kernel in launches.KERNELS[:2]:
+                    for kernel, epilogue in itertools.product(launches.KERNELS[:2], both):
                         given = memory_layout(3, channels, inner, last)
                         launch = launches.launch(
                             given, dtype, alignment, weights is not None, 1, SUM | WRITE, H200
                         )
-                        assert launches.instance(kernel, launch, dtype, weights) in known
+                        if not weights or kernel in launches.WEIGHTED[epilogue]:
+                            name = launches.instance(kernel, launch, dtype, weights, epilogue)
+                            assert name in known
                     plain = launches.launch(given, dtype, alignment, False, 1, WRITE, H200)
-                    assert launches.instance("normalize", plain, dtype, None) in known
+                    for epilogue in both:
+                        assert launches.instance("normalize", plain, dtype, None, epilogue) in known
     assert len(known) == len(launches.instances())

@@ -16,9 +16,9 @@ from test_suite import run_suite
 
 import batchnorm as bn
 from batchnorm.backends import dispatch
-from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
-from batchnorm.backends.cuda.backend import Arranged
+from batchnorm.backends.cuda import running as cuda
+from batchnorm.backends.cuda.arrangement import Arranged
 from batchnorm.backends.cuda.launches import GIVEN, WRITE, MemoryLayout
 from batchnorm.testing import data, verdict
 from batchnorm.testing.oracle import Problem
@@ -209,7 +209,7 @@ def test_strides_of_more_than_32_bits():
     layout = bn.validation.validate_input(np.empty((2, 4, 8), np.float32), 1)
     factors = tuple(np.full(4, v, np.float32) for v in (0.5, 2.0, 1.0))
     arranged = Arranged((memory,), None, memory_layout, None, (0, 1, 2))
-    cuda._run(device, layout, "normalize", WRITE | GIVEN, arranged, out=memory, factors=factors)
+    cuda.run(device, layout, "normalize", WRITE | GIVEN, arranged, out=memory, factors=factors)
     for row, was in zip(rows, before, strict=True):
         np.testing.assert_array_equal(memory[row], 2 * (was - np.float32(0.5)) + 1)
 
@@ -218,6 +218,7 @@ BOUNDS = """
 import sys
 import cuda_on_host
 import test_cuda_on_host as t
+from test_cuda_epilogues import Case
 options = ("-fsanitize=address", "--param=asan-stack=0")
 source = t.cuda.source()
 if len(sys.argv) > 1:
@@ -226,6 +227,8 @@ with cuda_on_host.active(source=source, options=options):
     for shape, axis in (((5, 6, 9), 1), ((33, 12), 1), ((7, 4, 20), 1), ((3, 5, 7), -1)):
         for weighted in (None, "mask"):
             t.check(shape, axis, weighted=weighted)
+for seed in range(6):
+    Case("float32", "relu", seed).check(True, seed % 2 == 1, source=source, options=options)
 print("within bounds")
 """
 
@@ -360,7 +363,7 @@ def test_cupy_launches_the_kernels(fake_cupy):
     assert fake_cupy == [
         "device 0",
         "memset on stream 7",
-        "forward<float, 4, false, None> on stream 7",
+        "forward<float, 4, false, None, false> on stream 7",
     ]
 
 
@@ -376,7 +379,7 @@ def test_pytorch_s_stream_is_used(fake_cupy, monkeypatch):
     layout = bn.validation.validate_input(x, 1)
     y, stats = module._on_tensors(0).forward(x, None, None, None, 1e-5, layout)
     verdict.forward(y.numpy(), Problem(x.numpy()), "float32")
-    assert fake_cupy == ["device 0", "forward<float, 4, false, None> on stream 99"]
+    assert fake_cupy == ["device 0", "forward<float, 4, false, None, false> on stream 99"]
     found = module._on_tensors(0).backward(y, x, None, stats, None, 1e-5, layout)
     verdict.backward(
         tuple(v.numpy() for v in found), Problem(x.numpy()).backward(y.numpy()), "float32", "float32"

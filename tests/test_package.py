@@ -157,7 +157,7 @@ def test_wheel_without_the_core(tmp_path):
         "testing/conftest.py",
         "testing/nist/nist.npz",
         "backends/generic.py",
-        "backends/coefficients.h",
+        "backends/activations.h",
         "backends/cuda/tasks.cu",
     ):
         assert f"batchnorm/{file}" in names

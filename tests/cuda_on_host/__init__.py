@@ -17,8 +17,10 @@ import numpy as np
 
 from batchnorm import optimistic
 from batchnorm.backends import dispatch
-from batchnorm.backends.cuda import backend as cuda
 from batchnorm.backends.cuda import launches
+from batchnorm.backends.cuda.arrangement import Device
+from batchnorm.backends.cuda.backend import Cuda
+from batchnorm.backends.cuda.running import source as kernels_source
 
 HERE = pathlib.Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -32,7 +34,7 @@ _seed = itertools.count()
 
 def library(names, source=None, options=()):
     """Return a shared library with a function for each kernel. It is cached between runs."""
-    lines = ['#include "gpu.h"', source or cuda.source()]
+    lines = ['#include "gpu.h"', source or kernels_source()]
     for i, name in enumerate(names):
         lines.append(
             f'extern "C" int launch_{i}(const Params* params, unsigned blocks, unsigned seed) {{\n'
@@ -56,10 +58,10 @@ def library(names, source=None, options=()):
 
 
 @functools.cache
-def functions(dtype, kernel, source=None, options=()):
-    """Return the instances of a kernel for a dtype, by name."""
-    wanted = f"{kernel}<{launches.TYPES[dtype][0]},"
-    names = [n for n in launches.instances() if n.startswith(wanted)]
+def functions(dtype, kernel, epilogue, source=None, options=()):
+    """Return the instances of a kernel for a dtype, with or without an epilogue, by name."""
+    begin, end = f"{kernel}<{launches.TYPES[dtype][0]},", f", {epilogue}>"
+    names = [n for n in launches.instances() if n.startswith(begin) and n.endswith(end)]
     built = library(names, source, options)
     return {name: getattr(built, f"launch_{i}") for i, name in enumerate(names)}
 
@@ -75,12 +77,13 @@ def device(limits, source=None, options=()):
     def launch(name, params, blocks, zero_address, zero_bytes):
         if zero_bytes:
             ctypes.memset(zero_address, 0, zero_bytes)
-        kernel, _, arguments = name.partition("<")
-        run = functions(dtypes[arguments.partition(",")[0]], kernel, source, options)[name]
+        kernel, arguments = name.rstrip(">").split("<")
+        dtype, *_, epilogue = arguments.split(", ")
+        run = functions(dtypes[dtype], kernel, epilogue, source, options)[name]
         if run(params, blocks, next(_seed)):
             raise BarrierError(name)
 
-    return cuda.Device(
+    return Device(
         limits,
         active=contextlib.nullcontext,
         address=lambda a: a.ctypes.data,
@@ -94,7 +97,7 @@ def device(limits, source=None, options=()):
 @contextlib.contextmanager
 def active(limits=LIMITS["small-tiles"], source=None, options=()):
     """Run NumPy arrays on the CUDA kernels within this context."""
-    found = cuda.Cuda("on the host, for tests", device(limits, source, options))
+    found = Cuda("on the host, for tests", device(limits, source, options))
     candidate = dispatch.Candidate(("cupy",), lambda arrays: found)
     table = dispatch._TABLE
     dispatch._TABLE = (("numpy", "ndarray", lambda: (candidate,)),)

@@ -4,7 +4,9 @@
 #ifndef BATCHNORM_ACTIVATIONS_H
 #define BATCHNORM_ACTIVATIONS_H
 
+#ifndef BATCHNORM_COEFFICIENTS_H  // NVRTC reads one text, in which it comes before this
 #include "coefficients.h"
+#endif
 
 #ifdef __CUDACC__
 #define BN_FUNCTION __device__ inline
@@ -14,8 +16,8 @@
 
 namespace bn {
 
-// The order of `KINDS` in `epilogue.py`.
-enum Activation { IDENTITY, RELU, RELU6, LEAKY_RELU, SILU };
+// The order of `KINDS` in `epilogue.py`; the last is their number.
+enum Activation { IDENTITY, RELU, RELU6, LEAKY_RELU, SILU, ACTIVATIONS };
 
 // What formulas are made of, for one number; `vec.h` has it for sixteen.
 

@@ -85,7 +85,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(i) for i in range(len(order)))
 
 
-def output(device: Device, layout: Layout, arranged: Arranged, out: Array | None) -> Array:
+def result_like(device: Device, layout: Layout, arranged: Arranged, out: Array | None) -> Array:
     """Return an array for the result: `out`, if it has the strides of the inputs, or a new one."""
     x = arranged.arrays[0]
     if out is not None and _same_strides(x.shape, device.strides(out), device.strides(x)):

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.backends.cuda.arrangement import Device
-from batchnorm.backends.cuda.backend import Cuda, source
+from batchnorm.backends.cuda.backend import Cuda
 from batchnorm.backends.cuda.launches import THREADS, Limits
+from batchnorm.backends.cuda.running import source
 
 Array = Any
 Arrays = tuple[Array | None, ...]

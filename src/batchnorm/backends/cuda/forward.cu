@@ -1,31 +1,40 @@
-// The forward pass: moments of each channel, then y = a (x - m) + b.
+// The forward pass: moments of each channel, then y = act(a (x - m) + b + z).
 
-template <typename T, int V, bool ACROSS_CHANNELS, typename A, int CH>
-__device__ inline void output(const Params& params, const Tile& tile, const A (&f)[CH][4]) {
+template <typename T, int V, bool ACROSS_CHANNELS, bool EPILOGUE, typename A, int CH>
+__device__ inline void output(const Params& params, const Tile& tile, const A (&f)[CH][MAX_FACTORS]) {
     const int IN_FLIGHT = V * sizeof(T) >= 8 ? 4 : 8;  // vectors in flight
     Cursor<V, false> cursor(params, tile);
     for (long long i = tile.begin; i < tile.end; i += IN_FLIGHT * params.lanes) {
-        Pack<T, V> x[IN_FLIGHT];
+        Pack<T, V> x[IN_FLIGHT], z[EPILOGUE ? IN_FLIGHT : 1];
         long long offset[IN_FLIGHT];
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; ++k) {
             offset[k] = i + k * params.lanes < tile.end ? cursor.offset : -1;
             if (offset[k] >= 0) x[k] = load_streaming<T, V>(params.x, offset[k]);
+            if constexpr (EPILOGUE)
+                if (offset[k] >= 0) load_residual(z[k], params, offset[k]);
             cursor.next(params);
         }
+        choose_activation<EPILOGUE>(params, [&](auto chosen) {
 #pragma unroll
-        for (int k = 0; k < IN_FLIGHT; ++k) {
+            for (int k = 0; k < IN_FLIGHT; ++k) {
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const A* g = f[ACROSS_CHANNELS ? j : 0];
-                set(x[k].item[j], g[1] * (value(x[k].item[j]) - g[0]) + g[2]);
+                for (int j = 0; j < V; ++j) {
+                    const A* g = f[ACROSS_CHANNELS ? j : 0];
+                    A h = g[1] * (value(x[k].item[j]) - g[0]) + g[2];
+                    if constexpr (EPILOGUE) {
+                        h = before_activation(params, h, value(z[k].item[j]));
+                        h = activate<A>(chosen, params.slope, h);
+                    }
+                    set(x[k].item[j], h);
+                }
+                if (offset[k] >= 0) store_streaming<T, V>(params.out, offset[k], x[k]);
             }
-            if (offset[k] >= 0) store_streaming<T, V>(params.out, offset[k], x[k]);
-        }
+        });
     }
 }
 
-template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Forward {
+template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE> struct Forward {
     typedef typename Number<T>::Compute A;
     typedef typename Weight<W, A>::Type U;
     static const bool WEIGHTED = Weight<W, A>::PRESENT;
@@ -130,27 +139,27 @@ template <typename T, int V, bool ACROSS_CHANNELS, typename W> struct Forward {
     }
 
     static __device__ void write(const Params& params, const Tile& tile, const Shared& shared) {
-        A f[CH][4];
+        A f[CH][MAX_FACTORS];
         load_factors<Forward>(f, params, tile, shared);
-        output<T, V, ACROSS_CHANNELS>(params, tile, f);
+        output<T, V, ACROSS_CHANNELS, EPILOGUE>(params, tile, f);
     }
 };
 
-template <typename T, int V, bool ACROSS_CHANNELS, typename W>
+template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE>
 __global__ void __launch_bounds__(THREADS, 2) forward(const Params params) {
-    run_tasks<Forward<T, V, ACROSS_CHANNELS, W>>(params);
+    run_tasks<Forward<T, V, ACROSS_CHANNELS, W, EPILOGUE>>(params);
 }
 
 // Outputs alone, from given statistics or factors. Fewer registers are needed, so that more blocks run
-// at a time.
-template <typename T, int V, bool ACROSS_CHANNELS, typename W>
-__global__ void __launch_bounds__(THREADS, 4) normalize(const Params params) {
+// at a time; vectors of a residual need some.
+template <typename T, int V, bool ACROSS_CHANNELS, typename W, bool EPILOGUE>
+__global__ void __launch_bounds__(THREADS, EPILOGUE ? 3 : 4) normalize(const Params params) {
     typedef typename Number<T>::Compute A;
     const int CH = ACROSS_CHANNELS ? V : 1;
     __shared__ SharedMemory<A, CH> shared;
     for (long long i = blockIdx.x; i < params.slices * params.parts; i += gridDim.x) {
         Tile tile = tile_of<CH>(params, i % params.slices, i / params.slices);
-        A f[CH][4];
+        A f[CH][MAX_FACTORS];
         if (!(params.phases & GIVEN)) {
             load_inputs(params, tile, shared);
             __syncthreads();
@@ -165,6 +174,6 @@ __global__ void __launch_bounds__(THREADS, 4) normalize(const Params params) {
                     inputs[INPUT_MEAN][local], 0, inputs[VAR][local], inputs[GAMMA][local],
                     inputs[BETA][local], params.eps, f[ch][0], f[ch][1], f[ch][2]);
         }
-        output<T, V, ACROSS_CHANNELS>(params, tile, f);
+        output<T, V, ACROSS_CHANNELS, EPILOGUE>(params, tile, f);
     }
 }

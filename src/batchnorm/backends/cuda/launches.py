@@ -7,6 +7,7 @@ count vectors. `tiling.cu` defines position, bundle, slice, part, tile and lane.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ MAX_BUNDLES = 32  # of a slice
 FAN = 32  # partial sums that one block merges
 
 # What a launch does: the enum Phase of tiling.cu.
-SUM, WRITE, ORDERED, GIVEN, RAW = 1, 2, 4, 8, 16
+SUM, WRITE, ORDERED, GIVEN, RAW, FROM_Y = 1, 2, 4, 8, 16, 32
 
 # For each dtype its name in C++, its size in bytes, and the lengths of vectors that have kernels.
 TYPES = {
@@ -178,7 +179,7 @@ def launch(
     weighted : bool
         Whether there are weights.
     reads : int
-        Number of big arrays that are read.
+        Number of big arrays that are read, by the sums if there are sums.
     phases : int
         `SUM`, `WRITE` or both.
     limits : Limits
@@ -273,21 +274,35 @@ def lane_counts(contiguous: int, positions: int, slice_bundles: int) -> tuple[in
     return adjacent, adjacent * max(1, min(share // adjacent, -(-positions // adjacent)))
 
 
-def instance(kernel: str, launch: Launch, dtype: str, weights: str | None) -> str:
+def instance(
+    kernel: str, launch: Launch, dtype: str, weights: str | None, epilogue: bool = False
+) -> str:
     """Return the name of a template instance in C++."""
-    across_channels = str(launch.across_channels).lower()
-    return f"{kernel}<{TYPES[dtype][0]}, {launch.vector}, {across_channels}, {WEIGHTS[weights]}>"
+    return _name(
+        kernel, TYPES[dtype][0], launch.vector, launch.across_channels, WEIGHTS[weights], epilogue
+    )
+
+
+def _name(kernel: str, *arguments: str | int) -> str:
+    texts = (str(a).lower() if isinstance(a, bool) else str(a) for a in arguments)
+    return f"{kernel}<{', '.join(texts)}>"
+
+
+# The kernels that take weights, by whether there is an epilogue: a forward pass checks the counts of the
+# weights between its sums and its outputs, which `normalize` then writes.
+WEIGHTED = {False: KERNELS[:2], True: KERNELS[1:2]}
 
 
 def instances() -> list[str]:
     """Return the names of all template instances that a launch can need."""
     found = []
-    for name, _, widths in TYPES.values():
-        plain = [f"<{name}, {w}, false, None>" for w in widths]
-        across_channels = [f"<{name}, {w}, true, None>" for w in widths if 1 < w <= MAX_BUNDLE]
-        weighted = [f"<{name}, 1, false, {w}>" for w in ("Mask", "double")]
-        found += [k + i for k in KERNELS[:2] for i in plain + across_channels[:1] + weighted]
-        found += [KERNELS[2] + i for i in plain + across_channels[:1]]
+    for epilogue, (name, _, widths) in itertools.product((False, True), TYPES.values()):
+        across_channels = [w for w in widths if 1 < w <= MAX_BUNDLE][:1]
+        vectors = [(w, False) for w in widths] + [(w, True) for w in across_channels]
+        for kernel in KERNELS:
+            found += [_name(kernel, name, *vector, "None", epilogue) for vector in vectors]
+            kinds = ("Mask", "double") if kernel in WEIGHTED[epilogue] else ()
+            found += [_name(kernel, name, 1, False, w, epilogue) for w in kinds]
     return found
 
 
@@ -312,6 +327,8 @@ class Scratch(NamedTuple):
         return sum(self)
 
 
+# Factors of a channel, at most: MAX_FACTORS of tiling.cu.
+MAX_FACTORS = 5
 # Doubles of a partial result of each kernel.
 SUMS = {"forward": 4, "backward": 2, "normalize": 0}
 
@@ -322,15 +339,16 @@ def scratch(launch: Launch, kernel: str, dtype: str) -> Scratch:
     parts = launch.phases & SUM and launch.parts > 1
     size = 8 if dtype == "float64" else 4
     sums = levels(launch.parts) if parts else [1]
-    factors = 4 * channels * size if ordered else 0
+    factors = MAX_FACTORS * channels * size if ordered else 0
     partial = channels * sum(sums[:-1]) * SUMS[kernel] * 8
     counters = 4 * (1 + launch.slices * (1 + sum(sums[1:]))) if parts or ordered else 0
     return Scratch(-(-factors // 8) * 8, partial, -(-counters // 8) * 8)
 
 
-def quarters(start: int, size: int) -> tuple[int, ...]:
-    """Return the addresses of four consecutive vectors of one length, or () where the size is 0."""
-    return tuple(start + i * size // 4 for i in range(4)) if size else ()
+def factor_addresses(start: int, scratch: Scratch, launch: Launch, dtype: str) -> tuple[int, ...]:
+    """Return the addresses of the vectors of factors in working memory, or () where there are none."""
+    length = launch.memory_layout.channels * (8 if dtype == "float64" else 4)
+    return tuple(start + i * length for i in range(MAX_FACTORS)) if scratch.factors else ()
 
 
 def blocks(launch: Launch, limits: Limits) -> int:

@@ -6,7 +6,8 @@ import math
 import struct
 from typing import NamedTuple
 
-from batchnorm.backends.cuda.launches import Launch, MemoryLayout, levels
+from batchnorm.backends.cuda.launches import MAX_FACTORS, Launch, MemoryLayout, levels
+from batchnorm.epilogue import KINDS, Activation
 
 # The enum DtypeTag of values.cu: the dtypes of per-channel vectors.
 DTYPE_TAGS = {None: 0, "float16": 1, "bfloat16": 2, "float32": 3, "float64": 4}
@@ -30,6 +31,8 @@ class Operands(NamedTuple):
     dy: int = 0
     out: int = 0
     weights: int = 0
+    residual: int = 0
+    dresidual: int = 0
 
 
 class Vectors(NamedTuple):
@@ -48,9 +51,10 @@ class Vectors(NamedTuple):
 VECTORS = Vectors()
 
 
-# The struct Params of tiling.cu: 4 addresses; 3 + 3 strides; 3 lengths; 4 about lanes; 5 of cursors;
-# 4 of tiles; the group and the phases; 8 vectors; 7 addresses; eps.
-_PARAMS = struct.Struct("=4Q 6q 3q 4q 5q 4q 2q 24q 7Q d")
+# The struct Params of tiling.cu: 6 addresses; 3 + 3 strides; 3 lengths; 4 about lanes; 5 of cursors;
+# 4 of tiles; the group and the phases; 8 vectors; 3 addresses and those of factors; eps; the activation
+# and its slope.
+_PARAMS = struct.Struct(f"=6Q 6q 3q 4q 5q 4q 2q 24q {3 + MAX_FACTORS}Q d qd")
 PARAMS_BYTES = _PARAMS.size
 
 
@@ -64,6 +68,7 @@ def pack_params(
     partial: int,
     counters: int,
     eps: float,
+    activation: Activation | None = None,
 ) -> bytes:
     """Return the launch parameters, packed as the struct Params of `tiling.cu`."""
     layout = launch.memory_layout
@@ -71,6 +76,7 @@ def pack_params(
     rows, row_advance = divmod(launch.lanes, launch.row)
     w = weights or MemoryLayout(0, 0, 0, 0, 0, 0)
     reducers = math.isqrt(max(0, launch.lanes - 1)) + 1
+    kind, slope = activation or (None, 0.0)
     # fmt: off
     return _PARAMS.pack(
         *operands,
@@ -85,6 +91,7 @@ def pack_params(
         launch.slices, launch.parts, launch.length, sum(levels(launch.parts)[1:]),
         launch.group, launch.phases,
         *(field for v in vectors for field in v),
-        stats, *(*factors, 0, 0, 0, 0)[:4], partial, counters, eps,
+        stats, *factors, *(0,) * (MAX_FACTORS - len(factors)), partial, counters, eps,
+        KINDS.index(kind), slope,
     )
     # fmt: on

@@ -76,7 +76,7 @@ __device__ void run_task(
 // caller computed them.
 template <class P>
 __device__ inline void load_factors(
-    typename P::A (&f)[P::CH][4], const Params& params, const Tile& tile,
+    typename P::A (&f)[P::CH][MAX_FACTORS], const Params& params, const Tile& tile,
     const typename P::Shared& shared) {
     if (tile.begin >= tile.end) return;
     for (int k = 0; k < P::FACTORS; ++k)

@@ -15,8 +15,10 @@ const int THREADS = 256;
 const int MAX_BUNDLES = 32;  // of a slice
 
 enum Input { GAMMA, BETA, N, INPUT_MEAN, VAR, INPUT_LOW, INPUTS };
-// What a launch does. ORDERED: tasks.cu; GIVEN: the factors are given; RAW: the sums are the result.
-enum Phase { SUM = 1, WRITE = 2, ORDERED = 4, GIVEN = 8, RAW = 16 };
+// What a launch does. ORDERED: tasks.cu; GIVEN: the factors are given; RAW: the sums are the result;
+// FROM_Y: the residual is not z but y, from which the derivative is found.
+enum Phase { SUM = 1, WRITE = 2, ORDERED = 4, GIVEN = 8, RAW = 16, FROM_Y = 32 };
+const int MAX_FACTORS = 5;  // of a channel: m, a, b and c of dx, and b of what was activated
 
 // The launch parameters. Python packs them field by field (launches.py).
 struct Params {
@@ -24,6 +26,8 @@ struct Params {
     const void* dy;
     void* out;
     const void* weights;
+    const void* residual;  // z, or y; null where there is none
+    void* dresidual;  // act'(h) dy; null where it is not asked for
     long long outer_stride, channel_stride, inner_stride;  // of the big arrays, in elements
     long long w_outer_stride, w_channel_stride, w_inner_stride;  // of the weights
     long long channels, row, positions;  // C; positions in a row of a channel; positions of a channel
@@ -39,12 +43,14 @@ struct Params {
     Vector inputs[6];  // gamma, beta, count, mean, variance, the low part of the mean
     Vector dgamma, dbeta;  // results of the backward pass
     double* stats;  // (4, C): count, mean, variance, and the low part of the mean
-    void* factors[4];  // of each channel, in the type of the arithmetic
+    void* factors[MAX_FACTORS];  // of each channel, in the type of the arithmetic
     double* partial;  // sums of parts, level by level of the tree
     // The next sequence number; for each slice, whether its sums are done; for each node of each slice,
     // how many blocks have arrived.
     unsigned* counters;
     double eps;
+    long long activation;  // of the enum Activation
+    double slope;
 };
 
 // A thread's share of a tile.
@@ -105,7 +111,7 @@ template <int V, bool WEIGHTED> struct Cursor {
 template <typename A, int CH> struct SharedMemory {
     double sums[2 * CH][THREADS];
     double inputs[INPUTS][MAX_BUNDLES * CH];
-    A factors[4][MAX_BUNDLES * CH];
+    A factors[MAX_FACTORS][MAX_BUNDLES * CH];
     unsigned sequence_number;
     bool last;
 };

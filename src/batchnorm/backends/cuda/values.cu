@@ -1,6 +1,6 @@
 // Types of the elements in memory and of the arithmetic; loads and stores.
 
-using namespace bn;  // of coefficients.h, which is the text before this
+using namespace bn;  // of the headers, which are the text before this
 
 struct Half {
     unsigned short bits;
