@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
@@ -112,7 +112,11 @@ class _Activated(nn.Module):
 
     activation_name: str = ""
     activation_slope: float = 0.0
-    __constants__: Any = [*nn.BatchNorm2d.__constants__, "activation_name", "activation_slope"]
+    __constants__: ClassVar[Any] = [
+        *nn.BatchNorm2d.__constants__,
+        "activation_name",
+        "activation_slope",
+    ]
     __jit_unused_properties__ = ("activation",)
 
     def __init__(self, *arguments: Any, activation: Any = "relu", **named: Any) -> None:

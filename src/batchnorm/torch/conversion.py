@@ -15,6 +15,7 @@ from batchnorm.arguments import validate_bool, validate_group
 from batchnorm.errors import describe_type, fail
 from batchnorm.torch import fusion
 from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, validate_no_group
+from batchnorm.torch.patterns import PLAIN
 
 Module = Any
 
@@ -151,7 +152,7 @@ def report(model: Module) -> list[Found]:
 
 
 def _is_ours(module: Module) -> bool:
-    return type(module) in THEIRS or type(module) in fusion.PLAIN
+    return type(module) in THEIRS or type(module) in PLAIN
 
 
 def _named_modules(model: Module) -> Iterator[tuple[str, Module]]:

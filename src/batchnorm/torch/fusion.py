@@ -21,8 +21,9 @@ from torch.fx.graph_module import _forward_from_src
 
 from batchnorm.errors import fail
 from batchnorm.torch import patterns
+from batchnorm.torch.activated import BatchNormAct2d
 from batchnorm.torch.passes import Way, recorded_passes, source_of
-from batchnorm.torch.patterns import ACTIVATED, MODULES, PLAIN, NotFusedError
+from batchnorm.torch.patterns import ACTIVATED, PLAIN, NotFusedError
 
 Module = Any
 _jit: Any = torch.jit
@@ -61,7 +62,8 @@ class Fused:
     fused_recipe: Recipe
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, arguments, *state = reduced
         if getattr(made, "__name__", "") != "__newobj__" or len(arguments) != 1:
             name = self.fused_class.__name__
             fail(TypeError, "copy or pickle", f"a {name} with fused batch norms", "one after revert")
@@ -73,7 +75,7 @@ class Fused:
 
 
 def _restored(kind: type, recipe: Recipe) -> Any:
-    made = _class_of(kind, recipe)
+    made: Any = _class_of(kind, recipe)
     return made.__new__(made)
 
 
@@ -96,7 +98,7 @@ def _class_of(kind: type, recipe: Recipe) -> type:
 
 
 def _dispatching(kind: Any, recipe: Recipe) -> Callable[..., Any]:
-    functions = {}
+    functions: dict[tuple[bool, type], Any] = {}
     for way, source, names, involved in recipe.passes:
         known = {k: importlib.import_module(v[1]) if _is_module(v) else v for k, v in names}
         functions[way] = _forward_from_src(source, known), involved
@@ -106,12 +108,11 @@ def _dispatching(kind: Any, recipe: Recipe) -> Callable[..., Any]:
     @functools.wraps(own)
     def forward(self: Module, *arguments: Any, **named: Any) -> Any:
         given = (*arguments, *named.values())
-        way = None
+        found = None
         if all([isinstance(a, torch.Tensor) for a in given]):  # noqa: C419  faster
-            way = (self.training, torch.Tensor)
+            found = functions.get((self.training, torch.Tensor))
         elif all([type(a) is list for a in given]):  # noqa: C419
-            way = (self.training, list)
-        found = functions.get(way)
+            found = functions.get((self.training, list))
         if found is None or _jit.is_tracing():
             return own(self, *arguments, **named)
         function, involved = found
@@ -199,7 +200,7 @@ def unfuse(model: Module) -> None:
     for module in model.modules():
         vars(module).pop(_WHY, None)
         if isinstance(module, Fused):
-            module.__class__ = module.fused_class  # type: ignore[assignment]
+            module.__class__ = module.fused_class
         elif _BEFORE in vars(module):
             module.__class__ = vars(module).pop(_BEFORE)
             for name in ("activation_name", "activation_slope", "group"):
@@ -230,8 +231,8 @@ def _take_activation_of_timm(module: Module) -> None:
     activation = ("", 0.0) if patterns.passes_through(act) else patterns.activation_of(act)
     if activation is None or not patterns.passes_through(drop) or "forward" in vars(module):
         return
-    module.__class__ = ACTIVATED[patterns.BatchNorm2d]
-    vars(module)[_BEFORE] = kind
+    module.__class__ = BatchNormAct2d
+    setattr(module, _BEFORE, kind)
     module.activation_name, module.activation_slope = activation
 
 
@@ -265,7 +266,7 @@ def _fuse_in(parent: Module) -> None:
 def _leave(module: Module, why: str) -> None:
     if type(module) in PLAIN:
         module.__class__ = PLAIN[type(module)]
-    vars(module)[_WHY] = why
+    setattr(module, _WHY, why)
 
 
 def _fused_in_sequential(module: Module) -> Iterator[tuple[str, str]]:
@@ -280,7 +281,8 @@ def _fused_in_sequential(module: Module) -> Iterator[tuple[str, str]]:
 def _recipe(parent: Module) -> tuple[Recipe, dict[Module, str]]:
     """Return how a module's forward pass is rewritten, and why batch norms in it are left."""
     graphs, why = recorded_passes(parent)
-    passes, fused = [], {}
+    passes: list[Pass] = []
+    fused: dict[str, dict[str, None]] = {}
     reasons: dict[Module, str] = {}
     sources = {way: source_of(graph) for way, graph in graphs.items()}
     for way, graph in graphs.items():
@@ -289,7 +291,9 @@ def _recipe(parent: Module) -> tuple[Recipe, dict[Module, str]]:
         for node in reversed(
             list(graph.nodes)
         ):  # of two norms that are added, the later takes the other
-            module = parent.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if node.op != "call_module":
+                continue
+            module: Module = parent.get_submodule(str(node.target))
             if type(module) not in PLAIN or module.activation_name:
                 continue
             try:
@@ -302,7 +306,7 @@ def _recipe(parent: Module) -> tuple[Recipe, dict[Module, str]]:
             what = (
                 match.activation[0] if match.residual is None else f"residual and {match.activation[0]}"
             )
-            fused[str(node.target)] = what
+            fused.setdefault(str(node.target), {})[what] = None
             matched += [str(n.target) for n in match.nodes if n.op == "call_module"]
             patterns.rewrite(graph, match)
         if matched and not (way.kind is list and same):
@@ -314,7 +318,8 @@ def _recipe(parent: Module) -> tuple[Recipe, dict[Module, str]]:
     }
     done = {parent.get_submodule(name) for name in fused}
     all_reasons = {m: text for m, text in (left | reasons).items() if m not in done}
-    return Recipe(tuple(passes), tuple(fused.items()), _settings(parent)), all_reasons
+    said = tuple((name, ", ".join(sorted(whats))) for name, whats in fused.items())
+    return Recipe(tuple(passes), said, _settings(parent)), all_reasons
 
 
 def _pass(parent: Module, way: Way, graph: fx.Graph, names: list[str]) -> Pass:

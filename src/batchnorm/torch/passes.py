@@ -61,20 +61,21 @@ def _recorded_in_place(operation: str) -> Any:
 
 
 # A proxy of PyTorch takes ``a += b`` for ``a + b``, which is another value where a is used elsewhere.
-for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split():
+_IN_PLACE = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+for _name in (f"i{name}" for name in (*_IN_PLACE, "lshift", "rshift")):
     setattr(_Value, f"__{_name}__", _recorded_in_place(_name))
 
 
 class _Tensor(_Value):
     """A value that says that it is a tensor."""
 
-    __class__ = property(lambda self: torch.Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: torch.Tensor)
 
 
 class _List(_Value):
     """A value that says that it is a list."""
 
-    __class__ = property(lambda self: list)  # type: ignore[assignment]
+    __class__ = property(lambda self: list)
 
 
 _PROXIES = {torch.Tensor: _Tensor, list: _List}
@@ -177,7 +178,7 @@ def _state(module: Module) -> list[Any]:
     found: list[Any] = [random.getstate()]
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
-        found.append([str(v) for v in numpy.random.get_state()])  # noqa: NPY002
+        found.append([str(v) for v in numpy.random.get_state()])
     for m in module.modules():
         for name, v in vars(m).items():
             inner = list(v.values() if isinstance(v, dict) else v) if isinstance(v, _CONTAINERS) else []
