@@ -8,6 +8,7 @@ settings) or is called in another way, its class's own forward pass runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pickle
@@ -72,6 +73,11 @@ class Fused:
     def __prepare_scriptable__(self) -> Any:
         got = f"a {self.fused_class.__name__} with fused batch norms"
         fail(TypeError, "torch.jit.script", got, "one without: call batchnorm.torch.revert first")
+
+
+def _is_fused(module: Module) -> bool:
+    """Return whether a module's class is one of `_class_of`; parametrizations make others of these."""
+    return "fused_class" in vars(type(module))
 
 
 def _restored(kind: type, recipe: Recipe) -> Any:
@@ -199,7 +205,7 @@ def unfuse(model: Module) -> None:
     """Give the modules back the classes that they had before `fuse`."""
     for module in model.modules():
         vars(module).pop(_WHY, None)
-        if isinstance(module, Fused):
+        if _is_fused(module):
             module.__class__ = module.fused_class
         elif _BEFORE in vars(module):
             module.__class__ = vars(module).pop(_BEFORE)
@@ -241,26 +247,33 @@ def _fuse_in(parent: Module) -> None:
     own = [child for child in _reached(parent) if type(child) in ACTIVATED]
     for child in own:  # with this class, it takes what follows from its caller
         child.__class__ = ACTIVATED[type(child)]
-    if type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent):
-        fused = {name for name, _ in _fused_in_sequential(parent)}
-        if fused:
-            parent.__class__ = _class_of(type(parent), SEQUENTIAL)
-        for name, child in parent.named_children():
-            if child in own and name not in fused:
-                reason = "no activation that is known follows"
-                _leave(child, "it has hooks" if patterns.is_hooked(child) else reason)
-        return
-    recipe, reasons = _recipe(parent)
-    if recipe.fused:
+    sequential = type(parent).forward is nn.Sequential.forward and "forward" not in vars(parent)
+    if sequential:
+        recipe, fused = SEQUENTIAL, {name for name, _ in _fused_in_sequential(parent)}
+        done = {parent._modules[name] for name in fused}
+        reasons = {m: "it has hooks" for m in own if patterns.is_hooked(m)}
+        reasons |= {m: "no activation that is known follows" for m in own if m not in {*done, *reasons}}
+    else:
+        recipe, reasons = _recipe(parent)
+        done = {parent.get_submodule(name) for name, _ in recipe.fused}
+    if done:
         try:
+            _validate_saved(type(parent))
             pickle.dumps(recipe)
-        except Exception:
-            reasons = dict.fromkeys(own, "the forward pass that calls it cannot be saved")
-        else:
             parent.__class__ = _class_of(type(parent), recipe)
+        except Exception as error:
+            why = f"{type(parent).__name__}, which calls it, cannot get another forward pass: {error}"
+            reasons = dict.fromkeys(own, " ".join(why.split()))
     for child in own:
         if child in reasons:
             _leave(child, reasons[child])
+
+
+def _validate_saved(kind: type) -> None:
+    """Check that a class is saved and copied as others are: code that is generated is not."""
+    for name in ("__reduce__", "__reduce_ex__"):
+        if getattr(kind, name) is not getattr(object, name):
+            raise TypeError("it is saved in its own way")
 
 
 def _leave(module: Module, why: str) -> None:
@@ -343,12 +356,16 @@ def described(model: Module) -> dict[Module, tuple[str, str]]:
             found.setdefault(module, (name, ""))
         if _WHY in vars(module):
             found.setdefault(module, ("", vars(module)[_WHY]))
-        if not isinstance(module, Fused):
+        if not _is_fused(module):
             continue
-        if module.fused_recipe == SEQUENTIAL:
-            pairs = list(_fused_in_sequential(module))
-        else:
-            pairs = list(module.fused_recipe.fused)
+        recipe = module.fused_recipe
+        pairs = _fused_in_sequential(module) if recipe == SEQUENTIAL else recipe.fused
+        changed = recipe != SEQUENTIAL and not (
+            _settings(module) == recipe.settings
+            and all(_as_recorded(module, p.involved) for p in recipe.passes)
+        )
         for path, what in pairs:
-            found[module.get_submodule(path)] = (what, "")  # type: ignore[attr-defined]
+            with contextlib.suppress(AttributeError):  # it is gone
+                norm = module.get_submodule(path)
+                found[norm] = ("", "its parent has changed since") if changed else (what, "")
     return found
