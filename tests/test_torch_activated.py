@@ -118,4 +118,5 @@ def test_a_residual_of_another_dtype():
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, torch.relu(nn.BatchNorm2d(4)(x.bfloat16()) + z))
     assert module(x.bfloat16(), z.bfloat16()).dtype == torch.bfloat16
+    assert module(x.bfloat16(), z, in_place=True).dtype == torch.bfloat16  # as of y += z
     torch.testing.assert_close(module(x, 0.5), torch.relu(nn.BatchNorm2d(4)(x) + 0.5))
