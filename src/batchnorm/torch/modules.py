@@ -70,13 +70,14 @@ def _whole_call(self: Module, x: Any, residual: Any, activation: Activation | No
     mean, var = buffers["running_mean"], buffers["running_var"]
     fast = optimistic.for_array(x)
     if not self.training and mean is not None:
-        last = residual, activation, None, False
-        return fast.inference(x, mean, var, None, gamma, beta, 1, self.eps, *last)
+        return fast.inference(
+            x, mean, var, None, gamma, beta, 1, self.eps, residual, activation, None, False
+        )
     count = buffers["num_batches_tracked"] if self.training and self.track_running_stats else None
     if not self.training or (count is None) != (mean is None):
         return None
-    settings = self.momentum, self.eps, residual, activation
-    return fast.train(x, gamma, beta, mean, var, count, *settings)
+    momentum, eps = self.momentum, self.eps
+    return fast.train(x, gamma, beta, mean, var, count, momentum, eps, residual, activation)
 
 
 torch.fx.wrap("_forward")  # symbolic tracing does not trace into the call, as with modules of torch.nn
