@@ -4,7 +4,18 @@
 """
 
 from batchnorm.torch import operators  # noqa: F401  (what is loaded from a file may call them)
+from batchnorm.torch.activated import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from batchnorm.torch.conversion import convert, report, revert
 from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "report", "revert"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "convert",
+    "report",
+    "revert",
+]

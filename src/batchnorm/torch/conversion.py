@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from torch import fx, jit, nn
 from torch.ao.quantization import fuser_method_mappings
 
-from batchnorm.arguments import validate_group
+from batchnorm.arguments import validate_bool, validate_group
 from batchnorm.errors import describe_type, fail
+from batchnorm.torch import fusion
 from batchnorm.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, validate_no_group
+from batchnorm.torch.patterns import PLAIN
 
 Module = Any
 
@@ -36,9 +38,13 @@ class Found(NamedTuple):
     """Whether it is a module of this package."""
     why: str
     """The reason if it is not, otherwise an empty string."""
+    fused: str = ""
+    """What it is fused with: an activation ("relu"), or that and a residual ("residual and relu")."""
+    why_not_fused: str = ""
+    """The reason for which `convert` with ``fuse=True`` left it, otherwise an empty string."""
 
 
-def convert(model: Module, group: Any = None) -> Module:
+def convert(model: Module, group: Any = None, fuse: bool = False) -> Module:
     """Replace the batch norms of a model by modules of this package, in place.
 
     Each module keeps its parameters, running statistics, hooks, and its place in the model and in
@@ -63,7 +69,7 @@ def convert(model: Module, group: Any = None) -> Module:
     Raises
     ------
     TypeError
-        `model` is not a module, or `group` is not a group.
+        `model` is not a module, `group` is not a group, or `fuse` is not a bool.
 
     Warns
     -----
@@ -71,10 +77,13 @@ def convert(model: Module, group: Any = None) -> Module:
         Batch norms were not converted, or the model has none.
     """
     validate_group(group)
+    fuse = validate_bool("fuse", fuse)
     _replace(model, OURS)
+    if fuse:
+        fusion.fuse(model)
     if group is not None:
         for _, module in _named_modules(model):
-            if type(module) in THEIRS:
+            if _is_ours(module):
                 module.group = group
     found = report(model)
     left = [f"{f.name or 'the model'}, a {f.kind} ({f.why})" for f in found if not f.converted]
@@ -89,6 +98,9 @@ def convert(model: Module, group: Any = None) -> Module:
 
 def revert(model: Module) -> Module:
     """Convert modules of this package back to those of `torch.nn`, in place, with their current state.
+
+    What `convert` has fused is as it was before. A `BatchNormAct2d` that the model had before `convert`
+    stays, as `torch.nn` has no such module.
 
     Parameters
     ----------
@@ -105,6 +117,9 @@ def revert(model: Module) -> Module:
     TypeError
         `model` is not a module.
     """
+    for _ in _named_modules(model):  # an error where it is none
+        break
+    fusion.unfuse(model)
     _replace(model, THEIRS)
     return model
 
@@ -120,18 +135,24 @@ def report(model: Module) -> list[Found]:
     Returns
     -------
     list of Found
-        Named tuples of `name`, `kind`, `converted` and `why`.
+        Named tuples of `name`, `kind`, `converted`, `why`, `fused` and `why_not_fused`.
 
     Raises
     ------
     TypeError
         `model` is not a module.
     """
+    named = list(_named_modules(model))
+    fused = fusion.described(model)
     return [
-        Found(name, kind, why == "", why)
-        for name, module in _named_modules(model)
+        Found(name, kind, why == "", why, *fused.get(module, ()))
+        for name, module in named
         for kind, why in _kinds(module)
     ]
+
+
+def _is_ours(module: Module) -> bool:
+    return type(module) in THEIRS or type(module) in PLAIN
 
 
 def _named_modules(model: Module) -> Iterator[tuple[str, Module]]:
@@ -145,7 +166,7 @@ def _kinds(module: Module) -> Iterator[tuple[str, str]]:
     """Yield the class of each batch norm that a module itself is or contains in its graph, and `why`."""
     kind = type(module)
     name = module.original_name if isinstance(module, jit.ScriptModule) else kind.__name__
-    if kind in THEIRS:
+    if _is_ours(module):
         yield name, ""
     elif isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:

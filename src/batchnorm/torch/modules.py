@@ -10,16 +10,17 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import groups, optimistic
+from batchnorm.epilogue import Activation
 from batchnorm.errors import fail
 from batchnorm.torch.leaving import is_exporting
 
 Module = Any
 
 
-def _forward(self: Module, x: Any) -> Any:
-    """Compute `torch.nn.BatchNorm2d.forward` with the functions of this package."""
+def _forward(self: Module, x: Any, residual: Any = None, activation: Activation | None = None) -> Any:
+    """Compute `torch.nn.BatchNorm2d.forward`, and what follows, with the functions of this package."""
     if not torch.compiler.is_compiling():
-        y = _whole_call(self, x)
+        y = _whole_call(self, x, residual, activation)
         if y is not None:
             return y
     group = self.group if self.training else None
@@ -29,10 +30,11 @@ def _forward(self: Module, x: Any) -> Any:
         if self.training and mean is not None and x.shape[1] != mean.shape[0]:
             expected = f"{mean.shape[0]}, as running_mean"
             fail(ValueError, "input", f"{x.shape[1]} channels", expected)
+    last: Any = {"residual": residual, "activation": activation}
     if not self.training and mean is not None:
         if not is_exporting():  # copies: the next batch may update these before the backward pass
             mean, var = mean.clone(), var.clone()
-        return bn.normalize(x, mean, var, gamma, beta, eps=self.eps)
+        return bn.normalize(x, mean, var, gamma, beta, eps=self.eps, **last)
     values = x.numel() // max(1, x.shape[1])
     if values == 1 and group is None:
         expected = "at least 2 values per channel in training"
@@ -41,9 +43,9 @@ def _forward(self: Module, x: Any) -> Any:
     count = self.num_batches_tracked if tracking else None
     if values == 0 and group is None:  # as in torch.nn, an empty batch is counted
         zeros = x.new_zeros(x.shape[1])
-        y, stats = bn.normalize(x, zeros, zeros, gamma, beta, eps=1), None
+        y, stats = bn.normalize(x, zeros, zeros, gamma, beta, eps=1, **last), None
     else:
-        y, stats = bn.batch_norm(x, gamma, beta, eps=self.eps, group=group)
+        y, stats = bn.batch_norm(x, gamma, beta, eps=self.eps, group=group, **last)
     if count is not None:
         count.add_(1)
     if tracking and mean is not None and stats is not None:
@@ -56,7 +58,7 @@ def _forward(self: Module, x: Any) -> Any:
     return y
 
 
-def _whole_call(self: Module, x: Any) -> Any:
+def _whole_call(self: Module, x: Any, residual: Any, activation: Activation | None) -> Any:
     """Return y by compiled code, which reads the tensors as they are; None where it declines them."""
     if self.training and self.group is not None:
         return None
@@ -68,11 +70,14 @@ def _whole_call(self: Module, x: Any) -> Any:
     mean, var = buffers["running_mean"], buffers["running_var"]
     fast = optimistic.for_array(x)
     if not self.training and mean is not None:
-        return fast.inference(x, mean, var, None, gamma, beta, 1, self.eps, None, None, None, False)
+        return fast.inference(
+            x, mean, var, None, gamma, beta, 1, self.eps, residual, activation, None, False
+        )
     count = buffers["num_batches_tracked"] if self.training and self.track_running_stats else None
     if not self.training or (count is None) != (mean is None):
         return None
-    return fast.train(x, gamma, beta, mean, var, count, self.momentum, self.eps)
+    momentum, eps = self.momentum, self.eps
+    return fast.train(x, gamma, beta, mean, var, count, momentum, eps, residual, activation)
 
 
 torch.fx.wrap("_forward")  # symbolic tracing does not trace into the call, as with modules of torch.nn
