@@ -186,7 +186,7 @@ def activated(layout: Layout, h: Array, epilogue: Epilogue) -> Array:
 
 
 def before_activation(layout: Layout, h: Array, epilogue: Epilogue) -> Array:
-    """Return what the derivative is taken at: h + z, or y where that is given."""
+    """Return h + z; or y, from which the derivative follows as well, where that is given."""
     given = epilogue.residual if epilogue.y is None else epilogue.y
     if given is None:
         return h

@@ -118,8 +118,12 @@ class Backend:
         self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
     ) -> Array:
         """Return g = act'(a·(x − m) + b + z)·dy, in `gradient_dtype`: 32 bits at least."""
-        h = self.scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
-        return gradient_through(layout, before_activation(layout, h, epilogue), dy, epilogue)
+        if epilogue.y is None:
+            h = self.scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
+            h = before_activation(layout, h, epilogue)
+        else:
+            h = in_compute(layout, epilogue.y)
+        return gradient_through(layout, h, dy, epilogue)
 
     # The passes.
 

@@ -16,11 +16,10 @@ from batchnorm.backends.base import Backend
 from batchnorm.backends.blocks import Block, plan_of
 from batchnorm.backends.generic import GENERIC
 from batchnorm.epilogue import (
+    ACTIVATIONS,
+    Activation,
     Epilogue,
-    activated,
-    before_activation,
     gradient_dtype,
-    gradient_through,
 )
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments, merge_rows
@@ -98,8 +97,9 @@ class NumPy(Backend):
                 np.add(d, b[block.channels], out=to, casting="same_kind")
                 continue
             d += b[block.channels]
-            own = epilogue._replace(residual=None if z is None else z[block.selection])
-            to[...] = activated(layout, d, own)
+            if z is not None:
+                d += z[block.selection]
+            _activate(d, epilogue.activation, to)
         return y
 
     @np.errstate(all="ignore")
@@ -107,19 +107,21 @@ class NumPy(Backend):
         self, dy: Array, x: Array, m: Array, a: Array, b: Array, epilogue: Epilogue, layout: Layout
     ) -> Array:
         """Return g = act'(a·(x − m) + b + z)·dy."""
-        g = np.empty_like(dy, dtype=gradient_dtype(layout, dy))
+        dtype = gradient_dtype(layout, dy)
+        g = outputs.empty_like(dy) if dy.dtype == dtype else np.empty_like(dy, dtype=dtype)
         plan = plan_of(x.shape, x.strides, layout.channel_axes)
         dy, x, m, a, b, z, y, target = plan.transposed(dy, x, m, a, b, epilogue.residual, epilogue.y, g)
         for block in plan.blocks:
             at = block.selection
-            own = epilogue._replace(
-                residual=None if z is None else z[at], y=None if y is None else y[at]
-            )
-            h = np.subtract(x[at], m[block.channels], dtype=layout.compute)
-            h *= a[block.channels]
-            h += b[block.channels]
-            h = before_activation(layout, h, own)
-            target[(*at, ...)] = gradient_through(layout, h, dy[at], own)
+            if y is None:
+                h = np.subtract(x[at], m[block.channels], dtype=layout.compute)
+                h *= a[block.channels]
+                h += b[block.channels]
+                if z is not None:
+                    h += z[at]
+            else:
+                h = y[at].astype(layout.compute, copy=False)
+            target[(*at, ...)] = _gradient_through(h, dy[at].astype(dtype), epilogue.activation)
         return g
 
     @np.errstate(all="ignore")
@@ -170,6 +172,49 @@ class NumPy(Backend):
             d += dy[block.selection]
             np.multiply(d, a[block.channels], out=target[(*block.selection, ...)], casting="same_kind")
         return dx
+
+
+def _leaky(h: Array, slope: float) -> None:
+    (np.maximum if slope <= 1 else np.minimum)(h, h * slope, out=h)
+
+
+# Activations in place, and their gradients, which NumPy has functions for; for the others it allocates
+# at each step.
+IN_PLACE: dict[str, Callable[[Array, float], Any]] = {
+    "relu": lambda h, slope: np.maximum(h, 0, out=h),
+    "relu6": lambda h, slope: np.clip(h, 0, 6, out=h),
+    "leaky_relu": _leaky,
+}
+GRADIENTS_IN_PLACE: dict[str, Callable[[Array, Array], Any]] = {
+    "relu": lambda h, v: _keep(v, ~(h <= 0)),
+    "relu6": lambda h, v: _keep(v, ~((h <= 0) | (h >= 6))),
+}
+
+
+def _keep(v: Array, mask: Array) -> None:
+    """Set v to 0 where the mask is False: as bits, for which 0 times infinity is 0, and without branches."""
+    bits = v.view(np.uint64 if v.itemsize == 8 else np.uint32)
+    np.multiply(bits, mask, out=bits)
+
+
+def _activate(h: Array, activation: Activation | None, to: Array) -> None:
+    """Write act(h), for which h may be overwritten."""
+    if activation is not None and activation.name in IN_PLACE:
+        IN_PLACE[activation.name](h, activation.slope)
+    elif activation is not None:
+        h = ACTIVATIONS[activation.name].value(np, h, activation.slope)
+    to[...] = h
+
+
+def _gradient_through(h: Array, v: Array, activation: Activation | None) -> Array:
+    """Return act'(h)·v, for which v may be overwritten; 0 where v is 0."""
+    if activation is None:
+        return v
+    name, slope = activation
+    if name in GRADIENTS_IN_PLACE:
+        GRADIENTS_IN_PLACE[name](h, v)
+        return v
+    return np.where(v == 0, v, ACTIVATIONS[name].gradient(np, h, v, slope))
 
 
 NUMPY = NumPy()
