@@ -192,7 +192,7 @@ GRADIENTS_IN_PLACE: dict[str, Callable[[Array, Array], Any]] = {
 
 
 def _keep(v: Array, mask: Array) -> None:
-    """Set v to 0 where the mask is False: as bits, for which 0 times infinity is 0, and without branches."""
+    """Set v to 0 where the mask is False: as bits, of which 0 times infinity is 0, without branches."""
     bits = v.view(np.uint64 if v.itemsize == 8 else np.uint32)
     np.multiply(bits, mask, out=bits)
 
