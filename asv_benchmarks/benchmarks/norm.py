@@ -15,13 +15,16 @@ OURS = [name for name in LIBRARIES if name.startswith("batchnorm")]
 DTYPES = ("float32", "float16")
 
 
-def ready(library, shape, layout, dtype, which):
-    """A call to time, with its arrays made and its code loaded or compiled."""
+def ready(library, shape, layout, dtype, which, fused=False):
+    """A call to time, with its arrays made and its code loaded or compiled.
+
+    With `fused`, a residual is added and a ReLU applied in the same pass.
+    """
     if dtype != "float32" and not library.startswith("batchnorm ("):
         raise NotImplementedError  # asv skips the combination
     prepare, kernels = LIBRARIES[library]
     bn.set_kernels(kernels)
-    call = prepare(case(SHAPES[shape], layout, dtype), which)
+    call = prepare(case(SHAPES[shape], layout, dtype, fused=fused), which)
     if call is None:
         raise NotImplementedError
     call()
@@ -104,20 +107,28 @@ class Gate:
     unit = "copies"
     timeout = 300
     processes = 7
+    fused = False
 
     def track_copies(self, kernels, shape, which):
         library = {"native": "batchnorm (native)", "numpy": "batchnorm (NumPy)"}[kernels]
         ready(library, "MLP, small", "second", "float32", which)  # loads the core before the fork
         context = multiprocessing.get_context("fork")
         with context.Pool(1, maxtasksperchild=1) as pool:
-            each = [(library, shape, which)] * self.processes
+            each = [(library, shape, which, self.fused)] * self.processes
             return statistics.median(pool.starmap(copies, each, chunksize=1))
 
 
-def copies(library, shape, which):
+class GateOfFused(Gate):
+    """The same with a residual and a ReLU."""
+
+    params = (["native", "numpy"], ["ResNet-50 stage 1"], list(PASSES))
+    fused = True
+
+
+def copies(library, shape, which, fused):
     """How many times as long as a copy a pass takes."""
-    call = ready(library, shape, "second", "float32", which)
-    copy = LIBRARIES["copy"][0](case(SHAPES[shape], "second"), which)
+    call = ready(library, shape, "second", "float32", which, fused)
+    copy = LIBRARIES["copy"][0](case(SHAPES[shape], "second", fused=fused), which)
     mine, limit = medians(call, copy, rounds=11)
     return mine / limit
 
