@@ -78,7 +78,7 @@ def no_memory(layer, x):
 
 
 def no_memory_for_y(layer, x):
-    out_of_memory("scale_shift")
+    out_of_memory("output")
     return x
 
 
