@@ -12,6 +12,13 @@ nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
 # As CuPy calls it; -v reports the registers.
 OPTIONS = ("-std=c++17", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")
 TARGETS = {75: "T4", 80: "A100", 90: "H100 and H200", 100: "B200"}
+# 16-bit dtypes, which differ from float32 in their loads and stores, for the oldest and the newest.
+CASES = [
+    (target, dtype)
+    for target in TARGETS
+    for dtype in launches.TYPES
+    if not dtype.endswith("float16") or target in (75, 100)
+]
 
 
 def compile_all(source, names, *options):
@@ -40,8 +47,7 @@ def compile_all(source, names, *options):
     return text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log(), lowered
 
 
-@pytest.mark.parametrize("dtype", launches.TYPES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "dtype"), CASES)
 def test_every_instance(target, dtype):
     """The object file has each, and as many blocks as launches.py assumes fit on a multiprocessor."""
     names = [n for n in launches.instances() if f"<{launches.TYPES[dtype][0]}," in n]

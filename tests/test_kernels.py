@@ -254,8 +254,9 @@ def test_conformance_of_every_instruction_set(name, cases, least, tmp_path):
     if name == used or name not in present:
         pytest.skip("the suite runs on it" if name == used else f"this processor has no {name}")
     suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "batchnorm.testing"]
+    few = ["-m", "not large"]  # whose oracle takes longer than any kernels
     done = subprocess.run(
-        [sys.executable, *suite, "--array-library", "numpy", "-k", f"native and ({cases})"],
+        [sys.executable, *suite, *few, "--array-library", "numpy", "-k", f"native and ({cases})"],
         capture_output=True,
         text=True,
         timeout=400,

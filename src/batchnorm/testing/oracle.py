@@ -100,9 +100,13 @@ class Problem:
         self.x_hat = self.d / self.std
         self.gamma = self._vector(np.ones(self.channels) if gamma is None else gamma)
         self.beta = self._vector(np.zeros(self.channels) if beta is None else beta)
-        z = 0 * self.d if residual is None else _as(residual, x)
-        self.h = self.gamma * self.x_hat + self.beta + z
-        self.size = np.maximum(one, abs(self.gamma * self.x_hat) + abs(self.beta) + abs(z))
+        self.added = residual is not None
+        self.h = self.gamma * self.x_hat + self.beta
+        terms = abs(self.gamma * self.x_hat) + abs(self.beta)
+        if self.added:
+            z = _as(residual, x)
+            self.h, terms = self.h + z, terms + abs(z)
+        self.size = np.maximum(one, terms)
         name, slope = activation if isinstance(activation, tuple) else (activation, 0.01)
         self.activation, self.slope = name, _as(np.asarray(slope), x)[()]
         self.y = self._activated(self.h)
@@ -156,12 +160,13 @@ class Problem:
         Where y is given, it says which of its derivatives an activation has.
         """
         dy = _as(dy, self.x)
-        slope = self._slope_at(self.h if y is None else _as(y, self.x))
         reach = abs(dy)
         if self.activation == "silu":  # whose derivative is not exact
             reach = np.where(dy == 0, reach, reach * self.size)
         with np.errstate(invalid="ignore"):
-            dy = np.where(dy == 0, 0 * dy, dy * slope)
+            if self.activation is not None:
+                slope = self._slope_at(self.h if y is None else _as(y, self.x))
+                dy = np.where(dy == 0, 0 * dy, dy * slope)
             through = np.where(dy == 0, 0 * dy, dy * self.x_hat)  # NaN where nothing flows is nothing
             d_x_hat = dy * self.gamma
             d_var = -self._sum(through * self.gamma) / (2 * self.std * self.std)
@@ -184,8 +189,8 @@ class Problem:
             dbeta_size=self.flat(self._sum(reach)),
             dmean_size=self.flat(self._sum(reach * abs(self.gamma)) / self.std),
             dvar_size=self.flat(self._sum(weight * abs(self.gamma)) / (2 * self.std * self.std)),
-            dresidual=dy,
-            dresidual_size=reach,
+            dresidual=dy if self.added else None,  # of large arrays, what is kept counts
+            dresidual_size=reach if self.added else None,
         )
 
     def flat(self, v: Array) -> Array:
@@ -212,8 +217,8 @@ class Gradients(NamedTuple):
     dbeta_size: Array
     dmean_size: Array
     dvar_size: Array
-    dresidual: Array
-    dresidual_size: Array
+    dresidual: Array | None
+    dresidual_size: Array | None
 
 
 def running(
