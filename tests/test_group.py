@@ -42,6 +42,34 @@ def on_each(function, *parts):
     return results
 
 
+@pytest.mark.parametrize("activation", ["relu", ("leaky_relu", 0.25), "silu"])
+@pytest.mark.parametrize("from_y", [False, True])
+@pytest.mark.parametrize("sizes", [(10, 10), (12, 0, 3)])
+def test_residual_and_activation(sizes, from_y, activation):
+    if from_y and activation == "silu":
+        pytest.skip("the derivative does not follow from y")
+    n, cuts = sum(sizes), np.cumsum(sizes)[:-1]
+    x, z, dy = (data.batch((n, 5), mean=m, seed=i) for i, m in enumerate((2.0, 0.0, 0.5)))
+    gamma, beta = data.parameters((5,))
+    problem = Problem(x, gamma, beta, residual=z, activation=activation)
+    dy = np.where(problem.near_a_kink("float32"), np.zeros_like(dy), dy)
+    group = Threads(len(sizes))
+
+    def member(x, z, dy):
+        named = {"group": group, "activation": activation}
+        y, stats = bn.batch_norm(x, gamma, beta, residual=z, **named)
+        named |= {"residual": True, "y": y} if from_y else {"residual": z}
+        return y, bn.batch_norm_backward(dy, x, stats, gamma, beta, **named)
+
+    results = on_each(member, *(np.split(v, cuts) for v in (x, z, dy)))
+    verdict.forward(np.concatenate([y for y, _ in results]), problem, "float32")
+    right = problem.backward(dy)
+    dx, dz = (np.concatenate([grads[k] for _, grads in results]) for k in (0, 3))
+    verdict.dresidual(dz, right, "float32")
+    for _, (_, dgamma, dbeta, _) in results:
+        verdict.backward((dx, dgamma, dbeta), right, "float32", "float32")
+
+
 @pytest.mark.parametrize("kind", ["plain", "weights"])
 @pytest.mark.parametrize("sizes", [(10, 10), (7, 1, 4), (12, 0, 3), (9,)])
 def test_group(sizes, kind):
