@@ -19,7 +19,7 @@ TARGETS = [
     for target in targets(library)
     if target.device_name in ("native", "numpy", "generic", "CPU_DEVICE") or "cpu" in target.device_name
 ]
-CASES = {"few": range(60), "more": range(60, 420)}
+CASES = {"few": range(60), "more": range(60, 300)}
 
 
 @pytest.mark.parametrize("cases", ["few", pytest.param("more", marks=pytest.mark.slow)])

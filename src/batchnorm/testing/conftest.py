@@ -57,6 +57,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = config.getoption("--array-library")
+    if not asked:
+        left = [item for item in items if _runs_only_when_asked(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
     met: set[tuple[str, str]] = set()
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -77,6 +81,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             found = gap(target.library, target.device_name, dtype, operation)
             if found is not None:
                 item.add_marker(pytest.mark.xfail(reason=found.why, strict=True, run=found.tried))
+
+
+def _runs_only_when_asked(item: pytest.Item) -> bool:
+    target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+    return (
+        isinstance(target, Target)
+        and target.library in PARTS
+        and (target.device_name in PARTS[target.library].asked)
+    )
 
 
 def _in_part(item: pytest.Item, target: Target, met: set[tuple[str, str]]) -> bool:

@@ -353,12 +353,18 @@ class Part(NamedTuple):
 
     devices: tuple[str, ...]
     why: str
+    asked: tuple[str, ...] = ()
+    """Devices that run only where the library is asked for by name, as others do what they do."""
 
 
 # The only place that says what runs by default: every case of a library that is not named here. The rest
 # of these is marked `slow`, unless ``--array-library`` asks for the library.
 PARTS = {
-    "jax": Part(("jit-x64",), "what a case calls is compiled, operator by operator or whole"),
+    "jax": Part(
+        ("jit-x64",),
+        "what a case calls is compiled, operator by operator or whole",
+        asked=("jit", "eager-x64"),  # compiled or not, with float64 or not: the other two are enough
+    ),
     "dask": Part(
         ("lazy",), "its graphs are built and run by an interpreter, and its chunks are NumPy's"
     ),
