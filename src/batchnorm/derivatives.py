@@ -30,10 +30,10 @@ from batchnorm.coefficients import (
 )
 from batchnorm.epilogue import (
     Epilogue,
-    before_activation,
     curvature,
     tangent_through,
     validate_backward_epilogue,
+    with_residual,
 )
 from batchnorm.errors import fail
 from batchnorm.functional import Axis
@@ -136,7 +136,8 @@ def jvp(
     if dresidual is not None:
         dy = dy + in_compute(layout, dresidual)  # (..., C, ...)
     if epilogue is not None:
-        dy = tangent_through(layout, _h(call, stats, gamma, beta, eps, epilogue), dy, epilogue)
+        h = before_activation(layout, call.x, stats, gamma, beta, eps, epilogue)  # (..., C, ...)
+        dy = tangent_through(layout, h, dy, epilogue)
     dmean, dvar = total / call.n, 2 * total_x / (call.n * call.rstd)  # (C), (C)
     vectors = (layout.xp.astype(layout.squeeze(v), stats.var.dtype) for v in (dmean, dvar))
     return layout.xp.astype(dy, x.dtype, copy=False), *vectors
@@ -224,7 +225,7 @@ def batch_norm_double_backward(
     call = _Call.of(layout, x, stats, gamma, where, eps, dy, ddx, ddgamma, ddbeta)
     if ddresidual is not None:
         d_g = d_g + in_compute(layout, ddresidual)  # (..., C, ...)
-    h = _h(call, stats, gamma, beta, eps, epilogue)  # (..., C, ...)
+    h = before_activation(layout, call.x, stats, gamma, beta, eps, epilogue)  # (..., C, ...)
     d_dy = tangent_through(layout, h, d_g, epilogue)  # (..., C, ...)
     bend = curvature(layout, h, epilogue)  # (..., C, ...), or None
     xp = layout.xp
@@ -349,12 +350,20 @@ def _checked_epilogue(
     return epilogue
 
 
-def _h(
-    call: _Call, stats: Moments, gamma: Array | None, beta: Array | None, eps: float, epilogue: Epilogue
+def before_activation(
+    layout: Layout,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    epilogue: Epilogue,
 ) -> Array:
-    """Return what the activation was applied to."""
-    m, a, b = forward_coefficients(call.layout, stats, gamma, beta, eps)  # (C), (C), (C)
-    return before_activation(call.layout, a * (call.x - m) + b, epilogue)  # (..., C, ...)
+    """Return what the activation was applied to; or y, from which its derivative follows as well."""
+    if epilogue.y is not None:
+        return in_compute(layout, epilogue.y)
+    m, a, b = forward_coefficients(layout, stats, gamma, beta, eps)  # (C), (C), (C)
+    return with_residual(layout, a * (in_compute(layout, x) - m) + b, epilogue)  # (..., C, ...)
 
 
 def _sums(call: _Call, v: Array, w: Array | None) -> tuple[Array, Array]:

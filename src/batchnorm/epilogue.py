@@ -135,8 +135,7 @@ def validate_residual(
 def validate_epilogue(layout: Layout, x: Array, residual: Any, activation: Any) -> Epilogue | None:
     """Check the residual and the activation of a forward pass; None where there is neither."""
     validate_residual(layout, x, residual)
-    checked = validate_activation(activation)
-    return None if checked is None and residual is None else Epilogue(checked, residual)
+    return epilogue_of(validate_activation(activation), residual)
 
 
 def validate_backward_epilogue(
@@ -175,23 +174,37 @@ def backward_epilogue(residual: Any, activation: Any, y: Any) -> Epilogue | None
     return Epilogue(checked, z, y, given or residual is True)
 
 
+def epilogue_of(activation: Activation | None, residual: Array | None) -> Epilogue | None:
+    """Return the epilogue of a forward pass; None where there is neither."""
+    return None if activation is None and residual is None else Epilogue(activation, residual)
+
+
+def kept_for_backward(
+    activation: str | None, beta: Array | None, residual: Array | None, y: Array
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return beta, the residual and y, each as far as the activation's derivative needs it, or None."""
+    if not activation:
+        return None, None, None
+    if residual is None:
+        return beta, None, None
+    curved = ACTIVATIONS[activation].curvature is not None
+    return (beta, residual, None) if curved else (beta, None, y)
+
+
+def with_residual(layout: Layout, h: Array, epilogue: Epilogue) -> Array:
+    """Return h + z, in the dtype of h."""
+    if epilogue.residual is None:
+        return h
+    return h + layout.xp.astype(epilogue.residual, h.dtype, copy=False)
+
+
 def activated(layout: Layout, h: Array, epilogue: Epilogue) -> Array:
     """Return act(h + z), in the dtype of h."""
-    if epilogue.residual is not None:
-        h = h + layout.xp.astype(epilogue.residual, h.dtype, copy=False)
+    h = with_residual(layout, h, epilogue)
     if epilogue.activation is None:
         return h
     name, slope = epilogue.activation
     return ACTIVATIONS[name].value(layout.xp, h, slope)
-
-
-def before_activation(layout: Layout, h: Array, epilogue: Epilogue) -> Array:
-    """Return h + z; or y, from which the derivative follows as well, where that is given."""
-    given = epilogue.residual if epilogue.y is None else epilogue.y
-    if given is None:
-        return h
-    given = layout.xp.astype(given, h.dtype, copy=False)
-    return given if epilogue.y is not None else h + given
 
 
 def gradient_through(layout: Layout, h: Array, dy: Array, epilogue: Epilogue) -> Array:

@@ -8,7 +8,7 @@ from batchnorm import groups, optimistic
 from batchnorm.arguments import validate_bool, validate_group, validate_number
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.coefficients import weights_of
-from batchnorm.epilogue import validate_backward_epilogue, validate_epilogue
+from batchnorm.epilogue import Epilogue, validate_backward_epilogue, validate_epilogue
 from batchnorm.moments import Moments
 from batchnorm.overlap import validate_no_overlap
 from batchnorm.tracing import traceable
@@ -195,16 +195,16 @@ def batch_norm_backward(
         validate_vectors(layout, gamma=gamma, beta=beta)
         validate_weights(layout, x, where)
         epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
-        read = () if epilogue is None else epilogue[1:3]
+        read = _read_by(epilogue)
         validate_out(layout, x, out)
         if out is not None:
             named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
-            named |= dict(zip(("the residual", "y"), read, strict=False))
+            named |= read
             validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where, **named)
         eps = validate_number("eps", eps, 0)
 
         counted = stats.count if hasattr(stats.count, "dtype") else None
-        backend = backend_for(dy, x, gamma, where, out, counted, *stats[1:], beta, *read)
+        backend = backend_for(dy, x, gamma, where, out, counted, *stats[1:], beta, *read.values())
         w, settings = weights_of(where, x.ndim), {"beta": beta, "epilogue": epilogue, "out": out}
         if call is not None:
             return backend.backward_in_group(call, dy, x, w, stats, gamma, eps, layout, **settings)
@@ -329,7 +329,7 @@ def normalize_backward(
     validate_same_shape(layout, x, "dy", dy)
     validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
     epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
-    read = dict(zip(("the residual", "y"), () if epilogue is None else epilogue[1:3], strict=False))
+    read = _read_by(epilogue)
     eps = validate_number("eps", eps, 0)
     validate_out(layout, x, out)
     validate_no_overlap(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma, beta=beta, **read)
@@ -338,6 +338,11 @@ def normalize_backward(
     stats, settings = Moments(1, mean, var), {"beta": beta, "epilogue": epilogue, "out": out}
     results = backend.inference_backward(dy, x, stats, gamma, eps, layout, **settings)
     return results if stats_grad else results[:-2]
+
+
+def _read_by(epilogue: Epilogue | None) -> dict[str, Array | None]:
+    """Return the big arrays that an epilogue reads in a backward pass, by what an error calls them."""
+    return {} if epilogue is None else {"the residual": epilogue.residual, "y": epilogue.y}
 
 
 @traceable

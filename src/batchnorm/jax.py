@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from batchnorm.backends.base import Backend
 from batchnorm.backends.generic import GENERIC
 from batchnorm.derivatives import jvp
-from batchnorm.epilogue import Activation, Epilogue
+from batchnorm.epilogue import Activation, Epilogue, epilogue_of
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
@@ -67,12 +67,8 @@ def _plain(
     layout: Layout,
     activation: Activation | None,
 ) -> tuple[Array, Moments]:
-    epilogue = _epilogue(activation, residual)
+    epilogue = epilogue_of(activation, residual)
     return GENERIC.forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
-
-
-def _epilogue(activation: Activation | None, residual: Array | None) -> Epilogue | None:
-    return None if activation is None and residual is None else Epilogue(activation, residual)
 
 
 _ruled: Any = functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))(_plain)
@@ -84,7 +80,7 @@ def _tangents(eps: float, layout: Layout, activation: Activation | None, given: 
     x, w, gamma, beta, residual = (v if v is None else jnp.asarray(v) for v in given)
     dx, dgamma, dbeta, dz = (v if v is None else jnp.asarray(v) for v in (along[0], *along[2:]))
     y, stats = _ruled(x, w, gamma, beta, residual, eps, layout, activation)
-    epilogue = _epilogue(activation, residual)
+    epilogue = epilogue_of(activation, residual)
     last: Any = {"beta": beta, "epilogue": epilogue, "dresidual": dz}
     dy, dmean, dvar = jvp(layout, dx, dgamma, dbeta, x, stats, gamma, w, eps, **last)
     count, low = (layout.xp.zeros_like(v) for v in (stats.count, stats.mean_lo))

@@ -22,7 +22,7 @@ from batchnorm.arguments import (
     validate_number,
 )
 from batchnorm.arrays import library_name, same_shape
-from batchnorm.epilogue import ACTIVATIONS, Activation, validate_activation, validate_epilogue
+from batchnorm.epilogue import Activation, kept_for_backward, validate_activation, validate_epilogue
 from batchnorm.errors import describe, fail
 from batchnorm.functional import (
     batch_norm,
@@ -339,12 +339,9 @@ class BatchNorm(groups.Shared):
     ) -> tuple[Activation | None, Array | None, Array | bool | None, Array | None]:
         """Return the activation, and what `backward` needs of beta, the residual and y."""
         activation = validate_activation(self.activation)
-        if activation is None:
-            return None, None, None if residual is None else True, None
-        if residual is None:
-            return activation, beta, None, None
-        from_y = ACTIVATIONS[activation.name].curvature is None
-        return (activation, beta, True, y) if from_y else (activation, beta, residual, None)
+        name = None if activation is None else activation.name
+        beta, z, y = kept_for_backward(name, beta, residual, y)
+        return activation, beta, True if z is None and residual is not None else z, y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array | tuple[Array, Array]:
         """Back-propagate through the last call, and commit its statistics.

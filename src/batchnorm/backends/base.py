@@ -17,7 +17,7 @@ from batchnorm.coefficients import (
     in_dtype_of,
     rounded_mean,
 )
-from batchnorm.epilogue import Epilogue, activated, before_activation, gradient_through
+from batchnorm.epilogue import Epilogue, activated, gradient_through, with_residual
 from batchnorm.groups import Call
 from batchnorm.layout import Layout, float_name
 from batchnorm.moments import Moments
@@ -120,7 +120,7 @@ class Backend:
         """Return g = act'(a·(x − m) + b + z)·dy, in `gradient_dtype`: 32 bits at least."""
         if epilogue.y is None:
             h = self.scale_shift(in_compute(layout, x), m, a, b, layout)  # (..., C, ...)
-            h = before_activation(layout, h, epilogue)
+            h = with_residual(layout, h, epilogue)
         else:
             h = in_compute(layout, epilogue.y)
         return gradient_through(layout, h, dy, epilogue)

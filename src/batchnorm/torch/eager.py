@@ -80,7 +80,7 @@ class _BatchNorm(torch.autograd.Function):
             raise _DeclinedError
         y, stats = found
         axes = list(axis) if isinstance(axis, tuple) else [axis]
-        last = residual, *(validate_activation(activation) or ("", 0.0))
+        last = operators.epilogue_arguments(validate_activation(activation), residual)
         operators.save_batch_norm(ctx, (x, gamma, beta, where, axes, eps, *last), (y, *stats))
         return y, *stats
 
@@ -118,7 +118,7 @@ class _BatchNormModule(torch.autograd.Function):
         y, stats = done
         found.append(stats)
         ctx.axis, ctx.eps, ctx.stats = [1], eps, stats
-        last = operators.save_epilogue(ctx, beta, y, residual, *(activation or ("", 0.0)))
+        last = operators.save_epilogue(ctx, beta, y, *operators.epilogue_arguments(activation, residual))
         ctx.save_for_backward(x, gamma, *last)
         ctx.set_materialize_grads(False)
         return y

@@ -19,6 +19,7 @@ from batchnorm.coefficients import weights_of
 from batchnorm.epilogue import backward_epilogue, validate_activation
 from batchnorm.moments import Moments
 from batchnorm.torch import leaving
+from batchnorm.torch.operators import epilogue_arguments
 
 Array = Any
 _ops = torch.ops.batchnorm
@@ -72,11 +73,6 @@ def _tensors(stats: Moments, x: Array) -> list[Array]:
     return [n, mean, var, torch.zeros_like(mean) if low is None else low]
 
 
-def _epilogue(residual: Array | None, activation: Any) -> tuple[Array | None, str, float]:
-    """Return the residual and the activation as arguments of the operators."""
-    return residual, *(validate_activation(activation) or ("", 0.0))
-
-
 def _through_epilogue(
     dy: Array,
     x: Array,
@@ -112,7 +108,7 @@ def _batch_norm(
     residual: Array | None = None,
     activation: Any = None,
 ) -> tuple[Array, Moments]:
-    last = _epilogue(residual, activation)
+    last = epilogue_arguments(validate_activation(activation), residual)
     y, *stats = _ops.batch_norm(x, gamma, beta, weights_of(where, x.ndim), _axes(axis), eps, *last)
     return y, Moments(*stats)
 
@@ -149,7 +145,7 @@ def _normalize(
     residual: Array | None = None,
     activation: Any = None,
 ) -> Array:
-    last = _axes(axis), eps, *_epilogue(residual, activation)
+    last = _axes(axis), eps, *epilogue_arguments(validate_activation(activation), residual)
     return _ops.normalize(x, mean, var, gamma, beta, *last)
 
 

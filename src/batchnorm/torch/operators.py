@@ -15,9 +15,8 @@ import torch
 from batchnorm.arrays import namespace
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.backends.tensors import OWN_OPERATORS, OwnOperators, laid_out
-from batchnorm.coefficients import forward_coefficients, in_compute
-from batchnorm.derivatives import double_backward
-from batchnorm.epilogue import ACTIVATIONS, Activation, Epilogue, before_activation
+from batchnorm.derivatives import before_activation, double_backward
+from batchnorm.epilogue import ACTIVATIONS, Activation, Epilogue, epilogue_of, kept_for_backward
 from batchnorm.errors import fail
 from batchnorm.layout import Layout, layout_of
 from batchnorm.moments import Moments
@@ -46,26 +45,22 @@ def _contiguous(vectors: Any) -> list[Array]:
 
 
 def _epilogue(residual: Array | None, activation: str, slope: float) -> Epilogue | None:
-    if residual is None and not activation:
-        return None
-    return Epilogue(Activation(activation, slope) if activation else None, residual)
+    return epilogue_of(Activation(activation, slope) if activation else None, residual)
 
 
-def epilogue_arguments(epilogue: Epilogue | None) -> tuple[Array | None, str, float]:
+def epilogue_arguments(
+    activation: Activation | None, residual: Array | None, *_: Any
+) -> tuple[Array | None, str, float]:
     """Return the residual, the activation and its slope as arguments of operators."""
-    if epilogue is None:
-        return None, "", 0.0
-    return epilogue.residual, *(epilogue.activation or ("", 0.0))
+    return residual, *(activation or ("", 0.0))
 
 
 def _batch_norm(  # type: ignore[no-untyped-def]
     x, gamma, beta, where, axis, eps, residual=None, activation="", slope=0.0
 ):
     layout = _layout(x, axis, gamma=gamma, beta=beta)
-    backend, epilogue = (
-        backend_for(x, gamma, beta, where, residual),
-        _epilogue(residual, activation, slope),
-    )
+    backend = backend_for(x, gamma, beta, where, residual)
+    epilogue = _epilogue(residual, activation, slope)
     y, stats = backend.forward(x, where, gamma, beta, eps, layout, epilogue=epilogue)
     return laid_out(y, x), *_contiguous(stats)
 
@@ -139,12 +134,7 @@ def save_epilogue(
     """Return beta, the residual and y, as far as the derivative of the activation needs them."""
     ctx.beta = None if beta is None else beta.dtype
     ctx.residual, ctx.activation, ctx.slope = residual is not None, activation, slope
-    if not activation:
-        return None, None, None
-    if residual is None:
-        return beta, None, None
-    curved = ACTIVATIONS[activation].curvature is not None
-    return beta, residual if curved else None, None if curved else y
+    return kept_for_backward(activation, beta, residual, y)
 
 
 def through_epilogue(ctx: Any, dy: Any, x: Any, where: Any, gamma: Any, stats: Any, last: Any) -> Any:
@@ -249,9 +239,8 @@ def _grad_activation(ctx: Any, dg: Any) -> Any:
     if curvature is None:
         return d_dy, *nothing, None, None, None, None
     layout = _layout(x, ctx.axis)
-    m, a, b = forward_coefficients(layout, Moments(1, mean, var, mean_lo), gamma, beta, ctx.eps)
-    h = a * (in_compute(layout, x) - m) + b
-    h = before_activation(layout, h, Epilogue(None, residual))
+    stats = Moments(1, mean, var, mean_lo)
+    h = before_activation(layout, x, stats, gamma, beta, ctx.eps, Epilogue(None, residual))
     dh = curvature(layout.xp, h) * dy * dg
     dmean = dvar = None
     if n is None:
@@ -259,8 +248,8 @@ def _grad_activation(ctx: Any, dg: Any) -> Any:
             dh, x, mean, var, gamma, ctx.axis, ctx.eps
         )
     else:
-        stats = n, mean, var, mean_lo
-        dx, dgamma, dbeta = _ops.batch_norm_backward(dh, x, *stats, gamma, where, ctx.axis, ctx.eps)
+        vectors = n, mean, var, mean_lo, gamma
+        dx, dgamma, dbeta = _ops.batch_norm_backward(dh, x, *vectors, where, ctx.axis, ctx.eps)
     dgamma = None if gamma is None else dgamma
     dbeta = None if beta is None else dbeta.to(beta.dtype)
     dresidual = None if residual is None else dh.to(residual.dtype)
@@ -370,7 +359,6 @@ def _register() -> None:
 
 _register()
 batch_norm, normalize, backward = _ops.batch_norm, _ops.normalize, _ops.batch_norm_backward
-activation_gradient = _ops.activation_gradient
 
 
 # As a backend.
@@ -414,7 +402,7 @@ class Operators(OwnOperators):
         _refuse_out(out)
         if differentiates_weights(w):
             return OWN_OPERATORS.forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
-        last = epilogue_arguments(epilogue)
+        last = epilogue_arguments(*(epilogue or (None, None)))
         y, *stats = _ops.batch_norm(x, gamma, beta, w, _axes(layout), eps, *last)
         return y, Moments(*stats)
 
@@ -460,7 +448,7 @@ class Operators(OwnOperators):
         _refuse_out(out)
         if stats.mean_lo is not None:
             return super().inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue)
-        last = _axes(layout), eps, *epilogue_arguments(epilogue)
+        last = _axes(layout), eps, *epilogue_arguments(*(epilogue or (None, None)))
         return _ops.normalize(x, stats.mean, stats.var, gamma, beta, *last)
 
     def inference_backward(self, *arguments: Any, out: Array | None = None, **named: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from batchnorm import groups
 from batchnorm.backends.dispatch import backend_for
 from batchnorm.coefficients import in_dtype_of, rstd_and_scale
-from batchnorm.epilogue import Epilogue
+from batchnorm.epilogue import Epilogue, epilogue_of
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
@@ -39,8 +39,7 @@ class _Joined(torch.autograd.Function):
         activation: Any,
     ) -> Any:
         backend = backend_for(x, gamma, beta, w, residual)
-        fused = residual is not None or activation is not None
-        epilogue = Epilogue(activation, residual) if fused else None
+        epilogue = epilogue_of(activation, residual)
         y, stats = backend.forward_in_group(call, x, w, gamma, beta, eps, layout, epilogue=epilogue)
         ctx.activation, ctx.residual = activation, residual is not None
         ctx.save_for_backward(x, w, gamma, *stats, beta, residual if activation is not None else None)
