@@ -1,4 +1,4 @@
-"""The command ``python -m batchnorm``: demonstration, benchmark, and list of array libraries."""
+"""The command ``python -m batchnorm``: demonstration, benchmark, audit, and list of array libraries."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return its exit status."""
     parser = OneLineParser(prog="python -m batchnorm", description="Batch norm for any array library.")
     parser.add_argument("--version", action="version", version=f"batchnorm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,bench,audit,info}")
 
     demo = commands.add_parser("demo", help="train the paper's first experiment on handwritten digits")
     demo.add_argument("--array-library", choices=DEMO_LIBRARIES, default="numpy", help="default: numpy")
@@ -56,28 +56,31 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         help="the chart (default: batchnorm-bench.png), or the table of --gpu (batchnorm-bench.csv)",
     )
+    judge = commands.add_parser("audit", help="check the batch norms of frameworks, or your own")
+    judge.add_argument(
+        "peers",
+        nargs="*",
+        metavar="PEER",
+        help="a name, or the path of an adapter (default: all that come with the package)",
+    )
+    judge.add_argument("--json", type=Path, metavar="FILE", help="write what was found to a .json file")
+    judge.add_argument(
+        "--limit", type=_seconds, default=60.0, help="seconds for each check (default: 60)"
+    )
     commands.add_parser("info", help="list the array libraries found, and the kernels each would run")
 
     chosen = parser.parse_args(arguments)
     if chosen.command == "info":
         return info()
+    if chosen.command == "audit":
+        return _audit(judge, chosen.peers, chosen.json, chosen.limit)
     command, needed = (demo, DEMO_NEEDS) if chosen.command == "demo" else (bench, BENCH_NEEDS)
     if command is demo:
         needed = {**needed, chosen.array_library: LIBRARIES[chosen.array_library].extra}
-    for module, extra in needed.items():
-        if importlib.util.find_spec(module) is None:
-            command.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")
+    _need(command, needed)
     on_gpu = command is bench and chosen.gpu
     chosen.output = chosen.output or Path("batchnorm-bench.csv" if on_gpu else "batchnorm-bench.png")
-    if not chosen.output.parent.is_dir():
-        command.error(f"argument --output: no folder {chosen.output.parent}")
-    suffixes = (".csv",) if on_gpu else (".png", ".pdf", ".svg")
-    if chosen.output.suffix.lower() not in suffixes:
-        expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
-        command.error(f"argument --output: got {chosen.output}, expected a {expected} file")
-    problem = _write_error(chosen.output)
-    if problem is not None:
-        command.error(f"argument --output: {chosen.output} cannot be written ({problem})")
+    _need_writable(command, "--output", chosen.output, (".csv",) if on_gpu else (".png", ".pdf", ".svg"))
 
     if on_gpu and chosen.fused:
         command.error("argument --fused: not with --gpu")
@@ -96,6 +99,37 @@ def main(arguments: list[str] | None = None) -> int:
     from batchnorm.demo import run
 
     return run(chosen.array_library, chosen.steps, chosen.seed, chosen.output)
+
+
+def _audit(command: OneLineParser, peers: list[str], output: Path | None, limit: float) -> int:
+    _need(command, {"rich": "demo"})
+    from batchnorm import audit
+    from batchnorm.audit.adapters import AdapterError, find
+
+    if output is not None:
+        _need_writable(command, "--json", output, (".json",))
+    try:
+        chosen = find(peers)
+    except AdapterError as error:
+        command.error(f"argument PEER: {error}")
+    return audit.run(chosen, output, limit, named=bool(peers))
+
+
+def _need(command: OneLineParser, modules: dict[str, str]) -> None:
+    for module, extra in modules.items():
+        if importlib.util.find_spec(module) is None:
+            command.error(f"{module} is not installed: pip install 'batchnorm[{extra}]'")
+
+
+def _need_writable(command: OneLineParser, option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    if not path.parent.is_dir():
+        command.error(f"argument {option}: no folder {path.parent}")
+    if path.suffix.lower() not in suffixes:
+        expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
+        command.error(f"argument {option}: got {path}, expected a {expected} file")
+    problem = _write_error(path)
+    if problem is not None:
+        command.error(f"argument {option}: {path} cannot be written ({problem})")
 
 
 def info() -> int:
@@ -135,6 +169,16 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _integer(text, 0)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds above 0")
+    return value
 
 
 def _integer(text: str, low: int) -> int:

@@ -95,7 +95,7 @@ def _wide_name(layout: Layout) -> str:
 def moments_sums(group: Any, channels: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the shapes of the arrays that `allreduce_moments` sums."""
     size = getattr(group, "size", None)
-    if size is None or size * 4 * math.prod(channels) * 8 > ONE_VECTOR:
+    if size is None or not hasattr(group, "rank") or size * 4 * math.prod(channels) * 8 > ONE_VECTOR:
         return [(2, *channels)] * 2
     return [(size, 4, *channels)]
 

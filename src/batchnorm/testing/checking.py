@@ -47,6 +47,8 @@ def check_batch_norm(
     function: Callable[..., Any],
     *,
     backward: Callable[..., Any] | None = None,
+    double_backward: Callable[..., Any] | None = None,
+    set_threads: Callable[[int], Any] | None = None,
     xp: Any = None,
     features: Iterable[str] = DEFAULT,
     correction: int = 1,
@@ -61,9 +63,15 @@ def check_batch_norm(
         ``function(x, gamma, beta, running_mean, running_var, training=..., momentum=..., eps=...)``
         returns y and the new running mean and variance, None for those that it does not have. x has
         its channels at axis 1, and `momentum` is the weight of the new batch. Further keywords come
-        with `features`: ``where``, a mask that broadcasts to x, and ``axis``.
+        with `features`: ``where``, a mask that broadcasts to x; ``axis``; and ``shards``, into how many
+        parts the function splits the batch, to normalize them together.
     backward : callable, optional
         ``backward(dy, x, gamma, beta, eps=...)`` returns dx, dgamma and dbeta in training.
+    double_backward : callable, optional
+        ``double_backward(ddx, dy, x, gamma, eps=...)`` returns the gradients of ``sum(ddx * dx)`` to dy,
+        x and gamma.
+    set_threads : callable, optional
+        ``set_threads(n)`` sets the number of threads of the next calls.
     xp : module, optional
         The arrays are made by its ``asarray``; NumPy's without it. Results may be of any library that
         NumPy can read.
@@ -87,19 +95,22 @@ def check_batch_norm(
     TypeError, ValueError
         An argument that is not as described.
     """
-    expected = _validate_expected(expected_failures)
+    expected = validate_expected(expected_failures)
     validate_choice("on_fail", on_fail, ("raise", "warn", "return"))
-    implementation = _implementation(function, backward, xp, features, correction)
+    implementation = implementation_of(
+        function,
+        backward=backward,
+        double_backward=double_backward,
+        set_threads=set_threads,
+        xp=xp,
+        features=features,
+        correction=correction,
+    )
     records = [
         run(implementation, name, parameters, expected.get(name, ""))
         for name, parameters in applicable(implementation)
     ]
-    lines = [str(r) for r in records if not r.passed and not r.expected]
-    lines += [
-        f"{name}: expected to fail ({why}), but it passed: remove it from expected_failures"
-        for name, why in expected.items()
-        if any(r.check == name for r in records) and all(r.passed for r in records if r.check == name)
-    ]
+    lines = surprises(records, expected)
     if lines and on_fail == "raise":
         raise BatchNormError("\n".join(lines))
     if lines and on_fail == "warn":
@@ -111,6 +122,8 @@ def parametrize_with_checks(
     function: Callable[..., Any],
     *,
     backward: Callable[..., Any] | None = None,
+    double_backward: Callable[..., Any] | None = None,
+    set_threads: Callable[[int], Any] | None = None,
     xp: Any = None,
     features: Iterable[str] = DEFAULT,
     correction: int = 1,
@@ -129,8 +142,16 @@ def parametrize_with_checks(
     """
     import pytest
 
-    expected = _validate_expected(expected_failures)
-    implementation = _implementation(function, backward, xp, features, correction)
+    expected = validate_expected(expected_failures)
+    implementation = implementation_of(
+        function,
+        backward=backward,
+        double_backward=double_backward,
+        set_threads=set_threads,
+        xp=xp,
+        features=features,
+        correction=correction,
+    )
 
     def case(name: str, parameters: dict[str, Any]) -> Any:
         def check() -> None:
@@ -150,12 +171,22 @@ def parametrize_with_checks(
     return pytest.mark.parametrize("check", cases)
 
 
-def _implementation(
-    function: Any, backward: Any, xp: Any, features: Any, correction: Any
+def implementation_of(
+    function: Any,
+    *,
+    backward: Any = None,
+    double_backward: Any = None,
+    set_threads: Any = None,
+    xp: Any = None,
+    features: Any = DEFAULT,
+    correction: Any = 1,
 ) -> Implementation:
+    """Validate the arguments of `check_batch_norm` that say what is checked."""
     validate_callable("function", function)
-    if backward is not None:
-        validate_callable("backward", backward)
+    optional = {"backward": backward, "double_backward": double_backward, "set_threads": set_threads}
+    given_callables = {name for name, value in optional.items() if value is not None}
+    for name in given_callables:
+        validate_callable(name, optional[name])
     if isinstance(features, str) or not isinstance(features, Iterable):
         fail(TypeError, "features", describe(features), "an iterable of names")
     given = set(features)
@@ -165,12 +196,20 @@ def _implementation(
         fail(TypeError, "xp", describe_type(xp), "a module with asarray(array)")
     if validate_int("correction", correction, 0) > 1:
         fail(ValueError, "correction", describe(correction), "0 or 1")
-    given |= {"backward"} if backward is not None else set()
     convert = (lambda v: v.copy()) if xp is None else xp.asarray
-    return Implementation(function, backward, frozenset(given), correction, convert)
+    return Implementation(
+        function,
+        backward,
+        double_backward,
+        set_threads,
+        frozenset(given | given_callables),
+        correction,
+        convert,
+    )
 
 
-def _validate_expected(expected_failures: Any) -> dict[str, str]:
+def validate_expected(expected_failures: Any) -> dict[str, str]:
+    """Validate checks that are known to fail, and the reasons."""
     if expected_failures is None:
         return {}
     if not isinstance(expected_failures, Mapping):
@@ -190,6 +229,18 @@ def applicable(implementation: Implementation) -> Iterator[tuple[str, dict[str, 
                 yield name, parameters
 
 
+def surprises(records: list[Record], expected: Mapping[str, str]) -> list[str]:
+    """Return a line for each failure that was not expected, and for each expected one that passed."""
+    lines = [str(r) for r in records if not r.passed and not r.expected]
+    for name, why in expected.items():
+        found = [r.passed for r in records if r.check == name]
+        if found and all(found):
+            lines.append(
+                f"{name}: expected to fail ({why}), but it passed: remove it from expected_failures"
+            )
+    return lines
+
+
 def run(
     implementation: Implementation, name: str, parameters: dict[str, Any], expected: str = ""
 ) -> Record:
@@ -203,5 +254,7 @@ def run(
     except Exception as problem:  # of any framework
         said = " ".join(str(problem).split())[:200]
         raised = said if isinstance(problem, AssertionError) else f"{type(problem).__name__}: {said}"
+    if error is not None and not np.isfinite(error):
+        error, raised = None, "a result is not finite where it should be, or finite where it should not"
     passed = error is not None and error <= check.limit
     return Record(name, parameters, error, check.limit, raised, passed, "" if passed else expected)
