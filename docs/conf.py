@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import audited
 import chart
 import tables
 
@@ -68,6 +69,7 @@ sphinx_gallery_conf = {
 html_favicon = "favicon.svg"
 
 tables.write(pathlib.Path(__file__).parent / "generated")
+audited.write(pathlib.Path(__file__).parent / "generated")
 chart.draw(
     pathlib.Path(__file__).parent / "performance.md",
     pathlib.Path(__file__).parent / "generated" / "speed.png",

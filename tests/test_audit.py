@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ def peer(name):
 
     return {{"function": function, "versions": {{"numpy": np.__version__}}, **{more}}}
 '''
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 EMPTY = "x.size == 0"
 """True in one check only, empty_batch."""
 
@@ -155,6 +157,34 @@ def test_a_file_that_is_no_adapter(tmp_path):
     path.write_text("1 / 0")
     with pytest.raises(AdapterError, match="raises ZeroDivisionError"):
         load(path)
+
+
+def test_every_failure_that_is_published_is_a_confirmed_finding(monkeypatch):
+    """And the other way round: what the adapters expect is what the page shows."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    from audited import results
+    from findings import FINDINGS
+    from reproduce import confirmed
+
+    run, printed = results()
+    assert {a.name for a in known()} == {peer["peer"] for peer in run["peers"]}
+    assert sum(peer["status"] == "audited" for peer in run["peers"]) >= 10
+    for name, lines in printed.items():
+        assert all(confirmed(line, FINDINGS[name].at_least) for line in lines.values())
+    for peer in run["peers"]:
+        assert peer["surprises"] == []
+        covered = {
+            check
+            for name, finding in FINDINGS.items()
+            if peer["peer"] in printed.get(name, {})
+            for check in finding.checks
+        }
+        failed = {r["check"]: r["expected"] for r in peer["records"] if not r["passed"]}
+        assert set(failed) <= covered
+        assert set(failed.values()) <= {finding.title for finding in FINDINGS.values()}
+        for name in printed:
+            if peer["peer"] in printed[name]:
+                assert set(FINDINGS[name].checks) & set(failed)
 
 
 def test_the_adapters_of_this_package():

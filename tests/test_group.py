@@ -96,6 +96,15 @@ def test_group(sizes, kind):
             np.testing.assert_array_equal(mine, first)  # the same on every member, to the bit
 
 
+def test_a_size_without_a_rank():
+    """It is no more than an attribute: both are needed for one reduction in place of two."""
+    x = data.batch((7, 3), mean=3.0)
+    group = Threads(2)
+    group.size = 2
+    found = on_each(lambda part: bn.batch_norm(part, group=group)[0], [x[:4], x[4:]])
+    verdict.forward(np.concatenate(found), Problem(x), "float32")
+
+
 def test_too_few_values_in_the_whole_group():
     group = Threads(2)
 

@@ -159,6 +159,7 @@ def test_wheel_without_the_core(tmp_path):
         "backends/generic.py",
         "backends/activations.h",
         "backends/cuda/tasks.cu",
+        "audit/peers/torch.py",
     ):
         assert f"batchnorm/{file}" in names
     assert not [n for n in names if n.startswith(("tests", "docs", "native"))]

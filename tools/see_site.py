@@ -28,6 +28,7 @@ PAGES = {
     "gallery page": "why/drifting_bias.html",
     "figures": "performance.html",
     "benchmarks": "benchmarks.html",
+    "audit": "audit.html",
 }
 WIDTHS = {"desktop": (1400, 1000), "phone": (390, 844)}
 SEARCHES = {"running variance": "Conventions"}

@@ -20,6 +20,12 @@ DEVICES = {
     "cupy": ("cupy", "cupy"),
 }
 PEERS = {f"batchnorm-{name}": f"This package on arrays of {name}" for name in DEVICES}
+KNOWN = {
+    "batchnorm-jax": {
+        "Squares beyond the range of float32": "y_of_large_numbers",
+    },
+}
+"""What is wrong, and the checks that fail by it."""
 
 
 class Together:
@@ -97,5 +103,8 @@ def peer(name):
         "double_backward": on_target(second_derivatives),
         "set_threads": bn.set_num_threads if eager else None,
         "features": features,
+        "expected_failures": {
+            check: why for why, checks in KNOWN.get(name, {}).items() for check in checks.split()
+        },
         "versions": {"batchnorm": bn.__version__, library: module.__version__},
     }

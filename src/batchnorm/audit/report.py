@@ -15,6 +15,7 @@ from rich.table import Table
 
 import batchnorm as bn
 from batchnorm.audit.adapters import Adapter
+from batchnorm.audit.cells import cell, row_of, rows_of
 
 HEADING = 42
 """Characters of the column of checks."""
@@ -67,26 +68,6 @@ def environment(limit: float) -> dict[str, Any]:
         "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "limit": limit,
     }
-
-
-def row_of(record: dict[str, Any]) -> str:
-    """Return the name of a record's row: the check, and its parameters."""
-    values = ", ".join(
-        f"{v:g}" if isinstance(v, float) else str(v) for v in record["parameters"].values()
-    )
-    return f"{record['check']} {values}".strip()
-
-
-def cell(record: dict[str, Any]) -> str:
-    """Return a mark where a check passed, the error in eps where it did not, or a cross."""
-    if record["passed"]:
-        return "✓"
-    return "✗" if record["error"] is None else f"{record['error']:.1e}".replace("e+0", "e")
-
-
-def rows_of(peers: list[dict[str, Any]]) -> list[str]:
-    """Return the names of all rows, in the order of the checks."""
-    return list(dict.fromkeys(row_of(r) for peer in peers for r in peer["records"]))
 
 
 def show(peers: list[dict[str, Any]]) -> None:
