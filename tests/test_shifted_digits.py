@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.append(str(ROOT / "docs" / "examples"))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "docs" / "examples"))
 import shifted_digits
 
+ROOT = pathlib.Path(__file__).parents[1]
 measure = functools.cache(shifted_digits.measure)
 SEEDS = (0, 7, 8)  # the documentation has 0 to 4
 
@@ -35,7 +35,7 @@ def test_adaptation_recovers_accuracy(name, gain, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_noise_is_not_repaired(seed):
-    """As the documentation says: it leaves nothing in the statistics that could be subtracted."""
+    """As the documentation says: statistics per channel cannot undo it."""
     found = measure(seed)["noise"]
     assert found.running < 0.8
     assert max(found.batch, found.recalibrated) < found.running + 0.05
