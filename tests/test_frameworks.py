@@ -1,6 +1,7 @@
 """Running statistics and values equal those of the frameworks whose settings `like` takes over."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -133,4 +134,8 @@ def test_an_unknown_framework():
 
 def test_presets_take_further_settings():
     assert bn.BatchNorm.like("keras", 5, axis=1).axis == 1
-    assert set(PRESETS) == {"pytorch", "keras", "flax", "chainer", "onnx"}
+
+
+def test_the_docstring_lists_all_presets():
+    (listed,) = re.findall(r"framework : \{(.*?)\}", bn.BatchNorm.like.__doc__, re.DOTALL)
+    assert re.findall(r'"(\w+)"', listed) == list(PRESETS)

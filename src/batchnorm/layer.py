@@ -216,7 +216,8 @@ class BatchNorm(groups.Shared):
 
         Parameters
         ----------
-        framework : {"pytorch", "keras", "flax", "chainer", "onnx"}
+        framework : {"pytorch", "keras", "flax", "chainer", "onnx", "haiku", "equinox", "tensorflow", \
+"mxnet", "mlx", "tinygrad"}
             Sets `axis`, `eps`, `momentum` and `correction`.
         num_features : int or tuple of ints
             The number of channels.
