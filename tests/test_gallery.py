@@ -201,7 +201,7 @@ def test_claim(name):
 def test_claim_with_other_seeds(name):
     """What it measures does not depend on the seed."""
     namespace = script(name)
-    for seed in range(1, 4):
+    for seed in (1, 2):
         with threadpoolctl.threadpool_limits(1):
             found = namespace["measure"](seed)
         try:

@@ -386,12 +386,12 @@ def example():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_a_converted_resnet_trains_the_same(example):
-    """20 steps in float64: every output, the gradients and the running statistics."""
+    """10 steps in float64: every output, the gradients and the running statistics."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     original = example.resnet18(width=16).double()
     converted = convert(copy.deepcopy(original))
-    data = example.batches(20, 8, 64, torch.float64)
+    data = example.batches(10, 8, 64, torch.float64)
     right = example.train(original, data, None)
     for compiled in (None, "aot_eager"):
         found = example.train(copy.deepcopy(converted), data, compiled)

@@ -24,6 +24,12 @@
 
 namespace test {
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool RACES = true;  // who reads and writes when, and not which values
+#else
+constexpr bool RACES = false;
+#endif
+
 using bn::DType;
 typedef long double Real;
 typedef std::vector<int64_t> Shape;
@@ -169,9 +175,11 @@ public:
 
     // Fail where a byte has changed that is no element's.
     void check_guards(const char* what) {
+        if (RACES) return;
         UNPOISON(memory_, bytes_);
         std::vector<char> element(bytes_);
-        for (int64_t at : place_) std::memset(&element[data - memory_ + at], 1, SIZE[dtype]);
+        for (int64_t at : place_)  // sanitizers make a call of memset slow
+            for (int k = 0; k < SIZE[dtype]; ++k) element[data - memory_ + at + k] = 1;
         for (int64_t i = 0; i < bytes_; ++i)
             if (!element[i] && memory_[i] != FILL) {
                 fail("%s: byte %ld from its first element was written", what, long(memory_ + i - data));
