@@ -17,6 +17,7 @@ from batchnorm.layer import BatchNorm
 from batchnorm.moments import Moments, update_running
 from batchnorm.outputs import get_output_pool, set_output_pool
 from batchnorm.recalibration import recalibrate
+from batchnorm.renormalization import batch_renorm, batch_renorm_backward, update_renorm
 from batchnorm.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -31,6 +32,8 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_double_backward",
     "batch_norm_jvp",
+    "batch_renorm",
+    "batch_renorm_backward",
     "distributed",
     "fold",
     "fold_conv",
@@ -50,5 +53,6 @@ __all__ = [
     "set_num_threads",
     "set_output_pool",
     "to_state",
+    "update_renorm",
     "update_running",
 ]

@@ -110,3 +110,10 @@ def on_host(a: Array) -> Array:
     if compat.is_torch_array(a):
         return a.detach().cpu().numpy()
     return a.get() if compat.is_cupy_array(a) else np.asarray(a)
+
+
+def constant(a: Array) -> Array:
+    """Return an array of which nothing is differentiated."""
+    if compat.is_jax_array(a):
+        return sys.modules["jax"].lax.stop_gradient(a)
+    return a.detach() if hasattr(a, "detach") else a

@@ -6,7 +6,7 @@ Shapes in comments: x is (..., C, ...); (C) is a per-channel vector in broadcast
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
@@ -38,6 +38,40 @@ def forward_coefficients(
     if beta is not None:
         b = b + layout.vector(beta)
     return m, in_compute(layout, a), in_compute(layout, b)
+
+
+class Renorm(NamedTuple):
+    """What batch renormalization compares a batch with, and the limits of the correction."""
+
+    mean: Array
+    var: Array
+    r_max: Any
+    d_max: Any
+
+
+def renorm_corrections(xp: Any, stats: Moments, eps: Any, renorm: Renorm) -> tuple[Array, Array]:
+    """Return r and d of γ·(r·x̂ + d) + β (Ioffe 2017, Algorithm 1), in the shape and dtype of `stats`.
+
+    NaN passes the limits.
+    """
+    mean, var = (xp.astype(v, stats.var.dtype) for v in (renorm.mean, renorm.var))
+    std = xp.sqrt(var + eps)
+    d = (stats.mean - mean) if stats.mean_lo is None else (stats.mean - mean) + stats.mean_lo
+    r, d, one = xp.sqrt(stats.var + eps) / std, d / std, xp.ones_like(std)
+    r_max, d_max = one * renorm.r_max, one * renorm.d_max
+    r = xp.where(r > r_max, r_max, xp.where(r < 1 / r_max, 1 / r_max, r))
+    return r, xp.where(d > d_max, d_max, xp.where(d < -d_max, -d_max, d))
+
+
+def renormalized(
+    xp: Any, gamma: Array | None, beta: Array | None, r: Array, d: Array
+) -> tuple[Array, Array]:
+    """Return γ·r and β + γ·d, with which batch norm is batch renormalization, in the dtype of r."""
+    scale, shift = r, d
+    if gamma is not None:
+        wide = xp.astype(gamma, r.dtype)
+        scale, shift = wide * r, wide * d
+    return scale, shift if beta is None else xp.astype(beta, r.dtype) + shift
 
 
 def backward_coefficients(

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm import groups, optimistic
-from batchnorm.arguments import validate_bool, validate_group, validate_number
+from batchnorm.arguments import validate_bool, validate_choice, validate_group, validate_number
+from batchnorm.arrays import known_false
+from batchnorm.backends.base import to_out
 from batchnorm.backends.dispatch import backend_for
-from batchnorm.coefficients import weights_of
+from batchnorm.coefficients import in_dtype_of, weights_of
+from batchnorm.degenerate import (
+    CHOICES,
+    enough_values,
+    shifted,
+    statistics_of_nothing,
+    without_degenerate,
+)
 from batchnorm.epilogue import Epilogue, validate_backward_epilogue, validate_epilogue
 from batchnorm.moments import Moments
 from batchnorm.overlap import validate_no_overlap
@@ -38,6 +47,7 @@ def batch_norm(
     group: Any = None,
     residual: Array | None = None,
     activation: Any = None,
+    degenerate: str = "raise",
     out: Array | None = None,
 ) -> tuple[Array, Moments]:
     r"""Normalize each channel by the batch's own mean and variance, then scale and shift it.
@@ -69,6 +79,10 @@ def batch_norm(
     activation : {"relu", "relu6", "leaky_relu", "silu"}, ("leaky_relu", slope) or None
         act, applied in the same pass and before y is rounded to a dtype of 16 bits; the slope of
         "leaky_relu" is 0.01. None for no activation.
+    degenerate : {"raise", "shift"}
+        What becomes of a channel with fewer than two values of positive weight (in the whole group).
+        "raise" is an error, where values can be looked at. "shift" gives beta (and what follows it), a
+        count of 0, so that `update_running` leaves the channel alone, and no gradient to x or gamma.
     out : array, optional
         Where to write y, of the shape and dtype of `x`; may be `x` or `residual`. Not for immutable or
         lazy arrays.
@@ -86,20 +100,24 @@ def batch_norm(
     TypeError
         A dtype that cannot be normalized, or arrays of different libraries.
     ValueError
-        A shape that does not fit, arrays on different devices, an empty batch, fewer than two values
-        in a channel, or (where values can be looked at) a negative weight.
+        A shape that does not fit, arrays on different devices, or (where values can be looked at) a
+        negative weight; with ``degenerate="raise"`` an empty batch, or fewer than two values in a
+        channel.
 
     References
     ----------
     Ioffe & Szegedy (2015), Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift, Algorithm 1.
     """
-    if group is None:
+    if group is None and degenerate == "raise":
         done = optimistic.for_array(x).forward(
             x, gamma, beta, axis, eps, where, residual, activation, out, False
         )
         if done is not None:
             return done  # type: ignore[no-any-return]
+    if validate_choice("degenerate", degenerate, CHOICES) == "shift":
+        settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation, "out": out}
+        return _shifted_forward(x, gamma, beta, where, group, settings)
     validate_group(group)
     with groups.call(group, "batch_norm") as call:
         layout = validate_input(x, axis)
@@ -134,6 +152,7 @@ def batch_norm_backward(
     residual: Array | bool | None = None,
     activation: Any = None,
     y: Array | None = None,
+    degenerate: str = "raise",
     out: Array | None = None,
 ) -> tuple[Array, ...]:
     r"""Return the gradients of `batch_norm`, through its statistics.
@@ -158,6 +177,8 @@ def batch_norm_backward(
     y : array, optional
         What `batch_norm` returned, unchanged: the derivative of "relu", "relu6" and "leaky_relu" is then
         found from it. Without a residual it is found again from x, and y need not be kept.
+    degenerate : {"raise", "shift"}
+        As it was given to `batch_norm`. "raise" is an error if a count of `stats` is 0.
     out : array, optional
         Where to write dx; may be `dy` or `x`.
 
@@ -181,12 +202,16 @@ def batch_norm_backward(
     ----------
     Ioffe & Szegedy (2015), section 3; the derivation is in the documentation.
     """
-    if group is None:
+    if group is None and degenerate == "raise":
         done = optimistic.for_array(x).backward(
             dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, False
         )
         if done is not None:
             return done  # type: ignore[no-any-return]
+    if validate_choice("degenerate", degenerate, CHOICES) == "shift":
+        settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation}
+        settings |= {"y": y, "out": out}
+        return _shifted_backward(dy, x, stats, gamma, beta, where, group, settings)
     validate_group(group)
     with groups.call(group, "batch_norm_backward") as call:
         layout = validate_input(x, axis)
@@ -209,6 +234,70 @@ def batch_norm_backward(
         if call is not None:
             return backend.backward_in_group(call, dy, x, w, stats, gamma, eps, layout, **settings)
     return backend.backward(dy, x, w, stats, gamma, eps, layout, **settings)
+
+
+def _shifted_forward(
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    where: Array | None,
+    group: Any,
+    settings: dict[str, Any],
+) -> tuple[Array, Moments]:
+    """Return y and stats of a call with ``degenerate="shift"``."""
+    validate_group(group)
+    with groups.call(group, "batch_norm") as call:
+        layout = validate_input(x, settings["axis"])
+        validate_vectors(layout, gamma=gamma, beta=beta)
+        validate_weights(layout, x, where)
+        validate_epilogue(layout, x, settings["residual"], settings["activation"])
+        validate_out(layout, x, settings["out"])
+        enough = enough_values(layout, x, where, call)
+    xp = layout.xp
+    if known_false(xp.any(enough)) and (group is not None or (layout.values or 0) < 2):
+        nothing = statistics_of_nothing(layout)
+        return normalize(xp.zeros_like(x), nothing.mean, nothing.var, gamma, beta, **settings), nothing
+    x, where, _ = shifted(layout, x, where, enough)
+    y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
+    return y, without_degenerate(xp, stats, enough)
+
+
+def _shifted_backward(
+    dy: Array,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None,
+    beta: Array | None,
+    where: Array | None,
+    group: Any,
+    settings: dict[str, Any],
+) -> tuple[Array, ...]:
+    """Return the gradients of a call with ``degenerate="shift"``."""
+    layout = validate_input(x, settings["axis"])
+    validate_same_shape(layout, x, "dy", dy)
+    validate_stats(layout, stats)
+    validate_weights(layout, x, where)
+    xp = layout.xp
+    enough = layout.squeeze(layout.vector(stats.count) > 0)
+    if known_false(xp.any(~enough)):
+        return batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
+    keep = xp.reshape(enough, layout.broadcast)
+    out = settings.pop("out")
+    if known_false(xp.any(enough)):
+        zeros = xp.zeros_like(x)
+        grads = normalize_backward(dy, zeros, stats.mean, stats.var, gamma, beta, **settings)
+        if group is not None:
+            with groups.call(group, "batch_norm_backward") as call:
+                call.announce_backward(layout, x)
+                sums = call.all_reduce(*(layout.vector(v) for v in grads[1:3]))
+            grads = (grads[0], *(in_dtype_of(layout, gamma, v) for v in sums), *grads[3:])
+    else:
+        x, where, _ = shifted(layout, x, where, enough)
+        some = xp.where(enough, stats.count, xp.ones_like(stats.count))
+        moved = stats._replace(count=some)
+        grads = batch_norm_backward(dy, x, moved, gamma, beta, where=where, group=group, **settings)
+    dx = xp.where(keep, grads[0], xp.zeros_like(grads[0]))
+    return to_out(layout, dx, x.dtype, out), *grads[1:]
 
 
 @traceable

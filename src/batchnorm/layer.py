@@ -21,22 +21,30 @@ from batchnorm.arguments import (
     validate_group,
     validate_number,
 )
-from batchnorm.arrays import library_name, same_shape
+from batchnorm.arrays import known_false, library_name, same_shape
+from batchnorm.degenerate import CHOICES
 from batchnorm.epilogue import Activation, kept_for_backward, validate_activation, validate_epilogue
 from batchnorm.errors import describe, fail
-from batchnorm.functional import (
-    batch_norm,
-    batch_norm_backward,
-    moments,
-    normalize,
-    normalize_backward,
-)
+from batchnorm.functional import batch_norm_backward, moments, normalize, normalize_backward
 from batchnorm.layout import Layout, has_float64
 from batchnorm.moments import Moments, update_running
 from batchnorm.overlap import same_memory
 from batchnorm.presets import PRESETS
+from batchnorm.renormalization import update_renorm
 from batchnorm.state import cast_like, validate_state
 from batchnorm.tracing import is_jax_tracer, jax_trace
+from batchnorm.training import (
+    NONFINITE,
+    Way,
+    all_finite,
+    fail_on_nonfinite,
+    is_known_finite,
+    limits_at,
+    moments_of,
+    validate_renorm,
+    validate_size,
+    way_of,
+)
 from batchnorm.validation import validate_input, validate_out, validate_vectors, validate_weights
 
 Array = Any
@@ -59,6 +67,8 @@ class _Pass(NamedTuple):
     beta: Array | None
     residual: Array | bool | None
     y: Array | None
+    way: Any = None
+    """How the batch was normalized: see `training`."""
 
 
 class BatchNorm(groups.Shared):
@@ -93,6 +103,20 @@ class BatchNorm(groups.Shared):
         Whether there are running statistics. Without, inference uses the batch's own too.
     activation : {"relu", "relu6", "leaky_relu", "silu"}, ("leaky_relu", slope) or None
         Applied in the same pass, as in `batch_norm`; an attribute that may be assigned to.
+    degenerate : {"raise", "shift"}
+        What becomes of a channel with fewer than two values in training, as in `batch_norm`.
+    renorm : tuple (r_max, d_max), optional
+        Batch renormalization, with the limits of `batch_renorm`: numbers, None for none, or functions
+        that return them from `num_batches_tracked`. The running variance is then moved as by
+        `update_renorm`.
+    virtual_batch_size : int, optional
+        Training batches are normalized in parts of so many examples (ghost batches, Hoffer et al. 2017),
+        each by statistics of its own; a last part may be smaller. The running statistics are moved by
+        those of the whole batch.
+    nonfinite : {"propagate", "raise", "skip"}
+        What becomes of a batch whose mean or variance is NaN or infinite, when its statistics are to be
+        committed: they reach the running ones; it is an error that names the channels, and nothing
+        changes; or the batch is left out. Where values cannot be looked at, "raise" is "skip".
     group : optional
         The members over which batches are joined, as in `batch_norm`; a call may name another.
     xp : module, optional
@@ -153,6 +177,10 @@ class BatchNorm(groups.Shared):
         affine: bool = True,
         track_running_stats: bool = True,
         activation: Any = None,
+        degenerate: str = "raise",
+        renorm: tuple[Any, Any] | None = None,
+        virtual_batch_size: int | None = None,
+        nonfinite: str = "propagate",
         group: Any = None,
         xp: ModuleType | None = None,
         device: Any = None,
@@ -169,11 +197,19 @@ class BatchNorm(groups.Shared):
             momentum = validate_number("momentum", momentum, 0, 1)
         affine = validate_bool("affine", affine)
         track_running_stats = validate_bool("track_running_stats", track_running_stats)
+        if renorm is not None and not track_running_stats:
+            fail(ValueError, "renorm", "one without running statistics", "track_running_stats=True")
         if dtype is not None:
             validate_dtype("dtype", dtype)
         if device is not None and xp is None:
             fail(ValueError, "device", repr(device), "xp beside it, the library of the device")
         validate_group(group)
+        self.degenerate = validate_choice("degenerate", degenerate, CHOICES)
+        self.nonfinite = validate_choice("nonfinite", nonfinite, NONFINITE)
+        self.renorm = validate_renorm(renorm)
+        self.virtual_batch_size = validate_size(virtual_batch_size)
+        if renorm is not None:
+            self._validate_renorm_settings()
 
         self.num_features, self.axis, self.eps = num_features, axis, eps
         self.momentum, self.correction = momentum, correction
@@ -301,9 +337,12 @@ class BatchNorm(groups.Shared):
         settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "out": out}
         settings |= {"residual": residual, "activation": self.activation}
         pending = None
+        way = None
         if self.batch_statistics:
-            y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-            pending = stats if self.update_statistics else None
+            way = self._way(mean, var, group)
+            members = {} if group is None else {"group": group}
+            y, stats = way.forward(x, gamma, beta, where=where, **members, **settings)
+            pending = moments_of(stats) if self.update_statistics else None
         else:
             if self.update_statistics:
                 pending = self._moments(layout, x, where, group)
@@ -331,7 +370,7 @@ class BatchNorm(groups.Shared):
         last = self._kept_of_epilogue(beta, residual, y)
         if residual is not None and last[2] is residual:
             gone = gone or same_memory(out, residual)
-        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, pending, *last)
+        saved = _Pass(x, stats, self.batch_statistics, gamma, where, group, pending, *last, way)
         self._saved = None if gone else saved
         return y
 
@@ -375,7 +414,7 @@ class BatchNorm(groups.Shared):
             with groups.call(self.group if self.batch_statistics else None, "backward"):
                 got = "no forward pass to go back from"
                 fail(RuntimeError, "backward", got, "a call of the layer first")
-        x, stats, by_batch, gamma, where, group, pending, *epilogue = self._saved
+        x, stats, by_batch, gamma, where, group, pending, *epilogue, way = self._saved
         running = None
         # Statistics of another pass are not this one's to commit, nor those that were committed.
         if pending is not None and pending is self._pending:
@@ -385,7 +424,9 @@ class BatchNorm(groups.Shared):
         activation, beta, residual, y = epilogue
         settings |= {"residual": residual, "activation": activation, "y": y}
         if by_batch:
-            grads = batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
+            backward = batch_norm_backward if way is None else way.backward
+            settings |= {} if group is None else {"group": group}
+            grads = backward(dy, x, stats, gamma, beta, where=where, **settings)
         else:
             grads = normalize_backward(dy, x, stats.mean, stats.var, gamma, beta, **settings)
         dx, dgamma, dbeta, *dresidual = grads
@@ -451,7 +492,10 @@ class BatchNorm(groups.Shared):
 
     def __repr__(self) -> str:
         names: tuple[str, ...] = ("axis", "eps", "momentum", "correction", "affine")
-        names += ("track_running_stats", *(("activation",) if self.activation is not None else ()))
+        names += ("track_running_stats",)
+        defaults = {"activation": None, "degenerate": "raise", "renorm": None}
+        defaults |= {"virtual_batch_size": None, "nonfinite": "propagate"}
+        names += tuple(name for name, value in defaults.items() if getattr(self, name) != value)
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({self.num_features}, {settings})"
 
@@ -460,8 +504,10 @@ class BatchNorm(groups.Shared):
         state = self.gamma, self.beta, self.running_mean, self.running_var
         fast = optimistic.for_array(x)
         by_batch, updates = self.batch_statistics, self.update_statistics
+        special = self.renorm is not None or self.virtual_batch_size is not None
         if (
             (updates and (not by_batch or self.running_mean is None))
+            or (by_batch and (special or self.degenerate != "raise"))
             or self._collected is not None
             or not fast.fits(x, self.axis, *state)
         ):
@@ -531,15 +577,44 @@ class BatchNorm(groups.Shared):
 
     def _updated(self, pending: Moments) -> tuple[Array, Array, Any]:
         """Return the running statistics and their count once pending ones are committed."""
-        count = self.num_batches_tracked + 1
-        mean, var = update_running(
-            self.running_mean,
-            self.running_var,
-            pending,
-            momentum=1 / count if self.momentum is None else self.momentum,
-            correction=self.correction,
-        )
-        return mean, var, count
+        before: tuple[Any, Any, Any] = self.running_mean, self.running_var, self.num_batches_tracked
+        count = before[2] + 1
+        momentum = 1 / count if self.momentum is None else self.momentum
+        old = before[0], before[1], pending
+        if self.renorm is None:
+            moved = update_running(*old, momentum=momentum, correction=self.correction)
+        else:
+            moved = update_renorm(*old, momentum=momentum, eps=self.eps)
+        after = *moved, count
+        if self.nonfinite == "propagate":
+            return after
+        finite = all_finite(pending)
+        if is_known_finite(finite):
+            return after
+        if known_false(finite):
+            if self.nonfinite == "raise":
+                fail_on_nonfinite(pending)
+            return before
+        xp = compat.array_namespace(pending.mean)
+        counts = xp.asarray(count), xp.asarray(before[2])
+        mean, var = (xp.where(finite, a, b) for a, b in zip(moved, before[:2], strict=True))
+        return mean, var, xp.where(finite, *counts)
+
+    def _way(self, mean: Array, var: Array, group: Any) -> Way:
+        """Return how a batch is normalized in training."""
+        size, renorm = self.virtual_batch_size, limits_at(self.renorm, self.num_batches_tracked)
+        if group is not None and size is not None:
+            expected = "none: parts of a batch have statistics of their own"
+            fail(ValueError, "group", "one beside a virtual_batch_size", expected)
+        return way_of(size, renorm, (mean, var), self.degenerate)
+
+    def _validate_renorm_settings(self) -> None:
+        if self.virtual_batch_size is not None:
+            fail(ValueError, "renorm", "one beside a virtual_batch_size", "one of the two")
+        if self.degenerate != "raise":
+            fail(
+                ValueError, "renorm", f"one beside degenerate={self.degenerate!r}", "degenerate='raise'"
+            )
 
     @contextlib.contextmanager
     def _collecting(self, *, alone: bool) -> Iterator[list[Moments]]:

@@ -153,7 +153,7 @@ def validate_count(layout: Layout, x: Array, where: Array | None) -> None:
         and where.dtype != layout.xp.bool
         and not (is_hidden(where) or is_jax_tracer(where))
     ):
-        _validate_counts(layout, _count_positive(layout, x, where))
+        _validate_counts(layout, count_positive(layout, x, where))
 
 
 def validate_mask_count(layout: Layout, w: Array | None, count: Array) -> None:
@@ -167,7 +167,7 @@ def _validate_counts(layout: Layout, count: Array) -> None:
         fail(ValueError, "where", "a channel with fewer than 2 values of weight > 0", _TWO_VALUES)
 
 
-def _count_positive(layout: Layout, x: Array, where: Array) -> Array:
+def count_positive(layout: Layout, x: Array, where: Array) -> Array:
     """Return how many elements of positive weight each channel has, (C).
 
     Weights are read in pieces along their longest axis, so that no other array is as large as they are.
@@ -176,7 +176,7 @@ def _count_positive(layout: Layout, x: Array, where: Array) -> Array:
     w = xp.reshape(where, (1,) * (ndim - where.ndim) + tuple(where.shape))
     axis = max(range(ndim), key=lambda i: w.shape[i])
     pieces = (w[cut] for cut in cut_along(tuple(w.shape), axis))
-    positive = (xp.astype(piece > 0, layout.wide) for piece in pieces)
+    positive = (xp.astype(p if p.dtype == xp.bool else p > 0, layout.wide) for p in pieces)
     counts = [xp.sum(piece, axis=layout.reduced_axes, keepdims=True) for piece in positive]
     count = xp.concat(counts, axis=axis)
     if axis in layout.reduced_axes:

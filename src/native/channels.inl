@@ -66,10 +66,23 @@ template <class C> bool finish_moments(const Job& job, double* const* sums, int6
     return again;
 }
 
+template <class C> void renormalized_vectors(const Job& job, int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c) {
+        double gamma = job.gamma ? job.gamma[c] : 1.0, beta = job.beta ? job.beta[c] : 0.0, r, d;
+        double mean = job.mean[c], low = job.low[c], var = job.var[c];
+        renorm_corrections(
+            mean, low, var, job.running_mean[c], job.running_var[c], job.eps, job.r_max, job.d_max, r, d);
+        forward_coefficients(
+            mean, low, var, gamma * r, beta + gamma * d, job.eps, job.vector<C>(0)[c], job.vector<C>(1)[c],
+            job.vector<C>(2)[c]);
+    }
+}
+
 template <class C> void forward_vectors(const Job& job, int64_t c0, int64_t c1) {
     C *m = job.vector<C>(0), *a = job.vector<C>(1), *b = job.vector<C>(2);
     const double *mean = job.mean, *var = job.var, *low = job.low, *gamma = job.gamma, *beta = job.beta;
     double eps = job.eps;
+    if (job.running_mean) return renormalized_vectors<C>(job, c0, c1);
     for (int64_t c = c0; c < c1; ++c)
         forward_coefficients(
             mean[c], low ? low[c] : 0.0, var[c], gamma ? gamma[c] : 1.0, beta ? beta[c] : 0.0, eps, m[c],

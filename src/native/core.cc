@@ -83,6 +83,10 @@ public:
         job.eps = call.eps;
         job.gamma = call.gamma;
         job.beta = call.beta;
+        job.running_mean = call.running_mean;
+        job.running_var = call.running_var;
+        job.r_max = call.r_max;
+        job.d_max = call.d_max;
         job.count = call.count;
         job.mean = call.mean;
         job.var = call.var;

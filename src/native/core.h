@@ -30,6 +30,9 @@ struct Call {
     const double* gamma;    // C values, or null for 1
     const double* beta;     // C values, or null for 0
     double eps;
+    const double* running_mean;  // C values each, for batch renormalization in `forward`; null without it
+    const double* running_var;
+    double r_max, d_max;
     double *count, *mean, *var, *low;  // C values each; of a pass that is given statistics `low` may be null
     const Kernels* kernels;
     Threads* threads;

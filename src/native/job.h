@@ -34,6 +34,9 @@ struct Job {
     double eps;
     const double* gamma;  // C values each; null for 1 and 0
     const double* beta;
+    const double* running_mean;  // C values each, of batch renormalization; null without it
+    const double* running_var;
+    double r_max, d_max;
     double *count, *mean, *var, *low;  // C each: results of a forward pass, arguments of a backward pass
     void* vectors;     // rows of the kernel's coefficients, in the type of the arithmetic
     double* parts;     // sums of each block of a grid: 4 rows (n, s, q, pivot), or 2 (s, q)

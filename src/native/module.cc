@@ -6,6 +6,7 @@
 
 #include "arrays.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <new>
@@ -211,10 +212,52 @@ bool arguments(Py_ssize_t got, Py_ssize_t expected, bool subclasses) {
     return false;
 }
 
-// forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted) -> (y, Moments) or None
+// (running_mean, running_var, r_max, d_max) of batch renormalization, or None.
+struct Renorm {
+    Array v[2];
+    Doubles room[2];
+    bool set(PyObject* object, const Channels& channels, Call& call) {
+        if (object == Py_None) return true;
+        if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4) return false;
+        const double** to[] = {&call.running_mean, &call.running_var};
+        for (int i = 0; i < 2; ++i)
+            if (!optional_vector(PyTuple_GET_ITEM(object, i), channels, v[i], room[i], *to[i])) return false;
+        return call.running_mean && call.running_var
+            && number_at_least_0(PyTuple_GET_ITEM(object, 2), call.r_max)
+            && number_at_least_0(PyTuple_GET_ITEM(object, 3), call.d_max);
+    }
+};
+
+// Gamma and beta with which a backward pass is one of batch renormalization, and dgamma of that.
+struct Renormalized {
+    Doubles room[4];
+    double *r, *d;
+    void set(Call& call, int64_t channels) {
+        r = room[0].room(channels);
+        d = room[1].room(channels);
+        double *gamma = room[2].room(channels), *beta = room[3].room(channels);
+        for (int64_t c = 0; c < channels; ++c) {
+            bn::renorm_corrections(
+                call.mean[c], call.low ? call.low[c] : 0.0, call.var[c], call.running_mean[c],
+                call.running_var[c], call.eps, call.r_max, call.d_max, r[c], d[c]);
+            double own = call.gamma ? call.gamma[c] : 1.0;
+            gamma[c] = own * r[c];
+            beta[c] = (call.beta ? call.beta[c] : 0.0) + own * d[c];
+        }
+        call.gamma = gamma;
+        call.beta = beta;
+        call.running_mean = nullptr;  // of forward passes only
+    }
+    void finish(double* dgamma, const double* dbeta, int64_t channels) const {
+        for (int64_t c = 0; c < channels; ++c) dgamma[c] = r[c] * dgamma[c] + d[c] * dbeta[c];
+    }
+};
+
+// forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted, renorm=None, fewest=2)
+// -> (y, Moments) or None; `fewest` are the values of a mask that a channel needs
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    bool trusted = n == 10 && args[9] == Py_True;
-    if (!arguments(n, 10, trusted)) return nullptr;
+    bool trusted = n >= 10 && args[9] == Py_True;
+    if (!arguments(n, std::clamp<Py_ssize_t>(n, 10, 12), trusted)) return nullptr;
     Array x, gamma, beta, z, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[3], x) || channels.values < 2)
@@ -229,6 +272,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
         || !weights.set(args[5], x, call) || !set_epilogue(args[6], args[7], x, z, call))
         return declined();
     if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
+    Renorm renorm;
+    double fewest = 2;
+    if (n > 10 && !renorm.set(args[10], channels, call)) return declined();
+    if (n > 11 && !number_at_least_0(args[11], fewest)) return declined();
     bool given = args[8] != Py_None;
     if (given) {
         if (!takes_out(args[8], x, nullptr, trusted, out)) return declined();
@@ -242,7 +289,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Result y(x, args[8], out);
     if (!y.object || !stats.make(4, channels, DOUBLE, x) || !set_threads(call, x)) return nullptr;
     set_statistics(call, stats);
-    double fewest = call.weights.data && call.weights.dtype == MASK ? 2 : 0;
+    if (call.weights.dtype != MASK) fewest = 0;
     bool enough = true;
     if (!run(x, [&] {
             enough = bn::forward(call, x.operand(), out.operand(), Wanted::ALL, fewest);
@@ -336,11 +383,11 @@ struct Statistics {
     }
 };
 
-// backward(dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, trusted)
+// backward(dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, trusted, renorm=None)
 // -> (dx, dgamma, dbeta), and with a residual dresidual; or None
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
-    bool trusted = n == 13 && args[12] == Py_True;
-    if (!arguments(n, 13, trusted)) return nullptr;
+    bool trusted = n >= 13 && args[12] == Py_True;
+    if (!arguments(n, std::clamp<Py_ssize_t>(n, 13, 14), trusted)) return nullptr;
     Array dy, x, gamma, beta, z, out, g;
     Channels channels;
     if (!read_gradient(args, dy, x) || !channels.set(args[5], x)) return declined();
@@ -357,6 +404,10 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
         || !set_backward_epilogue(args[8], args[9], args[10], x, z, call, with_residual))
         return declined();
     if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
+    Renorm renorm;
+    std::optional<Renormalized> renormalized;
+    if (n > 13 && !renorm.set(args[13], channels, call)) return declined();
+    if (call.running_mean) renormalized.emplace().set(call, channels.count);
     bool given = args[11] != Py_None;
     if (given) {
         if (!takes_out(args[11], x, &dy, trusted, out)) return declined();
@@ -384,6 +435,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t n) {
             bn::backward(call, dy.operand(), x.operand(), out.operand(), dgamma, dbeta);
         }))
         return nullptr;
+    if (renormalized) renormalized->finish(dgamma, dbeta, channels.count);
     write_values(dtype, grads.data[0], dgamma, channels.count);
     write_values(dtype, grads.data[1], dbeta, channels.count);
     PyObject* result = PyTuple_New(with_residual ? 4 : 3);
@@ -587,12 +639,14 @@ PyObject* isas(PyObject*, PyObject*) {
 PyMethodDef METHODS[] = {
     FUNCTION("setup", setup, "setup(Moments, get_num_threads, empty_like)"),
     FUNCTION("forward", forward, 
-             "forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted)"),
+             "forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted, renorm=None, "
+             "fewest=2)"),
     FUNCTION("moments", moments, "moments(x, axis, where)"),
     FUNCTION("inference", inference,
              "inference(x, mean, var, mean_lo, gamma, beta, axis, eps, residual, activation, out, trusted)"),
     FUNCTION("backward", backward, 
-             "backward(dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, trusted)"),
+             "backward(dy, x, stats, gamma, beta, axis, eps, where, residual, activation, y, out, trusted, "
+             "renorm=None)"),
     FUNCTION("update_running", update_running, "update_running(mean, var, stats, momentum, correction, in_place)"),
     FUNCTION("scale_shift", scale_shift, "scale_shift(x, m, a, b, axis, residual, activation, out)"),
     FUNCTION("activation_gradient", activation_gradient,

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchnorm.coefficients import (
+    Renorm,
     backward_coefficients,
     forward_coefficients,
     frozen_gradients,
     in_compute,
     in_dtype_of,
+    renorm_corrections,
+    renormalized,
     rounded_mean,
 )
 from batchnorm.epilogue import Epilogue, activated, gradient_through, with_residual
@@ -147,6 +150,27 @@ class Backend:
         """Return y and the moments of x."""
         stats = self.statistics(x, w, layout)
         validate_mask_count(layout, w, stats.count)
+        y = self.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
+        return y, stats
+
+    def renorm_forward(
+        self,
+        x: Array,
+        w: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: Any,
+        layout: Layout,
+        renorm: Renorm,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, Moments]:
+        """Return y of batch renormalization, and the moments of x."""
+        stats = self.statistics(x, w, layout)
+        validate_mask_count(layout, w, stats.count)
+        r, d = renorm_corrections(layout.xp, stats, eps, renorm)
+        gamma, beta = renormalized(layout.xp, gamma, beta, r, d)
         y = self.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
         return y, stats
 

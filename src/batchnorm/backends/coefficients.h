@@ -137,6 +137,18 @@ BN_INLINE void forward_coefficients(
     b = (A)(beta - scale * residual);
 }
 
+// r and d of batch renormalization (Ioffe 2017, Algorithm 1), within their limits, which NaN passes. They are
+// constants of a backward pass, so that y = gamma (r xhat + d) + beta is batch norm with other gamma and beta.
+BN_INLINE void renorm_corrections(
+    double mean, double low, double var, double running_mean, double running_var, double eps, double r_max,
+    double d_max, double& r, double& d) {
+    double running_std = sqrt(running_var + eps), r_min = 1 / r_max;
+    r = sqrt(var + eps) / running_std;
+    d = ((mean - running_mean) + low) / running_std;
+    r = r > r_max ? r_max : r < r_min ? r_min : r;
+    d = d > d_max ? d_max : d < -d_max ? -d_max : d;
+}
+
 // dx = a (dy + w (b (x - m) + c)), dgamma and dbeta, from the sums of dy and of dy (x - m).
 template <class A>
 BN_INLINE void backward_coefficients(

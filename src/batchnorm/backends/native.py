@@ -13,6 +13,7 @@ import numpy as np
 from batchnorm import core
 from batchnorm.backends.base import Backend
 from batchnorm.backends.generic import GENERIC
+from batchnorm.coefficients import Renorm
 from batchnorm.epilogue import Activation, Epilogue
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments
@@ -84,6 +85,30 @@ class Native(Backend):
         if found is None:  # a mask with too few values in a channel, before y was written
             validate_mask_count(layout, w, _CORE.moments(x, axes, w).count)
         return found  # type: ignore[no-any-return]
+
+    def renorm_forward(
+        self,
+        x: Array,
+        w: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        eps: float,
+        layout: Layout,
+        renorm: Renorm,
+        *,
+        epilogue: Epilogue | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, Moments]:
+        """Return y of batch renormalization, and the batch's moments."""
+        given = *map(self.vector, (renorm.mean, renorm.var)), renorm.r_max, renorm.d_max
+        parameters, weights = map(self.vector, (gamma, beta)), self.weights(w)
+        found: tuple[Array, Moments] | None = _CORE.forward(
+            x, *parameters, layout.channel_axes, eps, weights, *_arguments(epilogue), out, True, given
+        )
+        if found is not None:
+            return found
+        last = {"epilogue": epilogue, "out": out}
+        return super().renorm_forward(x, w, gamma, beta, eps, layout, renorm, **last)
 
     def backward(
         self,

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import array_api_compat.torch as compat_torch
 import torch
 
 from batchnorm import functional, tracing
-from batchnorm.coefficients import weights_of
+from batchnorm.coefficients import Renorm, renorm_corrections, renormalized, weights_of
 from batchnorm.epilogue import backward_epilogue, validate_activation
 from batchnorm.moments import Moments
+from batchnorm.renormalization import validate_limits
 from batchnorm.torch import leaving
 from batchnorm.torch.operators import epilogue_arguments
 
@@ -33,6 +35,8 @@ def call_in_graph(
     for argument, value in (("group", group), ("out", out)):
         if value is not None:
             raise TypeError(f"{argument}: got one in a graph of PyTorch, expected None")
+    if name == "batch_renorm":
+        return _batch_renorm(*args, **kwargs)
     exported = leaving.exported_functions().get(name)
     if exported is not None:
         return exported(*args, **kwargs)
@@ -173,6 +177,31 @@ def _normalize_backward(
 
 def _moments(x: Array, *, axis: Any = 1, where: Array | None = None) -> Moments:
     return Moments(*_ops.moments(x, weights_of(where, x.ndim), _axes(axis)))
+
+
+def _batch_renorm(
+    x: Array,
+    running_mean: Array,
+    running_var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    r_max: float | None = None,
+    d_max: float | None = None,
+    eps: float = 1e-5,
+    **settings: Any,
+) -> tuple[Array, Moments]:
+    """Return `batch_renorm` by functions that a graph has."""
+    own = {name: settings[name] for name in ("axis", "where") if name in settings}
+    stats = call_in_graph("moments", x.detach(), **own)
+    limits = validate_limits(r_max, d_max)
+    renorm = Renorm(running_mean.detach(), running_var.detach(), *limits)
+    r, d = renorm_corrections(compat_torch, stats, eps, renorm)
+    scale, shift = renormalized(compat_torch, gamma, beta, r, d)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = scale.to(dtype if gamma is None else gamma.dtype)
+    shift = shift.to(dtype if beta is None else beta.dtype)
+    return call_in_graph("batch_norm", x, scale, shift, eps=eps, **settings)  # type: ignore[no-any-return]
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

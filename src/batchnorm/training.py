@@ -1,0 +1,116 @@
+"""How a layer normalizes a batch in training: plainly, renormalized, or in virtual batches.
+
+Each way is a pair of functions with the arguments of `batch_norm` and `batch_norm_backward`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import array_api_compat as compat
+
+from batchnorm import virtual
+from batchnorm.arguments import validate_int
+from batchnorm.arrays import known_false
+from batchnorm.errors import describe, fail
+from batchnorm.functional import batch_norm, batch_norm_backward
+from batchnorm.moments import Moments
+from batchnorm.renormalization import batch_renorm, batch_renorm_backward, validate_limits
+
+Array = Any
+NONFINITE = ("propagate", "raise", "skip")
+
+
+class Way(NamedTuple):
+    """A forward pass and its backward pass."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def way_of(
+    size: int | None, renorm: tuple[Any, Any] | None, running: tuple[Array, Array], degenerate: str
+) -> Way:
+    """Return how a batch is normalized, by the settings of a layer."""
+    if size is not None:
+        given: Any = {"degenerate": degenerate}
+        forward = functools.partial(virtual.forward, size, **given)
+        return Way(forward, functools.partial(virtual.backward, size, **given))
+    if renorm is not None:
+        given = {"r_max": renorm[0], "d_max": renorm[1]}
+        given |= {"running_mean": running[0], "running_var": running[1]}
+        return Way(functools.partial(_renorm_forward, given), functools.partial(_renorm_backward, given))
+    given = {} if degenerate == "raise" else {"degenerate": degenerate}
+    return Way(functools.partial(batch_norm, **given), functools.partial(batch_norm_backward, **given))
+
+
+def _renorm_forward(
+    given: dict[str, Any], x: Array, gamma: Array | None, beta: Array | None, **settings: Any
+) -> Any:
+    return batch_renorm(x, gamma=gamma, beta=beta, **given, **settings)
+
+
+def _renorm_backward(
+    given: dict[str, Any],
+    dy: Array,
+    x: Array,
+    stats: Moments,
+    gamma: Array | None,
+    beta: Array | None,
+    **settings: Any,
+) -> Any:
+    return batch_renorm_backward(dy, x, stats, gamma=gamma, beta=beta, **given, **settings)
+
+
+def moments_of(stats: Any) -> Moments:
+    """Return the moments of the whole batch from what a way returned."""
+    return stats.merged() if isinstance(stats, virtual.Parts) else stats
+
+
+def validate_renorm(renorm: Any) -> tuple[Any, Any] | None:
+    """Check the limits of renormalization: numbers, None, or functions of the number of batches."""
+    if renorm is None:
+        return None
+    if not isinstance(renorm, tuple) or len(renorm) != 2:
+        expected = "None, or a tuple (r_max, d_max) of numbers, None or functions"
+        fail(TypeError, "renorm", describe(renorm), expected)
+    validate_limits(*(None if callable(v) else v for v in renorm))
+    return renorm
+
+
+def limits_at(renorm: tuple[Any, Any] | None, batches: Any) -> tuple[Any, Any] | None:
+    """Return the limits for a batch: schedules are called with the number of batches before it."""
+    if renorm is None:
+        return None
+    r_max, d_max = (v(batches) if callable(v) else v for v in renorm)
+    validate_limits(r_max, d_max)
+    return r_max, d_max
+
+
+def validate_size(size: Any) -> int | None:
+    """Check the number of examples in a virtual batch."""
+    return None if size is None else validate_int("virtual_batch_size", size, 1)
+
+
+def all_finite(stats: Moments) -> Array:
+    """Return whether statistics are finite, in all channels."""
+    xp = compat.array_namespace(stats.mean)
+    return xp.all(xp.isfinite(stats.mean) & xp.isfinite(stats.var))
+
+
+def fail_on_nonfinite(stats: Moments) -> None:
+    """Raise an error that names the channels whose statistics are not finite."""
+    xp = compat.array_namespace(stats.mean)
+    wrong = ~(xp.isfinite(stats.mean) & xp.isfinite(stats.var))
+    where = [tuple(map(int, i)) for i in zip(*map(list, xp.nonzero(wrong)), strict=True)]
+    names = [str(i[0]) if len(i) == 1 else str(i) for i in where]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    got = f"a batch whose mean or variance is not finite in channel {shown}"
+    fail(ValueError, "x", got, "finite values, or nonfinite='skip' or 'propagate'")
+
+
+def is_known_finite(finite: Array) -> bool:
+    """Return whether it is known that a condition is true."""
+    return known_false(~finite)

@@ -1,0 +1,170 @@
+"""Virtual batches (ghost batches): each part of a batch is normalized by statistics of its own.
+
+The parts of one size are one call: they become an axis of channels beside the channel axis. A last part
+that is smaller is a call of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import array_api_compat as compat
+
+from batchnorm.coefficients import weights_of
+from batchnorm.functional import batch_norm, batch_norm_backward
+from batchnorm.layout import Layout
+from batchnorm.moments import Moments, merge_rows
+from batchnorm.validation import validate_input
+
+Array = Any
+
+
+class Parts(NamedTuple):
+    """Moments of the parts of a batch, and of the last one that is smaller."""
+
+    whole: Moments | None
+    rest: Moments | None
+    axis: int
+    """The axis of parts in the vectors of `whole`; the others are the channels'."""
+
+    def merged(self) -> Moments:
+        """Return the moments of the batch."""
+        parts = [] if self.rest is None else [self.rest]
+        if self.whole is not None:
+            xp = compat.array_namespace(self.whole.mean)
+            zero = xp.zeros_like(self.whole.mean)
+            rows = (zero if v is None else zero + v for v in self.whole)
+            order = (self.axis, *(i for i in range(zero.ndim) if i != self.axis))
+            parts.insert(0, merge_rows(Moments(*(xp.permute_dims(v, order) for v in rows))))
+        return parts[0] if len(parts) == 1 else Moments.merge(*parts)
+
+
+def forward(
+    size: int,
+    x: Array,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    axis: Any,
+    where: Array | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    **settings: Any,
+) -> tuple[Array, Parts]:
+    """Return y and the moments of each part; arguments as of `batch_norm`."""
+    layout = validate_input(x, axis)
+    w = weights_of(where, x.ndim)
+    xp, found = layout.xp, []
+    if out is None and (compat.is_numpy_array(x) or compat.is_cupy_array(x)):
+        out = xp.empty_like(x)  # so that the parts need not be joined
+    for cut in _cuts(layout, x, size):
+        part = [cut.of(v) for v in (x, w, residual, out)]
+        given: dict[str, Any] = {"axis": cut.axis, "where": part[1], "residual": part[2]}
+        given |= {"gamma": cut.vector(gamma), "beta": cut.vector(beta), "out": part[3]}
+        y, stats = batch_norm(part[0], **given, **settings)
+        found.append((cut, y, stats))
+    y = out if out is not None else _joined(xp, layout, [cut.back(y) for cut, y, _ in found])
+    return y, _parts(found)
+
+
+def backward(
+    size: int,
+    dy: Array,
+    x: Array,
+    stats: Parts,
+    gamma: Array | None,
+    beta: Array | None,
+    *,
+    axis: Any,
+    where: Array | None = None,
+    residual: Any = None,
+    y: Array | None = None,
+    out: Array | None = None,
+    **settings: Any,
+) -> tuple[Array, ...]:
+    """Return dx, dgamma, dbeta, and with a residual dresidual; arguments as `batch_norm_backward`."""
+    layout = validate_input(x, axis)
+    w = weights_of(where, x.ndim)
+    xp, found = layout.xp, []
+    for cut in _cuts(layout, x, size):
+        own: Any = stats.whole if cut.parts else stats.rest
+        z = residual if residual is None or isinstance(residual, bool) else cut.of(residual)
+        given: dict[str, Any] = {"axis": cut.axis, "where": cut.of(w), "residual": z, "y": cut.of(y)}
+        given |= {"gamma": cut.vector(gamma), "beta": cut.vector(beta), "out": cut.of(out)}
+        dx, *grads = batch_norm_backward(cut.of(dy), cut.of(x), own, **given, **settings)
+        sums = [xp.sum(v, axis=cut.batch_axis) if cut.parts else v for v in grads[:2]]
+        found.append((cut.back(dx), *sums, *map(cut.back, grads[2:])))
+    dx = out if out is not None else _joined(xp, layout, [f[0] for f in found])
+    dgamma, dbeta = (functools.reduce(operator.add, (f[i] for f in found)) for i in (1, 2))
+    if len(found[0]) == 3:
+        return dx, dgamma, dbeta
+    return dx, dgamma, dbeta, _joined(xp, layout, [f[3] for f in found])
+
+
+class _Cut(NamedTuple):
+    """Where parts lie in the batch, and how they become an axis: `parts` is 0 for one part by itself."""
+
+    xp: Any
+    batch_axis: int
+    start: int
+    stop: int
+    parts: int
+    axis: Any
+
+    def of(self, v: Array | None) -> Array | None:
+        """Return the parts of an array like x, or of weights that broadcast to it."""
+        if v is None:
+            return None
+        n, i = v.shape[self.batch_axis], self.batch_axis
+        if n > 1 or self.stop - self.start == n:
+            v = v[(slice(None),) * i + (slice(self.start, self.stop), ...)]
+            lengths = (self.parts, (self.stop - self.start) // max(1, self.parts))
+        else:
+            lengths = (1, 1)
+        return self.xp.reshape(v, (*v.shape[:i], *lengths, *v.shape[i + 1 :])) if self.parts else v
+
+    def back(self, v: Array) -> Array:
+        """Return parts as a piece of the batch."""
+        i = self.batch_axis
+        if not self.parts:
+            return v
+        return self.xp.reshape(v, (*v.shape[:i], self.stop - self.start, *v.shape[i + 2 :]))
+
+    def vector(self, v: Array | None) -> Array | None:
+        """Return gamma or beta for each part."""
+        if v is None or not self.parts:
+            return v
+        i = self.batch_axis  # all axes before it are channel axes
+        shape = (*v.shape[:i], self.parts, *v.shape[i:])
+        return self.xp.broadcast_to(self.xp.expand_dims(v, axis=i), shape)
+
+
+def _cuts(layout: Layout, x: Array, size: int) -> list[_Cut]:
+    """Return the parts of one size, and the last one that is smaller."""
+    axes = layout.channel_axes
+    first = next(i for i in range(x.ndim + 1) if i not in axes)
+    if first == x.ndim:  # no axis of values: one part of one value
+        return [_Cut(layout.xp, 0, 0, x.shape[0], 0, axes)]
+    n = x.shape[first]
+    parts = n // size
+    # The new axis comes before the batch axis; channel axes after it move by one.
+    moved = tuple(sorted((first, *(a + (a >= first) for a in axes))))
+    cuts = [_Cut(layout.xp, first, 0, parts * size, parts, moved)] if parts else []
+    if n % size or not parts:
+        cuts.append(_Cut(layout.xp, first, parts * size, n, 0, axes))
+    return cuts
+
+
+def _joined(xp: Any, layout: Layout, pieces: list[Array]) -> Array:
+    if len(pieces) == 1:
+        return pieces[0]
+    first = next(i for i in range(len(layout.broadcast)) if i not in layout.channel_axes)
+    return xp.concat(pieces, axis=first)
+
+
+def _parts(found: list[Any]) -> Parts:
+    whole = next((stats for cut, _, stats in found if cut.parts), None)
+    rest = next((stats for cut, _, stats in found if not cut.parts), None)
+    return Parts(whole, rest, found[0][0].batch_axis)
