@@ -150,7 +150,7 @@ def test_too_few_values_of_all_channels(target, shape, axis):
 
 def test_nothing_is_shifted_without_need(target):
     """With values enough, both choices give the same numbers."""
-    x, z, dy, gamma, beta = inputs((12, 5), residual=False)
+    x, _, dy, gamma, beta = inputs((12, 5), residual=False)
     where = data.weights((12, 5), "weights")
 
     def both(x, dy, gamma, beta, where):
@@ -206,7 +206,7 @@ def test_without_eps(target):
         return y, bn.batch_norm_backward(dy, x, stats, gamma, beta, where=where, **named)
 
     with np.errstate(divide="ignore", invalid="ignore"):  # as of any channel of one value
-        y, (dx, dgamma, dbeta) = target.call(both, x, dy, gamma, beta, where)
+        y, (dx, dgamma, _) = target.call(both, x, dy, gamma, beta, where)
     np.testing.assert_array_equal(y[:, :2], np.broadcast_to(beta[:2], (12, 2)))
     assert np.all(dx[:, :2] == 0)
     assert np.all(dgamma[:2] == 0)
@@ -244,5 +244,5 @@ def test_errors(target):
             lambda x, word=word: bn.batch_norm_backward(x, x, bn.moments(x), degenerate=word),
             lambda x, word=word: bn.BatchNorm(4, degenerate=word),
         ):
-            with pytest.raises(kind, match="degenerate: got .*, expected one of 'raise', 'shift'"):
+            with pytest.raises(kind, match=r"degenerate: got .*, expected one of 'raise', 'shift'"):
                 target.call(wrong, x)
