@@ -263,7 +263,7 @@ def _shifted_forward(
     if type(settings["eps"]) in (int, float) and settings["eps"] == 0:  # 0 / 0 is not 0
         out = settings.pop("out")
         y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-        keep = xp.reshape(enough, layout.broadcast)
+        keep = layout.vector(enough) > 0  # (C)
         y = xp.where(keep, y, _constants(layout, x, gamma, beta, settings))
         return to_out(layout, y, x.dtype, out), without_degenerate(xp, stats, enough)
     y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
@@ -274,8 +274,10 @@ def _constants(
     layout: Layout, x: Array, gamma: Array | None, beta: Array | None, settings: dict[str, Any]
 ) -> Array:
     """Return y of a batch whose channels are all degenerate: no eps is needed to divide by 1."""
-    one = layout.squeeze(layout.vector(1.0))
-    return normalize(layout.xp.zeros_like(x), one - one, one, gamma, beta, **settings)
+    xp, one = layout.xp, layout.squeeze(layout.vector(1.0))
+    zeros = xp.zeros_like(x)
+    x = xp.where(xp.zeros_like(x, dtype=xp.bool), x, zeros)  # of which x has a gradient: zero
+    return normalize(x, one - one, one, gamma, beta, **settings)
 
 
 def _shifted_backward(
@@ -305,7 +307,7 @@ def _shifted_backward(
     enough = layout.squeeze(count > 0)
     if known_false(xp.any(~enough)):
         return batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
-    keep = xp.reshape(enough, layout.broadcast)
+    keep = layout.vector(enough) > 0  # (C)
     del settings["out"]
     if known_false(xp.any(enough)):
         zeros = xp.zeros_like(x)

@@ -14,6 +14,7 @@ import array_api_compat as compat
 
 from batchnorm.coefficients import weights_of
 from batchnorm.epilogue import validate_epilogue
+from batchnorm.errors import fail
 from batchnorm.functional import batch_norm, batch_norm_backward
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments, merge_rows
@@ -167,6 +168,9 @@ def _cuts(layout: Layout, x: Array, size: int) -> list[_Cut]:
     if first == x.ndim:  # no axis of values: one part of one value
         return [_Cut(layout.xp, 0, 0, x.shape[0], 0, axes)]
     n = x.shape[first]
+    if not isinstance(n, int):
+        got = f"shape {tuple(x.shape)}, of which the number of examples is unknown"
+        fail(ValueError, "x", got, "a known one, to make virtual batches of")
     parts = n // size
     # The new axis comes before the batch axis; channel axes after it move by one.
     moved = tuple(sorted((first, *(a + (a >= first) for a in axes))))
