@@ -256,7 +256,8 @@ def _shifted_forward(
     xp = layout.xp
     if known_false(xp.any(enough)) and (group is not None or (layout.values or 0) < 2):
         nothing = statistics_of_nothing(layout)
-        return normalize(xp.zeros_like(x), nothing.mean, nothing.var, gamma, beta, **settings), nothing
+        zeros = shifted(layout, x, where, enough).x  # of which a framework's gradient is 0
+        return normalize(zeros, nothing.mean, nothing.var, gamma, beta, **settings), nothing
     x, where, _ = shifted(layout, x, where, enough)
     y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
     return y, without_degenerate(xp, stats, enough)
