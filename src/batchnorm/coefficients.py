@@ -58,9 +58,15 @@ def renorm_corrections(xp: Any, stats: Moments, eps: Any, renorm: Renorm) -> tup
     std = xp.sqrt(var + eps)
     d = (stats.mean - mean) if stats.mean_lo is None else (stats.mean - mean) + stats.mean_lo
     r, d, one = xp.sqrt(stats.var + eps) / std, d / std, xp.ones_like(std)
-    r_max, d_max = one * renorm.r_max, one * renorm.d_max
+    r_max, d_max = (one * _representable(xp, one, v) for v in (renorm.r_max, renorm.d_max))
     r = xp.where(r > r_max, r_max, xp.where(r < 1 / r_max, 1 / r_max, r))
     return r, xp.where(d > d_max, d_max, xp.where(d < -d_max, -d_max, d))
+
+
+def _representable(xp: Any, one: Array, limit: Any) -> Any:
+    """Return a limit that is not beyond the largest number of a dtype."""
+    largest = 2.0**128 - 2.0**104  # of float32
+    return limit if hasattr(limit, "dtype") or one.dtype != xp.float32 else min(limit, largest)
 
 
 def renormalized(

@@ -31,7 +31,13 @@ class Shifted(NamedTuple):
 def enough_values(layout: Layout, x: Array, where: Array | None, call: Any) -> Array:
     """Return which channels have two values of positive weight, in the whole group."""
     xp = layout.xp
-    if where is not None:
+    if layout.values is None:  # the shape is not known before a graph is run
+        w = weights_of(where, x.ndim)
+        counted = xp.ones_like(x, dtype=xp.bool)
+        if w is not None:
+            counted = counted & (w if w.dtype == xp.bool else w > 0)
+        n = xp.sum(xp.astype(counted, layout.wide), axis=layout.reduced_axes, keepdims=True)  # (C)
+    elif where is not None:
         n = count_positive(layout, x, where)  # (C)
         n = xp.broadcast_to(n, layout.broadcast)
     else:

@@ -9,7 +9,7 @@ from batchnorm.arguments import validate_bool, validate_choice, validate_group, 
 from batchnorm.arrays import known_false
 from batchnorm.backends.base import to_out
 from batchnorm.backends.dispatch import backend_for
-from batchnorm.coefficients import in_dtype_of, weights_of
+from batchnorm.coefficients import in_dtype_of, ones_for_zeros, weights_of
 from batchnorm.degenerate import (
     CHOICES,
     enough_values,
@@ -18,6 +18,7 @@ from batchnorm.degenerate import (
     without_degenerate,
 )
 from batchnorm.epilogue import Epilogue, validate_backward_epilogue, validate_epilogue
+from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 from batchnorm.overlap import validate_no_overlap
 from batchnorm.tracing import traceable
@@ -254,13 +255,28 @@ def _shifted_forward(
         validate_out(layout, x, settings["out"])
         enough = enough_values(layout, x, where, call)
     xp = layout.xp
-    if known_false(xp.any(enough)) and (group is not None or (layout.values or 0) < 2):
+    too_few = layout.values is not None and layout.values < 2
+    if too_few if group is None else known_false(xp.any(enough)):
         nothing = statistics_of_nothing(layout)
-        zeros = shifted(layout, x, where, enough).x  # of which a framework's gradient is 0
-        return normalize(zeros, nothing.mean, nothing.var, gamma, beta, **settings), nothing
+        return _constants(layout, x, gamma, beta, settings), nothing
     x, where, _ = shifted(layout, x, where, enough)
+    if type(settings["eps"]) in (int, float) and settings["eps"] == 0:  # 0 / 0 is not 0
+        out = settings.pop("out")
+        y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
+        keep = xp.reshape(enough, layout.broadcast)
+        y = xp.where(keep, y, _constants(layout, x, gamma, beta, settings))
+        return to_out(layout, y, x.dtype, out), without_degenerate(xp, stats, enough)
     y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
     return y, without_degenerate(xp, stats, enough)
+
+
+def _constants(
+    layout: Layout, x: Array, gamma: Array | None, beta: Array | None, settings: dict[str, Any]
+) -> Array:
+    """Return y of a batch whose channels are all degenerate: no eps is needed to divide by 1."""
+    one = layout.squeeze(layout.vector(1.0))
+    zeros = shifted(layout, x, None, one < 0).x  # of which a framework finds a gradient of 0
+    return normalize(zeros, one - one, one, gamma, beta, **settings)
 
 
 def _shifted_backward(
@@ -274,19 +290,27 @@ def _shifted_backward(
     settings: dict[str, Any],
 ) -> tuple[Array, ...]:
     """Return the gradients of a call with ``degenerate="shift"``."""
-    layout = validate_input(x, settings["axis"])
-    validate_same_shape(layout, x, "dy", dy)
-    validate_stats(layout, stats)
-    validate_weights(layout, x, where)
+    validate_group(group)
+    out = settings["out"]
+    with groups.call(group, "batch_norm_backward"):
+        layout = validate_input(x, settings["axis"])
+        validate_same_shape(layout, x, "dy", dy)
+        validate_stats(layout, stats)
+        validate_vectors(layout, gamma=gamma, beta=beta)
+        validate_weights(layout, x, where)
+        validate_out(layout, x, out)
+        validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where)
     xp = layout.xp
-    enough = layout.squeeze(layout.vector(stats.count) > 0)
+    count = layout.vector(stats.count) + layout.vector(0.0)  # (C)
+    enough = layout.squeeze(count > 0)
     if known_false(xp.any(~enough)):
         return batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
     keep = xp.reshape(enough, layout.broadcast)
-    out = settings.pop("out")
+    del settings["out"]
     if known_false(xp.any(enough)):
         zeros = xp.zeros_like(x)
-        grads = normalize_backward(dy, zeros, stats.mean, stats.var, gamma, beta, **settings)
+        one = layout.squeeze(layout.vector(1.0))
+        grads = normalize_backward(dy, zeros, one - one, one, gamma, beta, **settings)
         if group is not None:
             with groups.call(group, "batch_norm_backward") as call:
                 call.announce_backward(layout, x)
@@ -294,8 +318,8 @@ def _shifted_backward(
             grads = (grads[0], *(in_dtype_of(layout, gamma, v) for v in sums), *grads[3:])
     else:
         x, where, _ = shifted(layout, x, where, enough)
-        some = xp.where(enough, stats.count, xp.ones_like(stats.count))
-        moved = stats._replace(count=some)
+        var = xp.where(enough, stats.var, xp.ones_like(stats.var))  # to divide by, without eps too
+        moved = stats._replace(count=layout.squeeze(ones_for_zeros(xp, count)), var=var)
         grads = batch_norm_backward(dy, x, moved, gamma, beta, where=where, group=group, **settings)
     dx = xp.where(keep, grads[0], xp.zeros_like(grads[0]))
     return to_out(layout, dx, x.dtype, out), *grads[1:]

@@ -17,10 +17,19 @@ import array_api_compat as compat
 from batchnorm import outputs
 from batchnorm.arrays import is_eager_on_host
 from batchnorm.coefficients import weights_of
+from batchnorm.epilogue import validate_epilogue
+from batchnorm.errors import fail
 from batchnorm.functional import batch_norm, batch_norm_backward
 from batchnorm.layout import Layout
 from batchnorm.moments import Moments, merge_rows
-from batchnorm.validation import validate_input
+from batchnorm.overlap import validate_no_overlap
+from batchnorm.validation import (
+    validate_count,
+    validate_input,
+    validate_out,
+    validate_same_shape,
+    validate_weights,
+)
 
 Array = Any
 CALL_EACH = 2**15
@@ -63,10 +72,18 @@ def forward(
 ) -> tuple[Array, Parts]:
     """Return y and the moments of each part; arguments as of `batch_norm`."""
     layout = validate_input(x, axis)
+    validate_weights(layout, x, where)
+    validate_epilogue(layout, x, residual, settings.get("activation"))
+    validate_out(layout, x, out)
+    validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where, residual=residual)
     w = weights_of(where, x.ndim)
-    xp, found = layout.xp, []
+    xp, found, cuts = layout.xp, [], _cuts(layout, x, size)
+    if settings.get("degenerate", "raise") == "raise":  # before anything is written to `out`
+        for cut in cuts if where is not None else cuts[-1:]:
+            part = cut.of(x)
+            validate_count(validate_input(part, cut.axis), part, cut.of(w))
     out = _result(x) if out is None else out
-    for cut in _cuts(layout, x, size):
+    for cut in cuts:
         part = [cut.of(v) for v in (x, w, residual, out)]
         given: dict[str, Any] = {"axis": cut.axis, "where": part[1], "residual": part[2]}
         given |= {"gamma": cut.vector(gamma), "beta": cut.vector(beta), "out": part[3]}
@@ -93,6 +110,9 @@ def backward(
 ) -> tuple[Array, ...]:
     """Return dx, dgamma, dbeta, and with a residual dresidual; arguments as `batch_norm_backward`."""
     layout = validate_input(x, axis)
+    validate_same_shape(layout, x, "dy", dy)
+    validate_out(layout, x, out)
+    validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where, y=y)
     w = weights_of(where, x.ndim)
     xp, found = layout.xp, []
     out = _result(x) if out is None else out
@@ -127,7 +147,7 @@ class _Cut(NamedTuple):
         if v is None:
             return None
         n, i = v.shape[self.batch_axis], self.batch_axis
-        if n > 1 or self.stop - self.start == n:
+        if n > 1 or (self.start == 0 and self.stop == n):
             v = v[(slice(None),) * i + (slice(self.start, self.stop), ...)]
             lengths = (self.parts, (self.stop - self.start) // max(1, self.parts))
         else:
@@ -157,6 +177,8 @@ def _cuts(layout: Layout, x: Array, size: int) -> list[_Cut]:
     if first == x.ndim:  # no axis of values: one part of one value
         return [_Cut(layout.xp, 0, 0, x.shape[0], 0, axes)]
     n = x.shape[first]
+    if not isinstance(n, int):
+        fail(ValueError, "x", f"shape {tuple(x.shape)}", "a known number of examples to be divided")
     parts = n // size
     if parts and is_eager_on_host(x) and math.prod(x.shape) * size >= CALL_EACH * n:
         starts = range(0, n, size)
