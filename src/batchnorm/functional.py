@@ -301,7 +301,8 @@ def _shifted_backward(
         validate_out(layout, x, out)
         validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where)
     xp = layout.xp
-    count = layout.vector(stats.count) + layout.vector(0.0)  # (C)
+    zero = xp.zeros_like(layout.vector(stats.var))  # (C)
+    count = layout.vector(stats.count) + zero  # (C), where it is one number for all too
     enough = layout.squeeze(count > 0)
     if known_false(xp.any(~enough)):
         return batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)

@@ -586,7 +586,7 @@ class BatchNorm(groups.Shared):
         else:
             moved = update_renorm(*old, momentum=momentum, eps=self.eps)
         after = *moved, count
-        if self.nonfinite == "propagate":
+        if validate_choice("nonfinite", self.nonfinite, NONFINITE) == "propagate":
             return after
         finite = all_finite(pending)
         if is_known_finite(finite):
@@ -603,6 +603,8 @@ class BatchNorm(groups.Shared):
     def _way(self, mean: Array, var: Array, group: Any) -> Way:
         """Return how a batch is normalized in training."""
         size, renorm = self.virtual_batch_size, limits_at(self.renorm, self.num_batches_tracked)
+        if renorm is not None:
+            self._validate_renorm_settings()
         if group is not None and size is not None:
             expected = "none: parts of a batch have statistics of their own"
             fail(ValueError, "group", "one beside a virtual_batch_size", expected)

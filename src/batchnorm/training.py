@@ -34,7 +34,7 @@ def way_of(
     size: int | None, renorm: tuple[Any, Any] | None, running: tuple[Array, Array], degenerate: str
 ) -> Way:
     """Return how a batch is normalized, by the settings of a layer."""
-    if size is not None:
+    if validate_size(size) is not None:
         given: Any = {"degenerate": degenerate}
         forward = functools.partial(virtual.forward, size, **given)
         return Way(forward, functools.partial(virtual.backward, size, **given))
@@ -82,7 +82,7 @@ def validate_renorm(renorm: Any) -> tuple[Any, Any] | None:
 
 def limits_at(renorm: tuple[Any, Any] | None, batches: Any) -> tuple[Any, Any] | None:
     """Return the limits for a batch: schedules are called with the number of batches before it."""
-    if renorm is None:
+    if validate_renorm(renorm) is None:  # an attribute may have been assigned to
         return None
     r_max, d_max = (v(batches) if callable(v) else v for v in renorm)
     validate_limits(r_max, d_max)
