@@ -154,13 +154,15 @@ def installs(words):
 
 
 def of_this_package(words):
-    """python -m batchnorm: the options exist. test_cli.py and test_bench.py run it."""
+    """python -m batchnorm: the options exist. test_cli.py, test_bench.py and test_audit.py run it."""
     from batchnorm.__main__ import main
 
     said = io.StringIO()
+    given = words[words.index("batchnorm") + 1 :]
+    option = "--json" if given[0] == "audit" else "--output"
     with contextlib.redirect_stderr(said), pytest.raises(SystemExit):
-        main([*words[words.index("batchnorm") + 1 :], "--output", "no folder/x"])
-    assert "--output: no folder" in said.getvalue()  # what is looked at after all other options
+        main([*given, option, "no folder/x"])
+    assert f"{option}: no folder" in said.getvalue()  # what is looked at after all other options
 
 
 def is_there(words):

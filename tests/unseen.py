@@ -105,6 +105,7 @@ for _name in ("add", "sub", "mul", "truediv"):
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
     setattr(Array, f"__{_name.rstrip('_')}__", _operator(_name))
 Array.__neg__ = lambda self: _box(-self._boxed)
+Array.__invert__ = lambda self: _box(~self._boxed)
 Array.__hash__ = None
 
 

@@ -107,6 +107,9 @@ GAPS = (
     Gap("jax", "jit", "float64", "*", "needs jax_enable_x64"),
     Gap("ndonnx", "*", "*", "complex-errors", "ndonnx has no complex numbers"),
     Gap("ndonnx", "dynamic", "*", "shape-errors", "the shape is not known before the graph runs"),
+    Gap(
+        "ndonnx", "dynamic", "*", "virtual", "the number of examples is not known before the graph runs"
+    ),
     Gap("dpnp", "*", "bfloat16", "*", "dpnp has no bfloat16"),
     Gap("ndonnx", "*", "bfloat16", "*", "ndonnx has no bfloat16"),
 )

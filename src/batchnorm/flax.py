@@ -10,9 +10,12 @@ from flax import nnx
 from flax.errors import TraceContextError
 
 import batchnorm as bn
+from batchnorm.arguments import validate_choice
+from batchnorm.degenerate import CHOICES
 from batchnorm.distributed import jax as jax_group
 from batchnorm.epilogue import validate_activation
 from batchnorm.errors import fail
+from batchnorm.training import validate_renorm
 
 Array = Any
 
@@ -22,8 +25,10 @@ class BatchNorm(nnx.BatchNorm):
 
     It has the same arguments and variables (`scale`, `bias`, `mean`, `var`). Statistics are exact for
     data of any mean, and `use_fast_variance` has no effect. A `mask` excludes values; devices along
-    `axis_name` are weighted by the number of their values. The `activation` (of the module) and the
-    `residual` (of a call, cast to the dtype of x) are those of `batchnorm.batch_norm`.
+    `axis_name` are weighted by the number of their values. The `activation` and `degenerate` (of the
+    module) and the `residual` (of a call, cast to the dtype of x) are those of `batchnorm.batch_norm`;
+    ``renorm=(r_max, d_max)`` has the limits of `batchnorm.batch_renorm`, numbers or None, and may be
+    assigned to from step to step.
 
     Raises
     ------
@@ -31,9 +36,22 @@ class BatchNorm(nnx.BatchNorm):
         As `nnx.BatchNorm` and `batchnorm.batch_norm`.
     """
 
-    def __init__(self, *args: Any, activation: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        activation: Any = None,
+        degenerate: str = "raise",
+        renorm: tuple[Any, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        if renorm is not None and any(map(callable, validate_renorm(renorm) or ())):
+            fail(TypeError, "renorm", "a function", "numbers: a module of Flax counts no batches")
         super().__init__(*args, **settings)
         self.activation = validate_activation(activation)
+        self.degenerate = validate_choice("degenerate", degenerate, CHOICES)
+        self.renorm = renorm
+        if renorm is not None and degenerate != "raise":
+            fail(ValueError, "renorm", f"one beside degenerate={degenerate!r}", "degenerate='raise'")
 
     def __call__(
         self,
@@ -59,8 +77,15 @@ class BatchNorm(nnx.BatchNorm):
         if frozen:
             return bn.normalize(x, mean, var, gamma, beta, **settings)
         group = None if self.axis_name is None else jax_group(self.axis_name, self.axis_index_groups)
-        y, stats = bn.batch_norm(x, gamma, beta, where=mask, group=group, **settings)
-        mean, var = bn.update_running(mean, var, stats, momentum=1 - self.momentum, correction=0)
+        settings |= {"where": mask, "group": group}
+        momentum = 1 - self.momentum
+        if self.renorm is None:
+            y, stats = bn.batch_norm(x, gamma, beta, degenerate=self.degenerate, **settings)
+            mean, var = bn.update_running(mean, var, stats, momentum=momentum, correction=0)
+        else:
+            limits = dict(zip(("r_max", "d_max"), self.renorm, strict=True))
+            y, stats = bn.batch_renorm(x, mean, var, gamma, beta, **limits, **settings)
+            mean, var = bn.update_renorm(mean, var, stats, momentum=momentum, eps=self.epsilon)
         try:
             self.mean.set_value(jax.lax.stop_gradient(mean))
             self.var.set_value(jax.lax.stop_gradient(var))

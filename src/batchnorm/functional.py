@@ -274,10 +274,9 @@ def _constants(
     layout: Layout, x: Array, gamma: Array | None, beta: Array | None, settings: dict[str, Any]
 ) -> Array:
     """Return y of a batch whose channels are all degenerate: no eps is needed to divide by 1."""
-    xp, one = layout.xp, layout.squeeze(layout.vector(1.0))
-    zeros = xp.zeros_like(x)
-    x = xp.where(xp.zeros_like(x, dtype=xp.bool), x, zeros)  # of which x has a gradient: zero
-    return normalize(x, one - one, one, gamma, beta, **settings)
+    one = layout.squeeze(layout.vector(1.0))
+    zeros = shifted(layout, x, None, one < 0).x  # of which a framework finds a gradient of 0
+    return normalize(zeros, one - one, one, gamma, beta, **settings)
 
 
 def _shifted_backward(

@@ -1,17 +1,21 @@
 """Virtual batches (ghost batches): each part of a batch is normalized by statistics of its own.
 
 The parts of one size are one call: they become an axis of channels beside the channel axis. A last part
-that is smaller is a call of its own.
+that is smaller is a call of its own, as each part is where it is large and calls cost little: the core
+has kernels of their own for one channel axis.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
 
+from batchnorm import outputs
+from batchnorm.arrays import is_eager_on_host
 from batchnorm.coefficients import weights_of
 from batchnorm.epilogue import validate_epilogue
 from batchnorm.errors import fail
@@ -28,26 +32,30 @@ from batchnorm.validation import (
 )
 
 Array = Any
+CALL_EACH = 2**15
+"""Values of a part that is worth a call on a host."""
 
 
 class Parts(NamedTuple):
-    """Moments of the parts of a batch, and of the last one that is smaller."""
+    """Moments of the parts of a batch."""
 
-    whole: Moments | None
-    rest: Moments | None
+    stacked: Moments | None
+    """Of the parts that one call had: vectors with an axis of parts."""
     axis: int
-    """The axis of parts in the vectors of `whole`; the others are the channels'."""
+    """That axis; the others are the channels'."""
+    single: tuple[Moments, ...]
+    """Of parts that had a call each."""
 
     def merged(self) -> Moments:
         """Return the moments of the batch."""
-        parts = [] if self.rest is None else [self.rest]
-        if self.whole is not None:
-            xp = compat.array_namespace(self.whole.mean)
-            zero = xp.zeros_like(self.whole.mean)
-            rows = (zero if v is None else zero + v for v in self.whole)
-            order = (self.axis, *(i for i in range(zero.ndim) if i != self.axis))
-            parts.insert(0, merge_rows(Moments(*(xp.permute_dims(v, order) for v in rows))))
-        return parts[0] if len(parts) == 1 else Moments.merge(*parts)
+        if self.stacked is None:
+            return self.single[0] if len(self.single) == 1 else Moments.merge(*self.single)
+        xp = compat.array_namespace(self.stacked.mean)
+        zero = xp.zeros_like(self.stacked.mean)
+        rows = (zero if v is None else zero + v for v in self.stacked)
+        order = (self.axis, *(i for i in range(zero.ndim) if i != self.axis))
+        whole = merge_rows(Moments(*(xp.permute_dims(v, order) for v in rows)))
+        return Moments.merge(whole, *self.single) if self.single else whole
 
 
 def forward(
@@ -71,11 +79,10 @@ def forward(
     w = weights_of(where, x.ndim)
     xp, found, cuts = layout.xp, [], _cuts(layout, x, size)
     if settings.get("degenerate", "raise") == "raise":  # before anything is written to `out`
-        for cut in cuts:
+        for cut in cuts if where is not None else cuts[-1:]:
             part = cut.of(x)
             validate_count(validate_input(part, cut.axis), part, cut.of(w))
-    if out is None and (compat.is_numpy_array(x) or compat.is_cupy_array(x)):
-        out = xp.empty_like(x)  # so that the parts need not be joined
+    out = _result(x) if out is None else out
     for cut in cuts:
         part = [cut.of(v) for v in (x, w, residual, out)]
         given: dict[str, Any] = {"axis": cut.axis, "where": part[1], "residual": part[2]}
@@ -108,8 +115,10 @@ def backward(
     validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where, y=y)
     w = weights_of(where, x.ndim)
     xp, found = layout.xp, []
+    out = _result(x) if out is None else out
+    single = iter(stats.single)
     for cut in _cuts(layout, x, size):
-        own: Any = stats.whole if cut.parts else stats.rest
+        own: Any = stats.stacked if cut.parts else next(single)
         z = residual if residual is None or isinstance(residual, bool) else cut.of(residual)
         given: dict[str, Any] = {"axis": cut.axis, "where": cut.of(w), "residual": z, "y": cut.of(y)}
         given |= {"gamma": cut.vector(gamma), "beta": cut.vector(beta), "out": cut.of(out)}
@@ -169,15 +178,24 @@ def _cuts(layout: Layout, x: Array, size: int) -> list[_Cut]:
         return [_Cut(layout.xp, 0, 0, x.shape[0], 0, axes)]
     n = x.shape[first]
     if not isinstance(n, int):
-        got = f"shape {tuple(x.shape)}, of which the number of examples is unknown"
-        fail(ValueError, "x", got, "a known one, to make virtual batches of")
+        fail(ValueError, "x", f"shape {tuple(x.shape)}", "a known number of examples to be divided")
     parts = n // size
+    if parts and is_eager_on_host(x) and math.prod(x.shape) * size >= CALL_EACH * n:
+        starts = range(0, n, size)
+        return [_Cut(layout.xp, first, i, min(i + size, n), 0, axes) for i in starts]
     # The new axis comes before the batch axis; channel axes after it move by one.
     moved = tuple(sorted((first, *(a + (a >= first) for a in axes))))
     cuts = [_Cut(layout.xp, first, 0, parts * size, parts, moved)] if parts else []
     if n % size or not parts:
         cuts.append(_Cut(layout.xp, first, parts * size, n, 0, axes))
     return cuts
+
+
+def _result(x: Array) -> Array | None:
+    """Return an array for the results of all parts, so that they need not be joined, or None."""
+    if compat.is_numpy_array(x) and x.flags.c_contiguous:
+        return outputs.empty_like(x)
+    return compat.array_namespace(x).empty_like(x) if compat.is_cupy_array(x) else None
 
 
 def _joined(xp: Any, layout: Layout, pieces: list[Array]) -> Array:
@@ -188,6 +206,6 @@ def _joined(xp: Any, layout: Layout, pieces: list[Array]) -> Array:
 
 
 def _parts(found: list[Any]) -> Parts:
-    whole = next((stats for cut, _, stats in found if cut.parts), None)
-    rest = next((stats for cut, _, stats in found if not cut.parts), None)
-    return Parts(whole, rest, found[0][0].batch_axis)
+    stacked = next((stats for cut, _, stats in found if cut.parts), None)
+    single = tuple(stats for cut, _, stats in found if not cut.parts)
+    return Parts(stacked, found[0][0].batch_axis, single)

@@ -70,9 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not asked and target.library in PARTS and not _in_part(item, target, met):
             item.add_marker(pytest.mark.slow)
             part = PARTS[target.library]
-            if item.get_closest_marker("large") and target.device_name not in part.devices:
+            if item.get_closest_marker("large") and (
+                target.device_name not in part.devices or parameters.get("axis", 1) != 1
+            ):
                 where = " and ".join(part.devices) or "no device"
-                item.add_marker(pytest.mark.skip(reason=f"large: runs on {where} unless asked for"))
+                why = f"large: runs on {where}, channels second, unless asked for"
+                item.add_marker(pytest.mark.skip(reason=why))
         marker = item.get_closest_marker("operation")
         operations = [marker.args[0] if marker else None]
         if item.get_closest_marker("large"):

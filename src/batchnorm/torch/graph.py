@@ -35,6 +35,8 @@ def call_in_graph(
     for argument, value in (("group", group), ("out", out)):
         if value is not None:
             raise TypeError(f"{argument}: got one in a graph of PyTorch, expected None")
+    if kwargs.pop("degenerate", "raise") != "raise":
+        raise TypeError("degenerate: got 'shift' in a graph of PyTorch, expected 'raise'")
     if name == "batch_renorm":
         return _batch_renorm(*args, **kwargs)
     exported = leaving.exported_functions().get(name)
