@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+from batchnorm import virtual
 from batchnorm.testing import data, verdict
 from batchnorm.testing.oracle import Problem
 
@@ -211,13 +212,16 @@ def parts_of(x, size, axis):
 LAYOUTS = ["C", "F", "permuted", "strided", "reversed", "read-only"]
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("lay", LAYOUTS)
 @pytest.mark.parametrize(
     ("shape", "axis", "along"),
     [((11, 3, 4), 1, 0), ((11, 4, 3), -1, 0), ((3, 10, 2), 0, 1), ((2, 11, 3, 4), (0, 2), 1)],
 )
-def test_virtual_batches_in_any_memory(shape, axis, along, lay):
+def test_virtual_batches_in_any_memory(shape, axis, along, lay, each, monkeypatch):
     """Against a call for each part, with every array and `out` in memory as it likes."""
+    if each:  # as parts that are large
+        monkeypatch.setattr(virtual, "CALL_EACH", 1)
     lay = data.LAYOUTS[lay]
     channels = data.channels(shape, axis)
     x, dy, z = (data.batch(shape, mean=m, seed=i) for i, m in enumerate((2.0, 0.5, 0.1)))
@@ -244,6 +248,22 @@ def test_virtual_batches_in_any_memory(shape, axis, along, lay):
         dgamma, dbeta = dgamma + grads[1], dbeta + grads[2]
     np.testing.assert_allclose(layer.gamma_grad, dgamma, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(layer.beta_grad, dbeta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", [(True, False), (False, True)])
+def test_virtual_batches_of_tensors_that_are_recorded_in_one_pass_only(recorded):
+    """Whether large parts have a call each may differ between the passes; their statistics do not."""
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(data.batch((8, 4, 64, 64))).requires_grad_()
+    dy = torch.from_numpy(data.batch((8, 4, 64, 64), seed=5))
+    layer, other = (bn.BatchNorm(4, virtual_batch_size=3) for _ in range(2))
+    with torch.set_grad_enabled(recorded[0]):
+        layer(x)
+    with torch.set_grad_enabled(recorded[1]):
+        dx = layer.backward(dy)
+    other(x.detach())
+    torch.testing.assert_close(dx.detach(), other.backward(dy))
+    torch.testing.assert_close(layer.gamma_grad.detach(), other.gamma_grad, rtol=1e-5, atol=1e-3)
 
 
 def test_virtual_batches_of_broadcast_arrays():

@@ -121,7 +121,7 @@ def batch_renorm(
             call.announce_forward(layout, frozen)
             stats = call.allreduce_moments(stats)
     r, d = renorm_corrections(layout.xp, stats, eps, renorm)
-    gamma, beta = _in_dtypes(layout, gamma, beta, *renormalized(layout.xp, gamma, beta, r, d))
+    gamma, beta = renormalized(layout.xp, gamma, beta, r, d)  # not rounded to their dtypes
     settings: dict[str, Any] = {"axis": axis, "eps": eps, "where": where, "group": group}
     return batch_norm(x, gamma, beta, **settings, residual=residual, activation=activation, out=out)
 
@@ -190,13 +190,13 @@ def batch_renorm_backward(
         renorm = _renorm(layout, running_mean, running_var, r_max, d_max)
         eps = validate_number("eps", eps, 0)
         r, d = renorm_corrections(layout.xp, stats, eps, renorm)
-        scaled = _in_dtypes(layout, gamma, beta, *renormalized(layout.xp, gamma, beta, r, d))
+        scaled = renormalized(layout.xp, gamma, beta, r, d)  # not rounded to the dtypes of parameters
     settings: dict[str, Any] = {"axis": axis, "eps": eps, "where": where, "group": group, "out": out}
     settings |= {"residual": residual, "activation": activation, "y": y}
     dx, dgamma, dbeta, *dresidual = batch_norm_backward(dy, x, stats, *scaled, **settings)
-    astype = layout.xp.astype
-    through = astype(dgamma, r.dtype) * r + astype(dbeta, r.dtype) * d  # (C,)
-    return dx, astype(through, dgamma.dtype, copy=False), dbeta, *dresidual
+    dtype = layout.compute if gamma is None else gamma.dtype
+    sums = (layout.xp.astype(v, dtype, copy=False) for v in (r * dgamma + d * dbeta, dbeta))  # (C)
+    return dx, *sums, *dresidual
 
 
 def update_renorm(
@@ -284,12 +284,3 @@ def validate_limits(r_max: Any, d_max: Any) -> tuple[Any, Any]:
         most if r_max is None else validate_number("r_max", r_max, 1),
         most if d_max is None else validate_number("d_max", d_max, 0),
     )
-
-
-def _in_dtypes(
-    layout: Layout, gamma: Array | None, beta: Array | None, scale: Array, shift: Array
-) -> tuple[Array, Array]:
-    """Return both in the dtypes of gamma and beta, or in that of the arithmetic."""
-    dtypes = [layout.compute if v is None else v.dtype for v in (gamma, beta)]
-    astype = layout.xp.astype
-    return astype(scale, dtypes[0], copy=False), astype(shift, dtypes[1], copy=False)

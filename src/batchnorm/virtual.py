@@ -77,7 +77,7 @@ def forward(
     validate_out(layout, x, out)
     validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where, residual=residual)
     w = weights_of(where, x.ndim)
-    xp, found, cuts = layout.xp, [], _cuts(layout, x, size)
+    xp, found, cuts = layout.xp, [], _cuts(layout, x, size, is_eager_on_host(x))
     if settings.get("degenerate", "raise") == "raise":  # before anything is written to `out`
         for cut in cuts if where is not None else cuts[-1:]:
             part = cut.of(x)
@@ -117,7 +117,7 @@ def backward(
     xp, found = layout.xp, []
     out = _result(x) if out is None else out
     single = iter(stats.single)
-    for cut in _cuts(layout, x, size):
+    for cut in _cuts(layout, x, size, stats.stacked is None):
         own: Any = stats.stacked if cut.parts else next(single)
         z = residual if residual is None or isinstance(residual, bool) else cut.of(residual)
         given: dict[str, Any] = {"axis": cut.axis, "where": cut.of(w), "residual": z, "y": cut.of(y)}
@@ -170,8 +170,11 @@ class _Cut(NamedTuple):
         return self.xp.broadcast_to(self.xp.expand_dims(v, axis=i), shape)
 
 
-def _cuts(layout: Layout, x: Array, size: int) -> list[_Cut]:
-    """Return the parts of one size, and the last one that is smaller."""
+def _cuts(layout: Layout, x: Array, size: int, eager: bool) -> list[_Cut]:
+    """Return the parts of one size as one, and the last one that is smaller; or large parts one by one.
+
+    The backward pass has the parts of the forward pass, also where only one of them is eager.
+    """
     axes = layout.channel_axes
     first = next(i for i in range(x.ndim + 1) if i not in axes)
     if first == x.ndim:  # no axis of values: one part of one value
@@ -180,7 +183,7 @@ def _cuts(layout: Layout, x: Array, size: int) -> list[_Cut]:
     if not isinstance(n, int):
         fail(ValueError, "x", f"shape {tuple(x.shape)}", "a known number of examples to be divided")
     parts = n // size
-    if parts and is_eager_on_host(x) and math.prod(x.shape) * size >= CALL_EACH * n:
+    if parts and eager and math.prod(x.shape) * size >= CALL_EACH * n:
         starts = range(0, n, size)
         return [_Cut(layout.xp, first, i, min(i + size, n), 0, axes) for i in starts]
     # The new axis comes before the batch axis; channel axes after it move by one.

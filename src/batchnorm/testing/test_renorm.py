@@ -120,6 +120,15 @@ def test_dtypes(target, dtype):
     judge(target, given, (1.5, 0.5), dtype, activation="relu", added=True)
 
 
+@pytest.mark.dtypes("float16", "bfloat16")
+def test_parameters_of_16_bits(target, dtype):
+    """Neither gamma·r nor beta + gamma·d is rounded to them, nor the terms of dgamma."""
+    judge(target, inputs((40, 3), dtype=dtype, parameters=dtype), (1.5, 0.5), dtype)
+    x, z, dy, *_ = inputs((40, 3))
+    given = inputs((40, 3), dtype=dtype, parameters=dtype)
+    judge(target, (x, z, dy, *given[3:]), (1.5, 0.5))
+
+
 @pytest.mark.parametrize(("activation", "way"), [("relu", "y"), ("silu", "z")])
 def test_epilogue(target, activation, way):
     judge(target, inputs((17, 5)), (1.2, 2), activation=activation, added=True, way=way)
