@@ -34,10 +34,11 @@ def way_of(
     size: int | None, renorm: tuple[Any, Any] | None, running: tuple[Array, Array], degenerate: str
 ) -> Way:
     """Return how a batch is normalized, by the settings of a layer."""
-    if validate_size(size) is not None:
+    examples = validate_size(size)
+    if examples is not None:
         given: Any = {"degenerate": degenerate}
-        forward = functools.partial(virtual.forward, size, **given)
-        return Way(forward, functools.partial(virtual.backward, size, **given))
+        forward = functools.partial(virtual.forward, examples, **given)
+        return Way(forward, functools.partial(virtual.backward, examples, **given))
     if renorm is not None:
         given = {"r_max": renorm[0], "d_max": renorm[1]}
         given |= {"running_mean": running[0], "running_var": running[1]}
@@ -82,7 +83,8 @@ def validate_renorm(renorm: Any) -> tuple[Any, Any] | None:
 
 def limits_at(renorm: tuple[Any, Any] | None, batches: Any) -> tuple[Any, Any] | None:
     """Return the limits for a batch: schedules are called with the number of batches before it."""
-    if validate_renorm(renorm) is None:  # an attribute may have been assigned to
+    renorm = validate_renorm(renorm)  # an attribute may have been assigned to
+    if renorm is None:
         return None
     r_max, d_max = (v(batches) if callable(v) else v for v in renorm)
     validate_limits(r_max, d_max)
