@@ -55,7 +55,7 @@ def shifted(layout: Layout, x: Array, where: Array | None, enough: Array) -> Shi
     xp = layout.xp
     if known_false(xp.any(~enough)):
         return Shifted(x, where, enough)
-    keep = xp.reshape(enough, layout.broadcast)
+    keep = layout.vector(enough) > 0  # (C)
     x = xp.where(keep, x, xp.zeros_like(x))
     w = weights_of(where, x.ndim)
     if w is not None:

@@ -263,7 +263,7 @@ def _shifted_forward(
     if type(settings["eps"]) in (int, float) and settings["eps"] == 0:  # 0 / 0 is not 0
         out = settings.pop("out")
         y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-        keep = xp.reshape(enough, layout.broadcast)
+        keep = layout.vector(enough) > 0  # (C)
         y = xp.where(keep, y, _constants(layout, x, gamma, beta, settings))
         return to_out(layout, y, x.dtype, out), without_degenerate(xp, stats, enough)
     y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
@@ -306,7 +306,7 @@ def _shifted_backward(
     enough = layout.squeeze(count > 0)
     if known_false(xp.any(~enough)):
         return batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
-    keep = xp.reshape(enough, layout.broadcast)
+    keep = layout.vector(enough) > 0  # (C)
     del settings["out"]
     if known_false(xp.any(enough)):
         zeros = xp.zeros_like(x)

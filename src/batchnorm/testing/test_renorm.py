@@ -256,7 +256,6 @@ def test_errors(target):
     wrong(ValueError, "eps: got -1", eps=-1)
 
 
-@pytest.mark.operation("shape-errors")
 def test_shape_errors(target):
     x = data.batch((6, 4))
     mean, var = data.statistics((5,))
