@@ -34,11 +34,11 @@ def way_of(
     size: int | None, renorm: tuple[Any, Any] | None, running: tuple[Array, Array], degenerate: str
 ) -> Way:
     """Return how a batch is normalized, by the settings of a layer."""
-    size = validate_size(size)
-    if size is not None:
+    examples = validate_size(size)
+    if examples is not None:
         given: Any = {"degenerate": degenerate}
-        forward = functools.partial(virtual.forward, size, **given)
-        return Way(forward, functools.partial(virtual.backward, size, **given))
+        forward = functools.partial(virtual.forward, examples, **given)
+        return Way(forward, functools.partial(virtual.backward, examples, **given))
     if renorm is not None:
         given = {"r_max": renorm[0], "d_max": renorm[1]}
         given |= {"running_mean": running[0], "running_var": running[1]}
