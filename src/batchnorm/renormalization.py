@@ -235,18 +235,21 @@ def update_renorm(
     ----------
     Ioffe (2017), Algorithm 1.
     """
-    new_mean, new_var = update_running(mean, var, stats, momentum=momentum, correction=0)
+    new_mean, _ = update_running(mean, var, stats, momentum=momentum, correction=0)
     eps = validate_number("eps", eps, 0)
     layout = validate_input(mean, tuple(range(mean.ndim)), "mean")
     xp = layout.xp
-    old, own, averaged = (layout.vector(v) for v in (var, stats.var, new_var))  # (C)
+    n, old, own = (layout.vector(v) for v in (stats.count, var, stats.var))  # (C)
     m = xp.astype(momentum, layout.wide) if hasattr(momentum, "dtype") else momentum
-    # ((1 - m) s + m t)² = (1 - m) s² + m t² - m (1 - m) (s - t)²
-    spread = xp.sqrt(old + eps) - xp.sqrt(own + eps)  # (C)
-    count = layout.vector(stats.count) if hasattr(stats.count, "dtype") else stats.count + 0 * old
-    spread = xp.where(count > 0, spread, xp.zeros_like(spread))
-    var = xp.maximum(averaged - m * (1 - m) * spread * spread, xp.zeros_like(averaged))
-    return new_mean, xp.astype(var, new_var.dtype, copy=False)
+    one = xp.ones_like(old)
+    # 1 - m too, before it is rounded to the dtype of statistics.
+    m, rest = xp.where(n > 0, one * m, 0 * one), xp.where(n > 0, one * (1 - m), one)  # (C), (C)
+    # ((1 - m) s + m t)² less eps, where st less eps is (vu + eps (v + u)) / (st + eps): nothing cancels.
+    both = xp.sqrt(old + eps) * xp.sqrt(own + eps) + eps
+    both = xp.where(both > 0, both, one)
+    product = old / both * own + eps * ((old + own) / both)
+    moved = rest * rest * old + m * m * own + 2 * m * rest * product
+    return new_mean, xp.astype(moved, var.dtype, copy=False)
 
 
 def _in_core(

@@ -188,6 +188,20 @@ def test_update(target, momentum):
     verdict.assert_close(new_var, right, right + 1e-3, "float32", 4, "var")
 
 
+def test_update_of_variances_of_different_size(target):
+    """Neither loses the other's digits."""
+    mean, var = np.zeros(4, np.float32), np.asarray([1e6, 1e-2, 1e-8, 0], np.float32)
+    x = np.asarray([[1, 1000, 1, 1e-4], [-1, -1000, -1, -1e-4]], np.float32) * np.float32(0.1)
+
+    def step(x, mean, var):
+        return bn.update_renorm(mean, var, bn.moments(x), momentum=0.99)[1]
+
+    own = np.square(x[0].astype(float))
+    std = 0.01 * np.sqrt(var + np.float64(1e-5)) + 0.99 * np.sqrt(own + 1e-5)
+    right = std * std - 1e-5
+    verdict.assert_close(target.call(step, x, mean, var), right, right, "float32", 8, "var")
+
+
 @pytest.mark.parametrize("schedule", [False, True])
 def test_layer(target, schedule):
     x, _, dy, gamma, beta, mean, var = inputs((12, 5))
