@@ -97,6 +97,7 @@ GAPS = (
     Gap("dask", "*", "*", "out", "Dask arrays are lazy"),
     Gap("ndonnx", "*", "*", "out", "ndonnx arrays are lazy"),
     Gap("sparse", "*", "*", "out", "sparse arrays are immutable"),
+    Gap("sparse", "*", "*", "virtual", "results of unlike fill values cannot be joined", tried=False),
     Gap("sparse", "*", "*", "large", "takes minutes, with dense data in coordinate format", tried=False),
     Gap("sparse", "*", "bfloat16", "*", "sparse has no bfloat16"),
     Gap("array_api_strict", "*", "float16", "*", "the standard has no float16"),

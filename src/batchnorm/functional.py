@@ -1,36 +1,17 @@
-"""The public functions: validate the arguments, choose a backend, and run its pass."""
+"""The public functions: a call goes whole to compiled code, or to the general passes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from batchnorm import groups, optimistic
-from batchnorm.arguments import validate_bool, validate_choice, validate_group, validate_number
-from batchnorm.arrays import known_false
-from batchnorm.backends.base import to_out
+from batchnorm import degenerate as degenerates
+from batchnorm import optimistic, passes
+from batchnorm.arguments import validate_choice
 from batchnorm.backends.dispatch import backend_for
-from batchnorm.coefficients import in_dtype_of, ones_for_zeros, weights_of
-from batchnorm.degenerate import (
-    CHOICES,
-    enough_values,
-    shifted,
-    statistics_of_nothing,
-    without_degenerate,
-)
-from batchnorm.epilogue import Epilogue, validate_backward_epilogue, validate_epilogue
-from batchnorm.layout import Layout
+from batchnorm.coefficients import weights_of
 from batchnorm.moments import Moments
-from batchnorm.overlap import validate_no_overlap
 from batchnorm.tracing import traceable
-from batchnorm.validation import (
-    validate_count,
-    validate_input,
-    validate_out,
-    validate_same_shape,
-    validate_stats,
-    validate_vectors,
-    validate_weights,
-)
+from batchnorm.validation import validate_input, validate_weights
 
 Array = Any
 Axis = int | tuple[int, ...]
@@ -116,26 +97,10 @@ def batch_norm(
         )
         if done is not None:
             return done  # type: ignore[no-any-return]
-    if validate_choice("degenerate", degenerate, CHOICES) == "shift":
-        settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation, "out": out}
-        return _shifted_forward(x, gamma, beta, where, group, settings)
-    validate_group(group)
-    with groups.call(group, "batch_norm") as call:
-        layout = validate_input(x, axis)
-        validate_vectors(layout, gamma=gamma, beta=beta)
-        validate_weights(layout, x, where)
-        if group is None:
-            validate_count(layout, x, where)
-        epilogue = validate_epilogue(layout, x, residual, activation)
-        validate_out(layout, x, out)
-        validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where, residual=residual)
-        eps = validate_number("eps", eps, 0)
-
-        backend = backend_for(x, gamma, beta, where, out, residual)
-        w, settings = weights_of(where, x.ndim), {"epilogue": epilogue, "out": out}
-        if call is not None:
-            return backend.forward_in_group(call, x, w, gamma, beta, eps, layout, **settings)
-    return backend.forward(x, w, gamma, beta, eps, layout, **settings)
+    settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation, "out": out}
+    if validate_choice("degenerate", degenerate, degenerates.CHOICES) == "shift":
+        return degenerates.forward(x, gamma, beta, where, group, settings)
+    return passes.forward(x, gamma, beta, where, group, **settings)
 
 
 @traceable
@@ -209,121 +174,11 @@ def batch_norm_backward(
         )
         if done is not None:
             return done  # type: ignore[no-any-return]
-    if validate_choice("degenerate", degenerate, CHOICES) == "shift":
-        settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation}
-        settings |= {"y": y, "out": out}
-        return _shifted_backward(dy, x, stats, gamma, beta, where, group, settings)
-    validate_group(group)
-    with groups.call(group, "batch_norm_backward") as call:
-        layout = validate_input(x, axis)
-        validate_same_shape(layout, x, "dy", dy)
-        validate_stats(layout, stats)
-        validate_vectors(layout, gamma=gamma, beta=beta)
-        validate_weights(layout, x, where)
-        epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
-        read = _read_by(epilogue)
-        validate_out(layout, x, out)
-        if out is not None:
-            named = {f"stats.{name}": v for name, v in zip(stats._fields, stats, strict=True)}
-            named |= read
-            validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where, **named)
-        eps = validate_number("eps", eps, 0)
-
-        counted = stats.count if hasattr(stats.count, "dtype") else None
-        backend = backend_for(dy, x, gamma, where, out, counted, *stats[1:], beta, *read.values())
-        w, settings = weights_of(where, x.ndim), {"beta": beta, "epilogue": epilogue, "out": out}
-        if call is not None:
-            return backend.backward_in_group(call, dy, x, w, stats, gamma, eps, layout, **settings)
-    return backend.backward(dy, x, w, stats, gamma, eps, layout, **settings)
-
-
-def _shifted_forward(
-    x: Array,
-    gamma: Array | None,
-    beta: Array | None,
-    where: Array | None,
-    group: Any,
-    settings: dict[str, Any],
-) -> tuple[Array, Moments]:
-    """Return y and stats of a call with ``degenerate="shift"``."""
-    validate_group(group)
-    with groups.call(group, "batch_norm") as call:
-        layout = validate_input(x, settings["axis"])
-        validate_vectors(layout, gamma=gamma, beta=beta)
-        validate_weights(layout, x, where)
-        validate_epilogue(layout, x, settings["residual"], settings["activation"])
-        validate_out(layout, x, settings["out"])
-        enough = enough_values(layout, x, where, call)
-    xp = layout.xp
-    too_few = layout.values is not None and layout.values < 2
-    if too_few if group is None else known_false(xp.any(enough)):
-        nothing = statistics_of_nothing(layout)
-        return _constants(layout, x, gamma, beta, settings), nothing
-    x, where, _ = shifted(layout, x, where, enough)
-    if type(settings["eps"]) in (int, float) and settings["eps"] == 0:  # 0 / 0 is not 0
-        out = settings.pop("out")
-        y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-        keep = layout.vector(enough) > 0  # (C)
-        y = xp.where(keep, y, _constants(layout, x, gamma, beta, settings))
-        return to_out(layout, y, x.dtype, out), without_degenerate(xp, stats, enough)
-    y, stats = batch_norm(x, gamma, beta, where=where, group=group, **settings)
-    return y, without_degenerate(xp, stats, enough)
-
-
-def _constants(
-    layout: Layout, x: Array, gamma: Array | None, beta: Array | None, settings: dict[str, Any]
-) -> Array:
-    """Return y of a batch whose channels are all degenerate: no eps is needed to divide by 1."""
-    one = layout.squeeze(layout.vector(1.0))
-    zeros = shifted(layout, x, None, one < 0).x  # of which a framework finds a gradient of 0
-    return normalize(zeros, one - one, one, gamma, beta, **settings)
-
-
-def _shifted_backward(
-    dy: Array,
-    x: Array,
-    stats: Moments,
-    gamma: Array | None,
-    beta: Array | None,
-    where: Array | None,
-    group: Any,
-    settings: dict[str, Any],
-) -> tuple[Array, ...]:
-    """Return the gradients of a call with ``degenerate="shift"``."""
-    validate_group(group)
-    out = settings["out"]
-    with groups.call(group, "batch_norm_backward"):
-        layout = validate_input(x, settings["axis"])
-        validate_same_shape(layout, x, "dy", dy)
-        validate_stats(layout, stats)
-        validate_vectors(layout, gamma=gamma, beta=beta)
-        validate_weights(layout, x, where)
-        validate_out(layout, x, out)
-        validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where)
-    xp = layout.xp
-    zero = xp.zeros_like(layout.vector(stats.var))  # (C)
-    count = layout.vector(stats.count) + zero  # (C), where it is one number for all too
-    enough = layout.squeeze(count > 0)
-    if known_false(xp.any(~enough)):
-        return batch_norm_backward(dy, x, stats, gamma, beta, where=where, group=group, **settings)
-    keep = layout.vector(enough) > 0  # (C)
-    del settings["out"]
-    if known_false(xp.any(enough)):
-        zeros = xp.zeros_like(x)
-        one = layout.squeeze(layout.vector(1.0))
-        grads = normalize_backward(dy, zeros, one - one, one, gamma, beta, **settings)
-        if group is not None:
-            with groups.call(group, "batch_norm_backward") as call:
-                call.announce_backward(layout, x)
-                sums = call.all_reduce(*(layout.vector(v) for v in grads[1:3]))
-            grads = (grads[0], *(in_dtype_of(layout, gamma, v) for v in sums), *grads[3:])
-    else:
-        x, where, _ = shifted(layout, x, where, enough)
-        var = xp.where(enough, stats.var, xp.ones_like(stats.var))  # to divide by, without eps too
-        moved = stats._replace(count=layout.squeeze(ones_for_zeros(xp, count)), var=var)
-        grads = batch_norm_backward(dy, x, moved, gamma, beta, where=where, group=group, **settings)
-    dx = xp.where(keep, grads[0], xp.zeros_like(grads[0]))
-    return to_out(layout, dx, x.dtype, out), *grads[1:]
+    settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation}
+    settings |= {"y": y, "out": out}
+    if validate_choice("degenerate", degenerate, degenerates.CHOICES) == "shift":
+        return degenerates.backward(dy, x, stats, gamma, beta, where, group, settings)
+    return passes.backward(dy, x, stats, gamma, beta, where, group, **settings)
 
 
 @traceable
@@ -376,15 +231,8 @@ def normalize(
     )
     if done is not None:
         return done
-    layout = validate_input(x, axis)
-    validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
-    epilogue = validate_epilogue(layout, x, residual, activation)
-    validate_out(layout, x, out)
-    validate_no_overlap(out, x=x, mean=mean, var=var, gamma=gamma, beta=beta, residual=residual)
-    eps = validate_number("eps", eps, 0)
-    backend = backend_for(x, mean, var, gamma, beta, out, residual)
-    stats = Moments(1, mean, var)
-    return backend.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue, out=out)
+    settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation, "out": out}
+    return passes.inference(x, mean, var, gamma, beta, **settings)
 
 
 @traceable
@@ -440,24 +288,9 @@ def normalize_backward(
     TypeError, ValueError
         As `batch_norm`.
     """
-    layout = validate_input(x, axis)
-    validate_same_shape(layout, x, "dy", dy)
-    validate_vectors(layout, mean=mean, var=var, gamma=gamma, beta=beta)
-    epilogue = validate_backward_epilogue(layout, x, residual, activation, y)
-    read = _read_by(epilogue)
-    eps = validate_number("eps", eps, 0)
-    validate_out(layout, x, out)
-    validate_no_overlap(out, dy=dy, x=x, mean=mean, var=var, gamma=gamma, beta=beta, **read)
-    stats_grad = validate_bool("stats_grad", stats_grad)
-    backend = backend_for(dy, x, out, mean, var, gamma, beta, *read.values())
-    stats, settings = Moments(1, mean, var), {"beta": beta, "epilogue": epilogue, "out": out}
-    results = backend.inference_backward(dy, x, stats, gamma, eps, layout, **settings)
-    return results if stats_grad else results[:-2]
-
-
-def _read_by(epilogue: Epilogue | None) -> dict[str, Array | None]:
-    """Return the big arrays that an epilogue reads in a backward pass, by what an error calls them."""
-    return {} if epilogue is None else {"the residual": epilogue.residual, "y": epilogue.y}
+    settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation}
+    settings |= {"y": y, "out": out, "stats_grad": stats_grad}
+    return passes.inference_backward(dy, x, mean, var, gamma, beta, **settings)
 
 
 @traceable

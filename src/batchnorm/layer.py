@@ -21,7 +21,7 @@ from batchnorm.arguments import (
     validate_group,
     validate_number,
 )
-from batchnorm.arrays import known_false, library_name, same_shape
+from batchnorm.arrays import library_name, same_shape
 from batchnorm.degenerate import CHOICES
 from batchnorm.epilogue import Activation, kept_for_backward, validate_activation, validate_epilogue
 from batchnorm.errors import describe, fail
@@ -35,14 +35,14 @@ from batchnorm.state import cast_like, validate_state
 from batchnorm.tracing import is_jax_tracer, jax_trace
 from batchnorm.training import (
     NONFINITE,
+    Running,
     Way,
-    all_finite,
-    fail_on_nonfinite,
-    is_known_finite,
+    guarded,
     limits_at,
     moments_of,
     validate_renorm,
     validate_size,
+    validate_together,
     way_of,
 )
 from batchnorm.validation import validate_input, validate_out, validate_vectors, validate_weights
@@ -208,8 +208,7 @@ class BatchNorm(groups.Shared):
         self.nonfinite = validate_choice("nonfinite", nonfinite, NONFINITE)
         self.renorm = validate_renorm(renorm)
         self.virtual_batch_size = validate_size(virtual_batch_size)
-        if renorm is not None:
-            self._validate_renorm_settings()
+        validate_together(renorm, virtual_batch_size, degenerate, None)
 
         self.num_features, self.axis, self.eps = num_features, axis, eps
         self.momentum, self.correction = momentum, correction
@@ -577,7 +576,7 @@ class BatchNorm(groups.Shared):
 
     def _updated(self, pending: Moments) -> tuple[Array, Array, Any]:
         """Return the running statistics and their count once pending ones are committed."""
-        before: tuple[Any, Any, Any] = self.running_mean, self.running_var, self.num_batches_tracked
+        before: Running = self.running_mean, self.running_var, self.num_batches_tracked
         count = before[2] + 1
         momentum = 1 / count if self.momentum is None else self.momentum
         old = before[0], before[1], pending
@@ -585,38 +584,13 @@ class BatchNorm(groups.Shared):
             moved = update_running(*old, momentum=momentum, correction=self.correction)
         else:
             moved = update_renorm(*old, momentum=momentum, eps=self.eps)
-        after = *moved, count
-        if validate_choice("nonfinite", self.nonfinite, NONFINITE) == "propagate":
-            return after
-        finite = all_finite(pending)
-        if is_known_finite(finite):
-            return after
-        if known_false(finite):
-            if self.nonfinite == "raise":
-                fail_on_nonfinite(pending)
-            return before
-        xp = compat.array_namespace(pending.mean)
-        counts = xp.asarray(count), xp.asarray(before[2])
-        mean, var = (xp.where(finite, a, b) for a, b in zip(moved, before[:2], strict=True))
-        return mean, var, xp.where(finite, *counts)
+        return guarded(self.nonfinite, before, (*moved, count), pending)
 
     def _way(self, mean: Array, var: Array, group: Any) -> Way:
         """Return how a batch is normalized in training."""
         size, renorm = self.virtual_batch_size, limits_at(self.renorm, self.num_batches_tracked)
-        if renorm is not None:
-            self._validate_renorm_settings()
-        if group is not None and size is not None:
-            expected = "none: parts of a batch have statistics of their own"
-            fail(ValueError, "group", "one beside a virtual_batch_size", expected)
+        validate_together(renorm, size, self.degenerate, group)
         return way_of(size, renorm, (mean, var), self.degenerate)
-
-    def _validate_renorm_settings(self) -> None:
-        if self.virtual_batch_size is not None:
-            fail(ValueError, "renorm", "one beside a virtual_batch_size", "one of the two")
-        if self.degenerate != "raise":
-            fail(
-                ValueError, "renorm", f"one beside degenerate={self.degenerate!r}", "degenerate='raise'"
-            )
 
     @contextlib.contextmanager
     def _collecting(self, *, alone: bool) -> Iterator[list[Moments]]:

@@ -111,6 +111,10 @@ def batch_renorm(
         named = {"running_mean": running_mean, "running_var": running_var}
         validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where, residual=residual, **named)
         eps = validate_number("eps", eps, 0)
+        if _limits_are_closed(renorm):
+            settings = {"axis": axis, "eps": eps, "where": where, "group": group}
+            settings |= {"residual": residual, "activation": activation, "out": out}
+            return batch_norm(x, gamma, beta, **settings)
         if group is None and not _differentiated(x, gamma, beta, where, residual):
             backend = backend_for(x, gamma, beta, where, out, residual, running_mean, running_var)
             w, last = weights_of(where, x.ndim), {"epilogue": epilogue, "out": out}
@@ -122,7 +126,7 @@ def batch_renorm(
             stats = call.allreduce_moments(stats)
     r, d = renorm_corrections(layout.xp, stats, eps, renorm)
     gamma, beta = renormalized(layout.xp, gamma, beta, r, d)  # not rounded to their dtypes
-    settings: dict[str, Any] = {"axis": axis, "eps": eps, "where": where, "group": group}
+    settings = {"axis": axis, "eps": eps, "where": where, "group": group}
     return batch_norm(x, gamma, beta, **settings, residual=residual, activation=activation, out=out)
 
 
@@ -261,6 +265,11 @@ def _in_core(
         return None
     limits = validate_limits(r_max, d_max)
     return getattr(fast, name)(*given, (mean, var, *limits))
+
+
+def _limits_are_closed(renorm: Renorm) -> bool:
+    """Return whether r is 1 and d is 0, whatever a batch is: then this is batch norm."""
+    return (type(renorm.r_max), type(renorm.d_max)) == (float, float) and renorm[2:] == (1.0, 0.0)
 
 
 def _differentiated(x: Array, *others: Array | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 
 from batchnorm import virtual
-from batchnorm.arguments import validate_int
+from batchnorm.arguments import validate_choice, validate_int
 from batchnorm.arrays import known_false
 from batchnorm.errors import describe, fail
 from batchnorm.functional import batch_norm, batch_norm_backward
@@ -21,6 +21,8 @@ from batchnorm.renormalization import batch_renorm, batch_renorm_backward, valid
 
 Array = Any
 NONFINITE = ("propagate", "raise", "skip")
+Running = tuple[Array, Array, Any]
+"""A running mean and variance, and how many batches they are of."""
 
 
 class Way(NamedTuple):
@@ -96,23 +98,39 @@ def validate_size(size: Any) -> int | None:
     return None if size is None else validate_int("virtual_batch_size", size, 1)
 
 
-def all_finite(stats: Moments) -> Array:
-    """Return whether statistics are finite, in all channels."""
-    xp = compat.array_namespace(stats.mean)
-    return xp.all(xp.isfinite(stats.mean) & xp.isfinite(stats.var))
+def validate_together(renorm: Any, size: Any, degenerate: str, group: Any) -> None:
+    """Check that settings do not exclude one another."""
+    if renorm is not None and size is not None:
+        fail(ValueError, "renorm", "one beside a virtual_batch_size", "one of the two")
+    if renorm is not None and degenerate != "raise":
+        fail(ValueError, "renorm", f"one beside degenerate={degenerate!r}", "degenerate='raise'")
+    if group is not None and size is not None:
+        expected = "none: parts of a batch have statistics of their own"
+        fail(ValueError, "group", "one beside a virtual_batch_size", expected)
 
 
-def fail_on_nonfinite(stats: Moments) -> None:
+def guarded(nonfinite: str, before: Running, after: Running, pending: Moments) -> Running:
+    """Return the running statistics after a batch, or before it, by whether its own are finite."""
+    if validate_choice("nonfinite", nonfinite, NONFINITE) == "propagate":
+        return after
+    xp = compat.array_namespace(pending.mean)
+    finite = xp.isfinite(pending.mean) & xp.isfinite(pending.var)
+    every = xp.all(finite)
+    if known_false(~every):
+        return after
+    if known_false(every):
+        if nonfinite == "raise":
+            _fail_on_nonfinite(~finite)
+        return before
+    mean, var = (xp.where(every, a, b) for a, b in zip(after[:2], before[:2], strict=True))
+    return mean, var, xp.where(every, xp.asarray(after[2]), xp.asarray(before[2]))
+
+
+def _fail_on_nonfinite(wrong: Array) -> None:
     """Raise an error that names the channels whose statistics are not finite."""
-    xp = compat.array_namespace(stats.mean)
-    wrong = ~(xp.isfinite(stats.mean) & xp.isfinite(stats.var))
+    xp = compat.array_namespace(wrong)
     where = [tuple(map(int, i)) for i in zip(*map(list, xp.nonzero(wrong)), strict=True)]
     names = [str(i[0]) if len(i) == 1 else str(i) for i in where]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     got = f"a batch whose mean or variance is not finite in channel {shown}"
     fail(ValueError, "x", got, "finite values, or nonfinite='skip' or 'propagate'")
-
-
-def is_known_finite(finite: Array) -> bool:
-    """Return whether it is known that a condition is true."""
-    return known_false(~finite)
