@@ -39,7 +39,7 @@ def out_of_memory(which):
         setattr(backend, which, fail)
         return backend
 
-    bn.functional.backend_for = failing
+    bn.passes.backend_for = failing
 
 
 def wait_for(*files):
@@ -180,7 +180,7 @@ def steps(group, fault):
             TimeoutError,
         ) as error:
             seconds = time.monotonic() - start
-            bn.functional.backend_for = backend_for
+            bn.passes.backend_for = backend_for
             bn.set_kernels(None)
             return {
                 "step": step,

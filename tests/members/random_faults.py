@@ -56,7 +56,7 @@ def one_call(group, rng, step):
     except (bn.distributed.GroupError, MemoryError, TypeError, ValueError) as error:
         found = f"{type(error).__name__}: {error}"
     finally:
-        bn.functional.backend_for, groups.merge_vectors = backend_for, RIGHT_MERGE
+        bn.passes.backend_for, groups.merge_vectors = backend_for, RIGHT_MERGE
     return which, found
 
 
