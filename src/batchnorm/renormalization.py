@@ -72,7 +72,7 @@ def batch_renorm(
     r_max : float, optional
         The limit of r, at least 1; None for none.
     d_max : float, optional
-        The limit of |d|, at least 0; None for none.
+        The limit of d and of -d, at least 0; None for none.
     axis, eps, where, group, residual, activation, out
         As in `batch_norm`.
 
