@@ -23,6 +23,9 @@ class Finding(NamedTuple):
     programs: dict[str, str]
 
 
+# Flax's variances: names of peers, and arguments of the layer.
+FLAX = {"": "", "-slow-variance": ", use_fast_variance=False"}
+
 # How each framework normalizes x of shape (n, C), by the batch: imports, and lines that make y.
 TRAINING = {
     "torch-channels-second": (
@@ -53,14 +56,14 @@ TRAINING = {
             f"layer = linen.BatchNorm(use_running_average=False{setting})\n"
             "y, _ = layer.init_with_output(jax.random.key(0), x)",
         )
-        for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+        for name, setting in FLAX.items()
     },
     **{
         f"flax-nnx{name}": (
             "from flax import nnx",
             f"y = nnx.BatchNorm(x.shape[1], rngs=nnx.Rngs(0){setting})(x)",
         )
-        for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+        for name, setting in FLAX.items()
     },
     "haiku": (
         "import haiku as hk",
@@ -217,7 +220,7 @@ EMPTY = {
             '_, state = layer.apply(state, x, mutable=["batch_stats"])\n'
             'print(np.isnan(state["batch_stats"]["mean"]).sum())'
         )
-        for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+        for name, setting in FLAX.items()
     },
     **{
         f"flax-nnx{name}": (
@@ -226,7 +229,7 @@ EMPTY = {
             "layer(np.zeros((0, 3), np.float32))\n"
             "print(np.isnan(layer.mean[...]).sum())"
         )
-        for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+        for name, setting in FLAX.items()
     },
     "haiku": (
         "import haiku as hk, numpy as np\n"
@@ -292,7 +295,7 @@ SHARDED = {
         'y = np.asarray(jax.vmap(part, axis_name="i")(x, mask))[mask[..., 0]]\n'
         "x = x[mask[..., 0]]\n" + RIGHT
     )
-    for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+    for name, setting in FLAX.items()
 } | {
     f"flax-nnx{name}": (
         "import jax, numpy as np; from flax import nnx\n"
@@ -302,7 +305,7 @@ SHARDED = {
         'y = np.asarray(jax.vmap(part, axis_name="i")(x, mask))[mask[..., 0]]\n'
         "x = x[mask[..., 0]]\n" + RIGHT
     )
-    for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+    for name, setting in FLAX.items()
 }
 
 MASKED = {
@@ -313,7 +316,7 @@ MASKED = {
         '_, state = layer.apply(state, x, mask=np.zeros((4, 1), bool), mutable=["batch_stats"])\n'
         'print(np.isnan(state["batch_stats"]["mean"]).sum())'
     )
-    for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+    for name, setting in FLAX.items()
 } | {
     f"flax-nnx{name}": (
         "import numpy as np; from flax import nnx\n"
@@ -321,7 +324,7 @@ MASKED = {
         "layer(np.ones((4, 3), np.float32), mask=np.zeros((4, 1), bool))\n"
         "print(np.isnan(layer.mean[...]).sum())"
     )
-    for name, setting in {"": "", "-slow-variance": ", use_fast_variance=False"}.items()
+    for name, setting in FLAX.items()
 }
 
 THREADS = {
@@ -568,8 +571,7 @@ FINDINGS = {
     ),
 }
 # Float16 layers of Equinox have float16 parameters, too.
-for _peer in ("equinox-batch",):
-    _program = FINDINGS["sixteen_bits"].programs[_peer]
-    FINDINGS["sixteen_bits"].programs[_peer] = _program.replace(
-        'mode="batch")', 'mode="batch", dtype=x.dtype)'
-    )
+_programs = FINDINGS["sixteen_bits"].programs
+_programs["equinox-batch"] = _programs["equinox-batch"].replace(
+    'mode="batch")', 'mode="batch", dtype=x.dtype)'
+)

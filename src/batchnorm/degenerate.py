@@ -7,7 +7,7 @@ statistics is 0, so that running statistics are not moved by it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from batchnorm import groups, passes
 from batchnorm.arguments import validate_group
@@ -32,15 +32,6 @@ Array = Any
 CHOICES = ("raise", "shift")
 
 
-class Shifted(NamedTuple):
-    """The arguments of a call whose degenerate channels are constants."""
-
-    x: Array
-    where: Array | None
-    enough: Array
-    """Which channels have two values: a boolean vector in the shape of gamma."""
-
-
 def enough_values(layout: Layout, x: Array, where: Array | None, call: Any) -> Array:
     """Return which channels have two values of positive weight, in the whole group."""
     xp = layout.xp
@@ -57,23 +48,23 @@ def enough_values(layout: Layout, x: Array, where: Array | None, call: Any) -> A
         n = layout.vector(layout.values)
     n = layout.squeeze(n)
     if call is not None:
-        name = "float64" if layout.wide == xp.float64 else "float32"
-        call.announce(f"degenerate channels of {layout.channels}", [(1, *layout.channels)], name)
+        what = f"degenerate channels of {layout.channels}"
+        call.announce(what, [(1, *layout.channels)], groups.wide_name(layout))
         (n,) = call.all_reduce(n)
     return n >= 2
 
 
-def shifted(layout: Layout, x: Array, where: Array | None, enough: Array) -> Shifted:
-    """Return the arguments with zeros of weight 1 in degenerate channels; as they are without such."""
+def shifted(layout: Layout, x: Array, where: Array | None, enough: Array) -> tuple[Array, Array | None]:
+    """Return x and where with zeros of weight 1 in degenerate channels; as they are without such."""
     xp = layout.xp
     if known_false(xp.any(~enough)):
-        return Shifted(x, where, enough)
+        return x, where
     keep = layout.vector(enough) > 0  # (C)
     x = xp.where(keep, x, xp.zeros_like(x))
     w = weights_of(where, x.ndim)
     if w is not None:
         w = w | ~keep if w.dtype == xp.bool else xp.where(keep, w, xp.ones_like(w))
-    return Shifted(x, w, enough)
+    return x, w
 
 
 def without_degenerate(xp: Any, stats: Moments, enough: Array) -> Moments:
@@ -109,7 +100,7 @@ def forward(
     if too_few if group is None else known_false(xp.any(enough)):
         nothing = statistics_of_nothing(layout)
         return _constants(layout, x, gamma, beta, settings), nothing
-    x, where, _ = shifted(layout, x, where, enough)
+    x, where = shifted(layout, x, where, enough)
     if type(settings["eps"]) in (int, float) and settings["eps"] == 0:  # 0 / 0 is not 0
         out = settings.pop("out")
         y, stats = passes.forward(x, gamma, beta, where, group, **settings)
@@ -125,7 +116,7 @@ def _constants(
 ) -> Array:
     """Return y of a batch whose channels are all degenerate: no eps is needed to divide by 1."""
     one = layout.squeeze(layout.vector(1.0))
-    zeros = shifted(layout, x, None, one < 0).x  # of which a framework finds a gradient of 0
+    zeros, _ = shifted(layout, x, None, one < 0)  # of which a framework finds a gradient of 0
     return passes.inference(zeros, one - one, one, gamma, beta, **settings)
 
 
@@ -168,7 +159,7 @@ def backward(
                 sums = call.all_reduce(*(layout.vector(v) for v in grads[1:3]))
             grads = (grads[0], *(in_dtype_of(layout, gamma, v) for v in sums), *grads[3:])
     else:
-        x, where, _ = shifted(layout, x, where, enough)
+        x, where = shifted(layout, x, where, enough)
         var = xp.where(enough, stats.var, xp.ones_like(stats.var))  # to divide by, without eps too
         moved = stats._replace(count=layout.squeeze(ones_for_zeros(xp, count)), var=var)
         grads = passes.backward(dy, x, moved, gamma, beta, where, group, **settings)

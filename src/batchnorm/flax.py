@@ -15,7 +15,7 @@ from batchnorm.degenerate import CHOICES
 from batchnorm.distributed import jax as jax_group
 from batchnorm.epilogue import validate_activation
 from batchnorm.errors import fail
-from batchnorm.training import validate_renorm
+from batchnorm.training import validate_renorm, validate_together
 
 Array = Any
 
@@ -50,8 +50,7 @@ class BatchNorm(nnx.BatchNorm):
         self.activation = validate_activation(activation)
         self.degenerate = validate_choice("degenerate", degenerate, CHOICES)
         self.renorm = renorm
-        if renorm is not None and degenerate != "raise":
-            fail(ValueError, "renorm", f"one beside degenerate={degenerate!r}", "degenerate='raise'")
+        validate_together(renorm, None, degenerate, None)
 
     def __call__(
         self,

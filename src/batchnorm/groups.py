@@ -60,12 +60,12 @@ class Call:
     def announce_forward(self, layout: Layout, x: Array) -> None:
         """Announce a forward pass."""
         self.announce(
-            _describe_input(layout, x), moments_sums(self.group, layout.channels), _wide_name(layout)
+            _describe_input(layout, x), moments_sums(self.group, layout.channels), wide_name(layout)
         )
 
     def announce_backward(self, layout: Layout, x: Array) -> None:
         """Announce a backward pass."""
-        self.announce(_describe_input(layout, x), [(2, *layout.broadcast)], _wide_name(layout))
+        self.announce(_describe_input(layout, x), [(2, *layout.broadcast)], wide_name(layout))
 
     def allreduce_moments(self, own: Moments) -> Moments:
         """Return the moments of the joined batch, from the moments of this member's part."""
@@ -88,7 +88,8 @@ def _describe_input(layout: Layout, x: Array) -> str:
     return f"{float_name(layout.xp, x.dtype)} with {layout.channels} channels"
 
 
-def _wide_name(layout: Layout) -> str:
+def wide_name(layout: Layout) -> str:
+    """Return the name of the dtype of sums."""
     return "float64" if layout.wide == layout.xp.float64 else "float32"
 
 

@@ -77,7 +77,7 @@ def forward(
     validate_out(layout, x, out)
     validate_no_overlap(out, x=x, gamma=gamma, beta=beta, where=where, residual=residual)
     w = weights_of(where, x.ndim)
-    xp, found, cuts = layout.xp, [], _cuts(layout, x, size, is_eager_on_host(x))
+    found, cuts = [], _cuts(layout, x, size, is_eager_on_host(x))
     if settings.get("degenerate", "raise") == "raise":  # before anything is written to `out`
         for cut in cuts if where is not None else cuts[-1:]:
             part = cut.of(x)
@@ -89,7 +89,7 @@ def forward(
         given |= {"gamma": cut.vector(gamma), "beta": cut.vector(beta), "out": part[3]}
         y, stats = batch_norm(part[0], **given, **settings)
         found.append((cut, y, stats))
-    y = out if out is not None else _joined(xp, layout, [cut.back(y) for cut, y, _ in found])
+    y = out if out is not None else _joined(cuts[0], [cut.back(y) for cut, y, _ in found])
     return y, _parts(found)
 
 
@@ -114,22 +114,22 @@ def backward(
     validate_out(layout, x, out)
     validate_no_overlap(out, dy=dy, x=x, gamma=gamma, beta=beta, where=where, y=y)
     w = weights_of(where, x.ndim)
-    xp, found = layout.xp, []
+    found, cuts = [], _cuts(layout, x, size, stats.stacked is None)
     out = _result(x) if out is None else out
     single = iter(stats.single)
-    for cut in _cuts(layout, x, size, stats.stacked is None):
+    for cut in cuts:
         own: Any = stats.stacked if cut.parts else next(single)
         z = residual if residual is None or isinstance(residual, bool) else cut.of(residual)
         given: dict[str, Any] = {"axis": cut.axis, "where": cut.of(w), "residual": z, "y": cut.of(y)}
         given |= {"gamma": cut.vector(gamma), "beta": cut.vector(beta), "out": cut.of(out)}
         dx, *grads = batch_norm_backward(cut.of(dy), cut.of(x), own, **given, **settings)
-        sums = [xp.sum(v, axis=cut.batch_axis) if cut.parts else v for v in grads[:2]]
+        sums = [cut.xp.sum(v, axis=cut.batch_axis) if cut.parts else v for v in grads[:2]]
         found.append((cut.back(dx), *sums, *map(cut.back, grads[2:])))
-    dx = out if out is not None else _joined(xp, layout, [f[0] for f in found])
+    dx = out if out is not None else _joined(cuts[0], [f[0] for f in found])
     dgamma, dbeta = (functools.reduce(operator.add, (f[i] for f in found)) for i in (1, 2))
     if len(found[0]) == 3:
         return dx, dgamma, dbeta
-    return dx, dgamma, dbeta, _joined(xp, layout, [f[3] for f in found])
+    return dx, dgamma, dbeta, _joined(cuts[0], [f[3] for f in found])
 
 
 class _Cut(NamedTuple):
@@ -201,11 +201,8 @@ def _result(x: Array) -> Array | None:
     return compat.array_namespace(x).empty_like(x) if compat.is_cupy_array(x) else None
 
 
-def _joined(xp: Any, layout: Layout, pieces: list[Array]) -> Array:
-    if len(pieces) == 1:
-        return pieces[0]
-    first = next(i for i in range(len(layout.broadcast)) if i not in layout.channel_axes)
-    return xp.concat(pieces, axis=first)
+def _joined(cut: _Cut, pieces: list[Array]) -> Array:
+    return pieces[0] if len(pieces) == 1 else cut.xp.concat(pieces, axis=cut.batch_axis)
 
 
 def _parts(found: list[Any]) -> Parts:

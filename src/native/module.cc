@@ -253,11 +253,11 @@ struct Renormalized {
     }
 };
 
-// forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted, renorm=None, fewest=2)
-// -> (y, Moments) or None; `fewest` are the values of a mask that a channel needs
+// forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted, renorm=None)
+// -> (y, Moments) or None
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     bool trusted = n >= 10 && args[9] == Py_True;
-    if (!arguments(n, std::clamp<Py_ssize_t>(n, 10, 12), trusted)) return nullptr;
+    if (!arguments(n, std::clamp<Py_ssize_t>(n, 10, 11), trusted)) return nullptr;
     Array x, gamma, beta, z, out;
     Channels channels;
     if (!read_big(args[0], x) || !channels.set(args[3], x) || channels.values < 2)
@@ -273,9 +273,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
         return declined();
     if (call.weights.data && call.weights.dtype != MASK && !trusted) return declined();
     Renorm renorm;
-    double fewest = 2;
     if (n > 10 && !renorm.set(args[10], channels, call)) return declined();
-    if (n > 11 && !number_at_least_0(args[11], fewest)) return declined();
     bool given = args[8] != Py_None;
     if (given) {
         if (!takes_out(args[8], x, nullptr, trusted, out)) return declined();
@@ -289,7 +287,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Result y(x, args[8], out);
     if (!y.object || !stats.make(4, channels, DOUBLE, x) || !set_threads(call, x)) return nullptr;
     set_statistics(call, stats);
-    if (call.weights.dtype != MASK) fewest = 0;
+    double fewest = call.weights.data && call.weights.dtype == MASK ? 2 : 0;
     bool enough = true;
     if (!run(x, [&] {
             enough = bn::forward(call, x.operand(), out.operand(), Wanted::ALL, fewest);
@@ -639,8 +637,7 @@ PyObject* isas(PyObject*, PyObject*) {
 PyMethodDef METHODS[] = {
     FUNCTION("setup", setup, "setup(Moments, get_num_threads, empty_like)"),
     FUNCTION("forward", forward, 
-             "forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted, renorm=None, "
-             "fewest=2)"),
+             "forward(x, gamma, beta, axis, eps, where, residual, activation, out, trusted, renorm=None)"),
     FUNCTION("moments", moments, "moments(x, axis, where)"),
     FUNCTION("inference", inference,
              "inference(x, mean, var, mean_lo, gamma, beta, axis, eps, residual, activation, out, trusted)"),

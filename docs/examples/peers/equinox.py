@@ -4,6 +4,8 @@ from functools import partial
 
 import numpy as np
 
+from batchnorm.audit.of_jax import derivatives
+
 PEERS = {
     "equinox-batch": 'Equinox, eqx.nn.BatchNorm(mode="batch")',
     "equinox-ema": 'Equinox, eqx.nn.BatchNorm(mode="ema")',
@@ -82,28 +84,13 @@ def peer(name):
     def y(x, gamma, beta, eps):
         return norm(x, gamma, beta, None, None, eps=eps)[0]
 
-    def dx(dy, x, gamma, eps):
-        return jax.vjp(lambda x: y(x, gamma, jnp.zeros_like(gamma), eps), x)[1](dy)[0]
-
-    @partial(jax.jit, static_argnames="eps")
-    def backward(dy, x, gamma, beta, *, eps):
-        return jax.vjp(lambda *given: y(*given, eps), x, gamma, beta)[1](dy)
-
-    @partial(jax.jit, static_argnames="eps")
-    def double_backward(ddx, dy, x, gamma, *, eps):
-        return jax.grad(lambda *given: (ddx * dx(*given, eps)).sum(), (0, 1, 2))(dy, x, gamma)
-
     return {
         "function": function,
-        "backward": backward,
-        "double_backward": double_backward,
+        **derivatives(y),
         "correction": 0,
         "features": [
             *("training", "inference", "running", "start", "shards"),
             *("float16", "bfloat16", "large"),
         ],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"equinox": eqx.__version__, "jax": jax.__version__},
     }

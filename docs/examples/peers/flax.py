@@ -4,6 +4,8 @@ from functools import partial
 
 import numpy as np
 
+from batchnorm.audit.of_jax import derivatives
+
 PEERS = {
     "flax-linen": "Flax linen.BatchNorm",
     "flax-linen-slow-variance": "Flax linen.BatchNorm(use_fast_variance=False)",
@@ -107,28 +109,13 @@ def peer(name):
         mean, var = jnp.zeros_like(gamma), jnp.ones_like(gamma)
         return norm(x, gamma, beta, mean, var, None, training=True, momentum=0.1, eps=eps)[0]
 
-    def dx(dy, x, gamma, eps):
-        return jax.vjp(lambda x: y(x, gamma, jnp.zeros_like(gamma), eps), x)[1](dy)[0]
-
-    @partial(jax.jit, static_argnames="eps")
-    def backward(dy, x, gamma, beta, *, eps):
-        return jax.vjp(lambda *given: y(*given, eps), x, gamma, beta)[1](dy)
-
-    @partial(jax.jit, static_argnames="eps")
-    def double_backward(ddx, dy, x, gamma, *, eps):
-        return jax.grad(lambda *given: (ddx * dx(*given, eps)).sum(), (0, 1, 2))(dy, x, gamma)
-
     return {
         "function": function,
-        "backward": backward,
-        "double_backward": double_backward,
+        **derivatives(y),
         "correction": 0,
         "features": [
             *("training", "inference", "running", "start", "where", "shards", "axis"),
             *("mixed", "float16", "bfloat16", "large"),
         ],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"flax": flax.__version__, "jax": jax.__version__},
     }

@@ -122,8 +122,5 @@ def peer(name):
             *("mixed", "float16", "bfloat16", "large"),
             *(["float64", "float64_parameters"] if backend != "jax" else []),
         ],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"keras": keras.__version__, backend: framework.__version__},
     }

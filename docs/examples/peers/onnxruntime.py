@@ -60,8 +60,5 @@ def peer(name):
         "function": function,
         "correction": 0,
         "features": [*(["training", "running"] if in_training else ["inference"]), "large"],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
     }

@@ -28,8 +28,5 @@ def peer(name):
     return {
         "function": function,
         "features": ["inference", "large"],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"openvino": openvino.__version__},
     }

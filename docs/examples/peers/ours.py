@@ -103,8 +103,5 @@ def peer(name):
         "double_backward": on_target(second_derivatives),
         "set_threads": bn.set_num_threads if eager else None,
         "features": features,
-        "expected_failures": {
-            check: why for why, checks in KNOWN.get(name, {}).items() for check in checks.split()
-        },
         "versions": {"batchnorm": bn.__version__, library: module.__version__},
     }

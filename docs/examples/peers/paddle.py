@@ -80,8 +80,5 @@ def peer(name):
         "double_backward": double_backward,
         "correction": 0,
         "features": ["training", "inference", "running", "start", "float64", "large"],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"paddlepaddle": paddle.__version__},
     }

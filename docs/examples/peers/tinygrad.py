@@ -54,8 +54,5 @@ def peer(name):
         "backward": backward,
         "double_backward": double_backward,
         "features": ["training", "inference", "running", "start", "float16", "large"],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"tinygrad": importlib.metadata.version("tinygrad")},
     }

@@ -78,8 +78,5 @@ def peer(name):
             *("training", "inference", "running", "start", "mixed"),
             *("float16", "bfloat16", "float64", "large"),
         ],
-        "expected_failures": {
-            check: why for why, checks in KNOWN[name].items() for check in checks.split()
-        },
         "versions": {"torch": torch.__version__},
     }

@@ -1,7 +1,8 @@
 """Adapters: a Python file for each framework, which brings its batch norm to the form of the checks.
 
 A file has the table ``PEERS``, name → what it is, and the function ``peer(name)``, which imports the
-framework and returns the arguments of `check_batch_norm`, and ``versions``, a dict.
+framework and returns the arguments of `check_batch_norm`, and ``versions``, a dict. A table ``KNOWN``,
+name → reason → checks in one string, says which failures are expected of whom.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class AdapterError(Exception):
 
 
 def load(file: Path) -> tuple[dict[str, str], Callable[[str], dict[str, Any]]]:
-    """Execute a file, and return its table and its function.
+    """Execute a file, and return its table and its function, which adds what is known.
 
     Raises
     ------
@@ -49,7 +50,14 @@ def load(file: Path) -> tuple[dict[str, str], Callable[[str], dict[str, Any]]]:
     peers, peer = getattr(module, "PEERS", None), getattr(module, "peer", None)
     if not isinstance(peers, dict) or not callable(peer):
         raise AdapterError(f"{file} has no dict PEERS and function peer(name)")
-    return peers, peer
+    known = getattr(module, "KNOWN", {})
+
+    def arguments(name: str) -> dict[str, Any]:
+        reasons = known.get(name, {}).items()
+        expected = {check: why for why, checks in reasons for check in checks.split()}
+        return {"expected_failures": expected, **peer(name)}
+
+    return peers, arguments
 
 
 def known() -> list[Adapter]:
@@ -70,7 +78,7 @@ def find(names: Sequence[str]) -> list[Adapter]:
     """
     if not names:
         return known()
-    found = []
+    found, own = [], [] if all(name.endswith(".py") for name in names) else known()
     for name in names:
         if name.endswith(".py"):
             if not Path(name).is_file():
@@ -78,9 +86,9 @@ def find(names: Sequence[str]) -> list[Adapter]:
             file = Path(name).resolve()
             found += [Adapter(file, *item) for item in load(file)[0].items()]
             continue
-        named = [a for a in known() if a.name == name] or [a for a in known() if a.file.stem == name]
+        named = [a for a in own if a.name == name] or [a for a in own if a.file.stem == name]
         if not named:
-            words = ", ".join(a.name for a in known()) or "none comes with this installation"
+            words = ", ".join(a.name for a in own) or "none comes with this installation"
             raise AdapterError(f"got {name!r}, expected the path of a .py file, or one of: {words}")
         found += named
     return list(dict.fromkeys(found))

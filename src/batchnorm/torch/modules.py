@@ -15,7 +15,7 @@ from batchnorm.degenerate import CHOICES
 from batchnorm.epilogue import Activation
 from batchnorm.errors import fail
 from batchnorm.torch.leaving import is_exporting
-from batchnorm.training import limits_at, validate_renorm
+from batchnorm.training import limits_at, validate_renorm, validate_together
 
 Module = Any
 
@@ -156,8 +156,7 @@ class _Module(groups.Shared, nn.Module):
     ) -> None:
         validate_choice("degenerate", degenerate, CHOICES)
         validate_renorm(renorm)
-        if renorm is not None and degenerate != "raise":
-            fail(ValueError, "renorm", f"one beside degenerate={degenerate!r}", "degenerate='raise'")
+        validate_together(renorm, None, degenerate, None)
         super().__init__(*arguments, **named)
         if renorm is not None and self.running_mean is None:
             fail(ValueError, "renorm", "one without running statistics", "track_running_stats=True")
