@@ -154,6 +154,8 @@ class Draw:
         before = [a.copy() if isinstance(a, np.ndarray) else a for a in flat(arguments)]
         given = mapped(into, arguments)
         options = {}
+        if self.target.library == "jax":  # whose arrays nothing can be written to
+            aliased = out = None
         if aliased is not None:
             options = {"out": given[aliased]}
         elif out is not None:

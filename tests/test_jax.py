@@ -13,10 +13,13 @@ import jax.numpy as jnp  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def _x64():
+@pytest.fixture(autouse=True, params=[None, pytest.param("jax", marks=pytest.mark.slow)])
+def kernels(request):
+    """The compiled core where it can run, and array code."""
+    bn.set_kernels(request.param)
     with jax.enable_x64(True):
-        yield
+        yield request.param
+    bn.set_kernels(None)
 
 
 def arrays(shape=(4, 3, 5), channels=3, seed=0):
@@ -85,7 +88,8 @@ def test_numpy_s_arrays_and_tangents_in_transformations():
 def test_gradients_of_normalize():
     x, gamma, beta = arrays()
     mean, var = arrays(seed=1)[1], jnp.abs(arrays(seed=2)[1]) + 0.5
-    check_grads(bn.normalize, (x, mean, var, gamma, beta), order=2)
+    normalize = lambda *given: bn.normalize(*map(jnp.asarray, given))  # noqa: E731
+    check_grads(normalize, (x, mean, var, gamma, beta), order=2)
 
 
 def test_cotangents_that_are_not_uniform():
@@ -182,14 +186,14 @@ def test_a_gradient_of_the_backward_pass_beside_nan():
         np.testing.assert_allclose(a[:4], b[:4], rtol=1e-9, atol=1e-9)
 
 
-def test_which_kernels_run():
-    """The pass with a rule, eager and traced; JAX's own derivative for gradients to weights and eps."""
-    x = arrays()[0]
-    assert bn.kernels_for(x).name == "jax"
+def test_which_kernels_run(kernels):
+    """Those with rules, eager and traced; JAX's own derivative for gradients to weights and eps."""
+    x, expected = arrays()[0], kernels or "native"
+    assert bn.kernels_for(x).name == expected
     seen = []
     jax.grad(lambda x: (seen.append(bn.kernels_for(x).name), x.sum())[1])(x)
     jax.jit(lambda x: (seen.append(bn.kernels_for(x).name), x)[1])(x)
-    assert seen == ["jax", "jax"]
+    assert seen == [expected, expected]
     w = weights(x.shape, "weights") + 0.5
     check_grads(lambda w: bn.batch_norm(x, where=jnp.asarray(w))[0], (w,), order=1)
     check_grads(lambda eps: bn.batch_norm(x, eps=jnp.asarray(eps))[0], (jnp.asarray(0.1),), order=1)

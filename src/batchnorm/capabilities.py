@@ -61,7 +61,12 @@ LIBRARIES = {
         "torch",
         "cuda: not run yet",
     ),
-    "jax": Library("jax.numpy", ("eager", "eager-x64", "jit", "jit-x64"), "jax"),
+    "jax": Library(
+        "jax.numpy",
+        ("eager", "eager-x64", "jit", "jit-x64", "jit-x64-jax"),
+        "jax",
+        "jit-x64-jax: array code, as on GPUs and TPUs",
+    ),
     "dask": Library("dask.array", ("lazy",), "dask", "`compute` is never called"),
     "cupy": Library(
         "cupy", ("cupy", "generic"), "cupy-cuda13x", "not run yet: its kernels only as executed on a CPU"

@@ -23,6 +23,7 @@ VARIABLE = "BATCHNORM_NUM_THREADS"
 _lock = threading.RLock()  # reentrant, because a finalizer may call a kernel at any point
 _chosen: int | None = None
 _pool: ThreadPoolExecutor | None = None
+_watching: list[Callable[[int], Any]] = []
 
 
 def set_num_threads(n: int | None) -> None:
@@ -47,6 +48,14 @@ def set_num_threads(n: int | None) -> None:
         _chosen, old, _pool = n, _pool, None
     if old is not None:
         old.shutdown(wait=False)  # callers process what it has not begun
+    for tell in _watching:
+        tell(get_num_threads())
+
+
+def watch(tell: Callable[[int], Any]) -> None:
+    """Tell the number of threads, now and whenever it is set, to who cannot ask."""
+    tell(get_num_threads())
+    _watching.append(tell)
 
 
 def get_num_threads() -> int:

@@ -14,6 +14,8 @@
 #include <string>
 #include <thread>
 
+#include "xla.h"
+
 namespace {
 
 PyObject* moments_of(Vectors& stats) {
@@ -633,6 +635,25 @@ PyObject* isas(PyObject*, PyObject*) {
     return names ? pair(names, PyUnicode_FromString(kernels->name)) : nullptr;
 }
 
+// xla_handlers() -> capsules of XLA's handlers, by name
+PyObject* xla_handlers(PyObject*, PyObject*) {
+    PyObject* found = PyDict_New();
+    for (const bn::xla::Handler* h = bn::xla::HANDLERS; found && h->name; ++h) {
+        PyObject* capsule = PyCapsule_New(h->function, nullptr, nullptr);
+        if (!capsule || PyDict_SetItemString(found, h->name, capsule)) Py_CLEAR(found);
+        Py_XDECREF(capsule);
+    }
+    return found;
+}
+
+// set_xla_threads(count): how many threads of XLA a call may use
+PyObject* set_xla_threads(PyObject*, PyObject* count) {
+    long n = PyLong_AsLong(count);
+    if (PyErr_Occurred()) return nullptr;
+    bn::xla::set_thread_count((int)n);
+    Py_RETURN_NONE;
+}
+
 #define FUNCTION(name, function, doc) {name, (PyCFunction)(void (*)())function, METH_FASTCALL, doc}
 PyMethodDef METHODS[] = {
     FUNCTION("setup", setup, "setup(Moments, get_num_threads, empty_like)"),
@@ -652,6 +673,8 @@ PyMethodDef METHODS[] = {
     FUNCTION("grad_input", grad_input, "grad_input(dy, x, m, a, b, c, where, axis, out)"),
     FUNCTION("use_tensors", use_tensors, "use_tensors(Tensor, Parameter, exchange, empty_like)"),
     FUNCTION("fits", fits, "fits(x, axis, *vectors)"),
+    {"xla_handlers", xla_handlers, METH_NOARGS, "xla_handlers() -> capsules, by name"},
+    {"set_xla_threads", set_xla_threads, METH_O, "set_xla_threads(count)"},
     {"instruction_sets", isas, METH_NOARGS, "instruction_sets() -> (names, the one in use)"},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -676,5 +699,6 @@ PyMODINIT_FUNC PyInit__core() {
             names.c_str());
         return nullptr;
     }
+    bn::xla::use(kernels);
     return PyModule_Create(&MODULE);
 }

@@ -191,7 +191,8 @@ def _for_cupy() -> tuple[Candidate, ...]:
 
 
 def _for_jax() -> tuple[Candidate, ...]:
-    return _of(frameworks.load("jax").JAX), _of(GENERIC)
+    native, jax = frameworks.load("jax.native").NATIVE_JAX, frameworks.load("jax.array_code").JAX
+    return _of(native), _of(jax), _of(GENERIC)
 
 
 def _for_dask() -> tuple[Candidate, ...]:

@@ -222,7 +222,8 @@ class Jax(Target):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         jax = importlib.import_module("jax")
-        with jax.enable_x64("x64" in self.device_name):
+        asked = "jax" if self.device_name.endswith("-jax") else None
+        with jax.enable_x64("x64" in self.device_name), kernels(asked or bn.get_kernels()):
             yield
 
     def asarray(self, a: Array) -> Array:
@@ -363,7 +364,8 @@ PARTS = {
     "jax": Part(
         ("jit-x64",),
         "what a case calls is compiled, operator by operator or whole",
-        asked=("jit", "eager-x64"),  # compiled or not, with float64 or not: the other two are enough
+        # Compiled or not, with float64 or not: the other two are enough; array code is for all.
+        asked=("jit", "eager-x64", "jit-x64-jax"),
     ),
     "dask": Part(
         ("lazy",), "its graphs are built and run by an interpreter, and its chunks are NumPy's"

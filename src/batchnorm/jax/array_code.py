@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 
 from batchnorm.backends.base import Backend
@@ -21,9 +20,6 @@ from batchnorm.layout import Layout
 from batchnorm.moments import Moments
 
 Array = Any
-
-# So that an exported function may take or return them; who loads it imports this module before.
-jax.export.register_namedtuple_serialization(Moments, serialized_name="batchnorm.Moments")
 
 
 class Jax(Backend):
