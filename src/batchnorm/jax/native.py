@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -37,6 +38,20 @@ def _elsewhere(a: Array) -> str | None:
         if len(devices) > 1:
             return f"an array is sharded over {len(devices)} devices, and XLA can cut array code only"
     return None
+
+
+# Inference is one pass, which XLA runs as fast in array code, and together with what is around it. The core
+# is faster on small arrays, where XLA's threads take longer to start than the pass, and on those whose memory
+# comes anew from the system, which it asks for in large pages; not where vectors are a good part of the data.
+MOST_CHANNELS = 8192
+REUSED_BYTES = range(8 << 20, 32 << 20)
+
+
+def _pays_in_inference(x: Array, layout: Layout) -> bool:
+    if layout.values is None:  # a symbolic shape
+        return False
+    nbytes = math.prod(x.shape) * x.dtype.itemsize
+    return math.prod(layout.channels) <= MOST_CHANNELS and nbytes not in REUSED_BYTES
 
 
 class NativeJax(Backend):
@@ -99,7 +114,7 @@ class NativeJax(Backend):
         out: Array | None = None,
     ) -> Array:
         """Return y from statistics that are given."""
-        if not isinstance(eps, float):
+        if not isinstance(eps, float) or not _pays_in_inference(x, layout):
             return GENERIC.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue)
         activation, residual, *_ = epilogue or (None, None)
         settings = Settings(layout.channel_axes, eps, activation)
