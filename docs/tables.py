@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -47,39 +45,37 @@ def conventions() -> str:
     return markdown(headings, rows)
 
 
-def over_time() -> str:
-    """What airspeed velocity measured: a table for each benchmark, a column for each run."""
+def across() -> str:
+    """What airspeed velocity measured across libraries: a table for each pass."""
     from asv.results import iter_results
 
+    name = "across.Across.track_copies"
     folder = pathlib.Path(__file__).parents[1] / "asv_benchmarks" / "results"
-    units = json.loads((folder / "benchmarks.json").read_text())
-    runs = sorted(iter_results(str(folder)), key=lambda run: run.date)
-    days = [datetime.datetime.fromtimestamp(run.date / 1000, datetime.UTC).date() for run in runs]
-    found: dict[str, dict[str, list[str]]] = {}
-    for i, run in enumerate(runs):
-        for name in sorted(run.get_all_result_keys()):
-            parameters = run.get_result_params(name)
-            values = run.get_result_value(name, parameters)
-            for case, value in zip(itertools.product(*parameters), values, strict=True):
-                words = ", ".join(word.strip("'") for word in case)
-                row = found.setdefault(name, {}).setdefault(words, [""] * len(runs))
-                unit = units.get(name, {}).get("unit", "")
-                row[i] = "failed" if value is None else f"{value:.3g} {unit}"
-    commits = [f"`{run.commit_hash[:7]}`" for run in runs]
-    machines = [
-        (c, day, run.params.get("cpu", run.params["machine"]))
-        for c, day, run in zip(commits, days, runs, strict=True)
-    ]
-    parts = [markdown(["commit", "day", "machine"], machines)]
-    for name, rows in found.items():
-        parts += [f"## {name}\n", markdown(["", *commits], [(w, *row) for w, row in rows.items()])]
+    runs = [run for run in iter_results(str(folder)) if name in run.get_all_result_keys()]
+    if not runs:
+        return "Not measured yet.\n"
+    run = max(runs, key=lambda run: run.date)
+    parameters = [[v.strip("'") for v in values] for values in run.get_result_params(name)]
+    values = run.get_result_value(name, run.get_result_params(name))
+    found = dict(zip(itertools.product(*parameters), values, strict=True))
+    libraries, backends, shapes, passes = parameters
+    machine = run.params.get("cpu", run.params["machine"])
+    parts = [f"Commit `{run.commit_hash[:7]}`, {run.params.get('num_cpu', '?')} cores of {machine}.\n"]
+    for which in passes:
+        rows = []
+        for library, shape in itertools.product(libraries, shapes):
+            cells = [found[library, backend, shape, which] for backend in backends]
+            if any(v is not None and v == v for v in cells):
+                shown = ["" if v is None or v != v else f"{v:.3g}" for v in cells]
+                rows.append([library, shape, *shown])
+        parts += [f"### {which.capitalize()} pass\n", markdown(["arrays of", "shape", *backends], rows)]
     return "\n".join(parts)
 
 
 def write(folder: pathlib.Path) -> None:
     """Write each table to a file that pages include."""
     folder.mkdir(exist_ok=True)
-    for table in (support, gaps, conventions, over_time):
+    for table in (support, gaps, conventions, across):
         (folder / f"{table.__name__}.md").write_text(table())
 
 

@@ -94,12 +94,13 @@ class Build:
         source.write_text('#include "job.h"\n' + STUB.format(name))
         return self.compile(source, kind)
 
-    def program(self, kind, kernels, replaced=()):
+    def program(self, kind, kernels, replaced=(), test="core"):
         """Link a program with `kernels`, by instruction set; `replaced` are other objects, by source."""
         own = {"address": "undefined"}.get(kind, kind)
-        objects = {name: self.core(name, own) for name in ("core", "plan", "threads")} | dict(replaced)
-        test = {"address": "address-test"}.get(kind, kind)
-        objects["test"] = self.compile(TESTS / "test_core.cc", test)
+        sources = ("core", "plan", "threads", *(["xla"] if test == "xla" else []))
+        objects = {name: self.core(name, own) for name in sources} | dict(replaced)
+        seen_by = {"address": "address-test"}.get(kind, kind) if test == "core" else kind
+        objects["test"] = self.compile(TESTS / f"test_{test}.cc", seen_by)
         for name in ("baseline", *SETS):
             objects[name] = kernels.get(name) or self.stub(name, "plain")
         target = self.folder / f"program-{len(list(self.folder.glob('program-*')))}"
@@ -170,6 +171,43 @@ def test_threads_have_no_races(build, sets, kernels_with_threads):
     """Under ThreadSanitizer, which threads after a fork are not for. What is shared, any set shares."""
     program = build.program("thread", kernels_with_threads)
     check(program, sets[-1], "tiles", "epilogues", "callers", "pool")
+
+
+@pytest.mark.slow
+def test_handlers_for_xla(build, sets, kernels_with_threads):
+    """Under ThreadSanitizer, with pools that are late, stalled, absent, or the caller's own thread."""
+    check(build.program("thread", kernels_with_threads, test="xla"), sets[-1])
+
+
+XLA_FAULTS = {
+    "nobody waits for tasks that run": (
+        "state != CLOSED; ++i)",
+        "false; ++i)",
+        "ThreadSanitizer: ",
+    ),
+    "a task begins after the call": (
+        "if (!(shared->state.fetch_add(RUNNING) & CLOSED))",
+        "shared->state.fetch_add(RUNNING);",
+        "",
+    ),
+    "the caller frees what late tasks look at": (
+        "if (owners.fetch_sub(1) == 1) delete this;",
+        "if (owners.fetch_sub(1) == owners.load() + 1) delete this;",
+        "",
+    ),
+    "results lie where the statistics do": ("const Buffer& v = reader_.result();", "const Buffer& v = reader_.argument();", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", XLA_FAULTS)
+def test_a_fault_in_the_handlers_is_caught(fault, build, sets, kernels_with_threads, tmp_path):
+    right, wrong, said = XLA_FAULTS[fault]
+    broken = Build(tmp_path, copy(tmp_path, ("xla.cc", right, wrong)))
+    replaced = {"xla": broken.core("xla", "thread")}
+    done = outcome(build.program("thread", kernels_with_threads, replaced, test="xla"), sets[-1])
+    assert done.returncode != 0
+    assert said in done.stdout, done.stdout[-3000:]
 
 
 # Faults by name: the source, the right text, and a wrong one in its place; how the program is compiled,

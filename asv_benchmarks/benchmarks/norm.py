@@ -1,30 +1,24 @@
 """Library x shape x layout x dtype x pass: time, memory, share of a copy's speed, error."""
 
-import multiprocessing
-import statistics
-import time
-
 import numpy as np
 
 import batchnorm as bn
 from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES, case
 
+from .copies import medians
 from .libraries import LIBRARIES
 
 OURS = [name for name in LIBRARIES if name.startswith("batchnorm")]
 DTYPES = ("float32", "float16")
 
 
-def ready(library, shape, layout, dtype, which, fused=False):
-    """A call to time, with its arrays made and its code loaded or compiled.
-
-    With `fused`, a residual is added and a ReLU applied in the same pass.
-    """
+def ready(library, shape, layout, dtype, which):
+    """A call to time, with its arrays made and its code loaded or compiled."""
     if dtype != "float32" and not library.startswith("batchnorm ("):
         raise NotImplementedError  # asv skips the combination
     prepare, kernels = LIBRARIES[library]
     bn.set_kernels(kernels)
-    call = prepare(case(SHAPES[shape], layout, dtype, fused=fused), which)
+    call = prepare(case(SHAPES[shape], layout, dtype), which)
     if call is None:
         raise NotImplementedError
     call()
@@ -62,24 +56,6 @@ class Memory:
         self.call()
 
 
-def medians(*calls, rounds=9):
-    """Median seconds of calls that take turns, so that a slow moment of the machine hits all."""
-    seconds = [[] for _ in calls]
-    repeats = []
-    for call in calls:
-        call()
-        begin = time.perf_counter()
-        call()
-        repeats.append(max(1, round(5e-3 / max(1e-7, time.perf_counter() - begin))))
-    for _ in range(rounds):
-        for call, repeat, mine in zip(calls, repeats, seconds, strict=True):
-            begin = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            mine.append((time.perf_counter() - begin) / repeat)
-    return [statistics.median(mine) for mine in seconds]
-
-
 class ShareOfCopy:
     """How fast a pass is, as a share of the speed at which the same bytes are copied."""
 
@@ -93,44 +69,6 @@ class ShareOfCopy:
         copy = LIBRARIES["copy"][0](case(SHAPES[shape], layout), which)
         mine, limit = medians(call, copy)
         return limit / mine
-
-
-class Gate:
-    """What a change must not slow down: times of a copy that a pass takes, both measured in turns.
-
-    A machine's slow moments hit both, so that the ratio is steadier than either time. Where memory
-    lies, and which threads share a processor, differ from process to process: the median of seven.
-    """
-
-    param_names = ("kernels", "shape", "pass")
-    params = (["native", "numpy"], ["ResNet-50 stage 1"], list(PASSES))
-    unit = "copies"
-    timeout = 300
-    processes = 7
-    fused = False
-
-    def track_copies(self, kernels, shape, which):
-        library = {"native": "batchnorm (native)", "numpy": "batchnorm (NumPy)"}[kernels]
-        ready(library, "MLP, small", "second", "float32", which)  # loads the core before the fork
-        context = multiprocessing.get_context("fork")
-        with context.Pool(1, maxtasksperchild=1) as pool:
-            each = [(library, shape, which, self.fused)] * self.processes
-            return statistics.median(pool.starmap(copies, each, chunksize=1))
-
-
-class GateOfFused(Gate):
-    """The same with a residual and a ReLU."""
-
-    params = (["native", "numpy"], ["ResNet-50 stage 1"], list(PASSES))
-    fused = True
-
-
-def copies(library, shape, which, fused):
-    """How many times as long as a copy a pass takes."""
-    call = ready(library, shape, "second", "float32", which, fused)
-    copy = LIBRARIES["copy"][0](case(SHAPES[shape], "second", fused=fused), which)
-    mine, limit = medians(call, copy, rounds=11)
-    return mine / limit
 
 
 class Error:

@@ -1,0 +1,76 @@
+"""What asv measured over a series of commits: points in the order of commits, and the steps between them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from asv.results import iter_results
+from asv.step_detect import detect_steps
+
+RESULTS = Path(__file__).parent / "results"
+SUBJECTS = RESULTS / "commits.json"
+"""The first line of each measured commit's message."""
+BENCHMARK = "gate.Gate.track_copies"
+FEWEST = 3
+"""Commits of a series; fewer are not shown."""
+THRESHOLD = 1.2
+"""The ratio from which a step is told: processes of one commit differ by a tenth."""
+
+
+class Point(NamedTuple):
+    """A commit and what was measured on it."""
+
+    commit: str
+    value: float
+
+
+class Step(NamedTuple):
+    """The first commit of another speed, and the levels before and from it."""
+
+    commit: str
+    before: float
+    after: float
+
+
+Series = dict[tuple[str, ...], list[Point]]
+
+
+def measured(folder: Path = RESULTS, benchmark: str = BENCHMARK) -> dict[str, Series]:
+    """Return for each machine (and environment) the points of each combination of parameters."""
+    found: dict[str, Series] = {}
+    for run in sorted(iter_results(str(folder)), key=lambda run: run.date):
+        if benchmark not in run.get_all_result_keys():
+            continue
+        pure = run.env_name.endswith("BATCHNORM_NATIVE0")
+        machine = run.params["machine"] + (", without the core" if pure else "")
+        parameters = run.get_result_params(benchmark)
+        values = run.get_result_value(benchmark, parameters)
+        for case, value in zip(itertools.product(*parameters), values, strict=True):
+            if value is not None and value == value:
+                words = tuple(word.strip("'") for word in case)
+                point = Point(run.commit_hash, value)
+                found.setdefault(machine, {}).setdefault(words, []).append(point)
+    return {
+        machine: {case: points for case, points in series.items() if len(points) >= FEWEST}
+        for machine, series in found.items()
+        if any(len(points) >= FEWEST for points in series.values())
+    }
+
+
+def steps(points: list[Point]) -> list[Step]:
+    """Return where asv detects that the level changes, by the threshold at least."""
+    levels = detect_steps([point.value for point in points])
+    found = []
+    for (_, end, before, *_), (_, _, after, *_) in itertools.pairwise(levels):
+        if max(before / after, after / before) >= THRESHOLD:
+            found.append(Step(points[end].commit, before, after))
+    return found
+
+
+def subjects() -> dict[str, str]:
+    """Return the subjects of commits that `history` has measured."""
+    found: dict[str, str] = json.loads(SUBJECTS.read_text()) if SUBJECTS.exists() else {}
+    return found
