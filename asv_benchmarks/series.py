@@ -1,4 +1,4 @@
-"""What asv measured over a series of commits: points in the order of commits, and the steps between them."""
+"""What asv measured over a series of commits: points in their order, and the steps between."""
 
 from __future__ import annotations
 

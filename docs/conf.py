@@ -6,6 +6,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import audited
 import chart
+import on_gpu
 import over_time
 import tables
 
@@ -72,6 +73,7 @@ html_favicon = "favicon.svg"
 tables.write(pathlib.Path(__file__).parent / "generated")
 audited.write(pathlib.Path(__file__).parent / "generated")
 over_time.write(pathlib.Path(__file__).parent / "generated")
+on_gpu.write(pathlib.Path(__file__).parent / "generated")
 chart.draw(
     pathlib.Path(__file__).parent / "performance.md",
     pathlib.Path(__file__).parent / "generated" / "speed.png",

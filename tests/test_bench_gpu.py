@@ -1,5 +1,9 @@
 """The GPU benchmark without a GPU: contestants on a CPU, and the summary of given times."""
 
+import csv
+import importlib
+import pathlib
+
 import pytest
 
 from batchnorm.__main__ import main
@@ -9,7 +13,7 @@ from batchnorm.bench.gpu import Result
 
 
 @pytest.mark.parametrize("layout", ["second", "last"])
-@pytest.mark.parametrize("which", ["forward", "backward", "inference"])
+@pytest.mark.parametrize("which", gpu.PASSES)
 def test_contestants_compute_the_same(layout, which):
     (case,) = gpu.cases((6, 4, 5, 5), layout, "float32", "cpu", 1)
     for name in ("batchnorm on PyTorch", "PyTorch"):
@@ -58,3 +62,26 @@ def test_the_output_must_be_a_csv_file(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["bench", "--gpu", "--output", str(tmp_path / "a.png")])
     assert "expected a .csv file" in capsys.readouterr().err
+
+
+def test_a_table_and_charts_are_made_of_the_file(tmp_path, monkeypatch):
+    """What `gpu.run` writes, of given times: 1.5 times the better peer, and the floor's share."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "docs"))
+    on_gpu = importlib.import_module("on_gpu")
+    seconds = {"batchnorm on CuPy": 1e-3, "PyTorch": 2e-3, "PyTorch, cuDNN": 1.5e-3, "copy": 0.6e-3}
+    with (tmp_path / "gpu.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow((*Result._fields, "device", "cache"))
+        for which in gpu.PASSES:
+            for name, s in seconds.items():
+                given = ("8 x 4", "second", "float32", which, name, s, 100.0, 1.0)
+                writer.writerow((*given, "A device, PyTorch 2", 60.0))
+    on_gpu.write(tmp_path, tmp_path / "gpu.csv")
+    page = (tmp_path / "on_gpu.md").read_text()
+    assert "A device, PyTorch 2, 60 MB of second-level cache" in page
+    assert "| batchnorm on CuPy | forward | float32 | second | 1.50 (1.50) | 0.90 |" in page
+    assert "| batchnorm on CuPy | fused backward | float32 | second | 1.50 (1.50) | 2.10 |" in page
+    assert (tmp_path / "gpu-forward.svg").stat().st_size > 1000
+    on_gpu.write(tmp_path, tmp_path / "none.csv")
+    assert "has not been measured yet" in (tmp_path / "on_gpu.md").read_text()

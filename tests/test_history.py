@@ -37,9 +37,8 @@ def folder(tmp_path, monkeypatch):
         made = Results({"machine": "a"}, {}, COMMITS[i], 1000 * i, "3.11", f"env{i}", {})
         values = [None if v[i] is None else v[i] * rng.uniform(0.97, 1.03) for v in LEVELS.values()]
         nothing = [None] * len(values)
-        result = SimpleNamespace(
-            result=values, samples=nothing, number=nothing, params=PARAMETERS, errcode=0, stderr="", profile=None
-        )  # fmt: skip
+        last = {"params": PARAMETERS, "errcode": 0, "stderr": "", "profile": None}
+        result = SimpleNamespace(result=values, samples=nothing, number=nothing, **last)
         benchmark = {"name": series.BENCHMARK, "version": "1", "params": PARAMETERS}
         made.add_result(benchmark, result)
         made.save(str(tmp_path))
@@ -60,7 +59,9 @@ def test_points_are_in_the_order_of_commits(folder):
 
 def test_steps_are_detected_where_they_are(folder):
     found = {case: series.steps(points) for case, points in series.measured(folder)["a"].items()}
-    (faster,), (slower,) = (found[backend, "convolution", "forward"] for backend in ("compiled", "numpy"))
+    (faster,), (slower,) = (
+        found[backend, "convolution", "forward"] for backend in ("compiled", "numpy")
+    )
     assert faster.commit == COMMITS[5]
     assert slower.commit == COMMITS[7]
     np.testing.assert_allclose([*faster[1:], *slower[1:]], [2, 1, 6, 9], rtol=0.05)
@@ -117,8 +118,9 @@ def test_an_unknown_commit_is_an_error_before_anything_is_written():
 def test_the_gate_s_benchmark_runs():
     """Each backend on one small pass; what it gives is a multiple of a copy."""
     sys.path.insert(0, str(BENCHMARKS))
-    import batchnorm as bn
     from benchmarks import gate
+
+    import batchnorm as bn
 
     asked = bn.get_kernels()
     try:

@@ -195,7 +195,11 @@ XLA_FAULTS = {
         "if (owners.fetch_sub(1) == owners.load() + 1) delete this;",
         "",
     ),
-    "results lie where the statistics do": ("const Buffer& v = reader_.result();", "const Buffer& v = reader_.argument();", ""),
+    "results lie where the statistics do": (
+        "const Buffer& v = reader_.result();",
+        "const Buffer& v = reader_.argument();",
+        "",
+    ),
 }
 
 

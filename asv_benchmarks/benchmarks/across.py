@@ -1,4 +1,4 @@
-"""Across libraries: this package on each library's arrays, in array code, and the library's own batch norm."""
+"""Across libraries: this package's backends on their arrays, and the libraries' own batch norm."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ OWN = "its own"
 
 
 def textbook(xp, x, gamma, beta, mean=None, var=None):
-    """The formula with the operators of an array library; in inference with statistics that are given."""
+    """The formula in an array library's operators; in inference with statistics that are given."""
     axes = tuple(i for i in range(x.ndim) if i != AXIS)
     shape = tuple(-1 if i == AXIS else 1 for i in range(x.ndim))
     gamma, beta = xp.reshape(gamma, shape), xp.reshape(beta, shape)
@@ -135,9 +135,11 @@ def flax(given, which):
     x, dy, gamma, beta, mean, var = given
 
     def norm(x, gamma, beta, *stats):
-        layer = nnx.BatchNorm(x.shape[AXIS], axis=AXIS, use_running_average=bool(stats), rngs=nnx.Rngs(0))
-        for variable, v in zip((layer.scale, layer.bias, layer.mean, layer.var), (gamma, beta, *stats)):  # noqa: B905
-            variable.set_value(v)
+        settings = {"axis": AXIS, "use_running_average": bool(stats), "rngs": nnx.Rngs(0)}
+        layer = nnx.BatchNorm(x.shape[AXIS], **settings)
+        given = {"scale": gamma, "bias": beta} | dict(zip(("mean", "var"), stats, strict=False))
+        for name, v in given.items():
+            getattr(layer, name).set_value(v)
         return layer(x)
 
     if which == "backward":
@@ -179,7 +181,7 @@ def synchronized(results):
 
 
 class Across:
-    """A pass as a multiple of a copy, for each library, with this package's backends and the library's own.
+    """A pass as a multiple of a copy, with this package's backends and with the library's own code.
 
     JAX's and Flax's backward pass is timed with its forward pass, in copies for both.
     """

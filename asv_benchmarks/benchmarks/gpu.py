@@ -1,7 +1,7 @@
 """On a GPU, by the device's events: this package, PyTorch with and without cuDNN, a copy."""
 
 from batchnorm.bench import gpu
-from batchnorm.bench.cases import LAYOUTS, PASSES
+from batchnorm.bench.cases import LAYOUTS
 
 SHAPES = [" x ".join(map(str, shape)) for shape in gpu.shapes()]
 
@@ -29,7 +29,7 @@ class OnDevice:
 
 class DevicePasses(OnDevice):
     param_names = ("contestant", "shape", "layout", "dtype", "pass")
-    params = (list(gpu.CONTESTANTS), SHAPES, list(LAYOUTS), list(gpu.DTYPES), list(PASSES))
+    params = (list(gpu.CONTESTANTS), SHAPES, list(LAYOUTS), list(gpu.DTYPES), list(gpu.PASSES))
     unit = "seconds"
 
     def track_seconds(self, contestant, shape, layout, dtype, which):
@@ -40,7 +40,7 @@ class DeviceShareOfFloor(OnDevice):
     """The least traffic that a pass cannot do without, at the copy's speed, over the pass's time."""
 
     param_names = ("contestant", "shape", "layout", "dtype", "pass")
-    params = (list(gpu.OURS), SHAPES, list(LAYOUTS), list(gpu.DTYPES), list(PASSES))
+    params = (list(gpu.OURS), SHAPES, list(LAYOUTS), list(gpu.DTYPES), list(gpu.PASSES))
     unit = "share"
 
     def track_share_of_floor(self, contestant, shape, layout, dtype, which):
@@ -52,7 +52,7 @@ class DeviceError(OnDevice):
     """The largest error of y or dx, in eps of its dtype."""
 
     param_names = ("contestant", "layout", "pass", "mean")
-    params = (list(gpu.CONTESTANTS)[:-1], list(LAYOUTS), list(PASSES), [0.0, 1e4, 1e6])
+    params = (list(gpu.CONTESTANTS)[:-1], list(LAYOUTS), list(gpu.PASSES), [0.0, 1e4, 1e6])
     unit = "eps"
 
     def track_error(self, contestant, layout, which, mean):

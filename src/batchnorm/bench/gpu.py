@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import batchnorm as bn
-from batchnorm.bench.cases import LAYOUTS, PASSES, SHAPES
+from batchnorm.bench.cases import LAYOUTS, SHAPES
+from batchnorm.bench.cases import PASSES as PLAIN
 from batchnorm.bench.report import geometric
 
 Array = Any
@@ -24,9 +25,19 @@ Timed = Callable[[], Any]
 EPS = 1e-5
 DTYPES = ("float32", "float16")
 BATCHES = (32, 256)
+# With a residual and a ReLU in the same pass; peers add and apply theirs in place, after the norm.
+FUSED = ("fused forward", "fused backward")
+PASSES = (*PLAIN, *FUSED)
 # The least memory traffic of each pass, in copies of x: x is read twice and y written once; dy and x are
-# read twice and dx written once; x is read and y written.
-FLOOR = {"forward": 1.5, "backward": 2.5, "inference": 1.0}
+# read twice and dx written once; x is read and y written. Fused, z is read too; and of a backward pass
+# dy, x and y are read, the residual's gradient is written, that and x are read again, and dx is written.
+FLOOR = {
+    "forward": 1.5,
+    "backward": 2.5,
+    "inference": 1.0,
+    "fused forward": 2.0,
+    "fused backward": 3.5,
+}
 # Each contestant is timed in this many rounds, of this many seconds.
 ROUNDS, ROUND_SECONDS = 5, 4e-3
 # At most so many arrays are used in turn, so that none is in the cache from the previous call.
@@ -42,6 +53,8 @@ class Case(NamedTuple):
     beta: Array
     mean: Array
     var: Array
+    z: Array
+    """The residual of fused passes."""
 
 
 class Result(NamedTuple):
@@ -78,7 +91,7 @@ def cases(shape: tuple[int, ...], layout: str, dtype: str, device: str, count: i
     channels = shape[1]
     gamma, beta = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
     mean, var = torch.full_like(gamma, 3.0), torch.ones_like(gamma)
-    return [Case(data(3.0), data(0.0), gamma, beta, mean, var) for _ in range(count)]
+    return [Case(data(3.0), data(0.0), gamma, beta, mean, var, data(0.5)) for _ in range(count)]
 
 
 def _bytes(shape: tuple[int, ...], dtype: str) -> int:
@@ -97,13 +110,18 @@ def package(convert: Callable[[Array], Array]) -> Callable[[Case, str], Timed]:
     """Return a contestant that runs this package on converted tensors."""
 
     def prepare(case: Case, which: str) -> Timed:
-        x, dy, gamma, beta, mean, var = (convert(a) for a in case)
-        if which == "forward":
-            return lambda: bn.batch_norm(x, gamma, beta, eps=EPS)[0]
+        x, dy, gamma, beta, mean, var, z = (convert(a) for a in case)
+        settings: dict[str, Any] = {"eps": EPS}
+        if which in FUSED:
+            settings |= {"residual": z, "activation": "relu"}
+        if which.endswith("forward"):
+            return lambda: bn.batch_norm(x, gamma, beta, **settings)[0]
         if which == "inference":
             return lambda: bn.normalize(x, mean, var, gamma, beta, eps=EPS)
-        _, stats = bn.batch_norm(x, gamma, beta, eps=EPS)
-        return lambda: bn.batch_norm_backward(dy, x, stats, gamma, eps=EPS)[0]
+        y, stats = bn.batch_norm(x, gamma, beta, **settings)
+        if which in FUSED:
+            settings |= {"residual": True, "beta": beta, "y": y}
+        return lambda: bn.batch_norm_backward(dy, x, stats, gamma, **settings)[0]
 
     return prepare
 
@@ -112,31 +130,50 @@ def _to_cupy(a: Array) -> Array:
     return importlib.import_module("cupy").from_dlpack(a)
 
 
-def _native(case: Case, which: str) -> Timed:
-    """Prepare PyTorch's own kernels."""
-    aten = importlib.import_module("torch").ops.aten
-    x, dy, gamma, beta, mean, var = case
-    if which == "inference":
-        return lambda: aten.native_batch_norm(x, gamma, beta, mean, var, False, 0.1, EPS)[0]
-    if which == "forward":
-        return lambda: aten.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)[0]
-    _, m, rstd = aten.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
+Peer = Callable[..., Any]
+
+
+def _peer(forward: Peer, backward: Peer) -> Callable[[Case, str], Timed]:
+    """Return a contestant of two operators of PyTorch, with addition and ReLU after or before them."""
+
+    def prepare(case: Case, which: str) -> Timed:
+        aten = importlib.import_module("torch").ops.aten
+        x, dy, gamma, beta, mean, var, z = case
+        if which == "inference":
+            return lambda: forward(aten, x, gamma, beta, mean, var, False)[0]
+        if which == "forward":
+            return lambda: forward(aten, x, gamma, beta, None, None, True)[0]
+        if which == "fused forward":
+            return lambda: forward(aten, x, gamma, beta, None, None, True)[0].add_(z).relu_()
+        y, *saved = forward(aten, x, gamma, beta, None, None, True)
+        if which == "backward":
+            return lambda: backward(aten, dy, x, gamma, *saved)[0]
+        y = y.add_(z).relu_()
+        relu = aten.threshold_backward
+        return lambda: backward(aten, relu(dy, y, 0), x, gamma, *saved)[0]
+
+    return prepare
+
+
+def _native(aten: Any, *given: Any) -> Any:
+    """Run PyTorch's own kernel."""
+    return aten.native_batch_norm(*given, 0.1, EPS)
+
+
+def _native_backward(aten: Any, dy: Array, x: Array, gamma: Array, m: Array, rstd: Array) -> Any:
     masks = [True, True, True]
-    return lambda: aten.native_batch_norm_backward(dy, x, gamma, None, None, m, rstd, True, EPS, masks)[
-        0
-    ]
+    return aten.native_batch_norm_backward(dy, x, gamma, None, None, m, rstd, True, EPS, masks)
 
 
-def _cudnn(case: Case, which: str) -> Timed:
-    """Prepare PyTorch's call of cuDNN."""
-    aten = importlib.import_module("torch").ops.aten
-    x, dy, gamma, beta, mean, var = case
-    if which == "inference":
-        return lambda: aten.cudnn_batch_norm(x, gamma, beta, mean, var, False, 0.1, EPS)[0]
-    if which == "forward":
-        return lambda: aten.cudnn_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)[0]
-    _, m, rstd, reserve = aten.cudnn_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
-    return lambda: aten.cudnn_batch_norm_backward(x, dy, gamma, None, None, m, rstd, EPS, reserve)[0]
+def _cudnn(aten: Any, *given: Any) -> Any:
+    """Run PyTorch's call of cuDNN."""
+    return aten.cudnn_batch_norm(*given, 0.1, EPS)
+
+
+def _cudnn_backward(
+    aten: Any, dy: Array, x: Array, gamma: Array, m: Array, rstd: Array, reserve: Array
+) -> Any:
+    return aten.cudnn_batch_norm_backward(x, dy, gamma, None, None, m, rstd, EPS, reserve)
 
 
 def _copy(case: Case, which: str) -> Timed:
@@ -148,8 +185,8 @@ def _copy(case: Case, which: str) -> Timed:
 CONTESTANTS: dict[str, Callable[[Case, str], Timed]] = {
     "batchnorm on CuPy": package(_to_cupy),
     "batchnorm on PyTorch": package(lambda a: a),
-    "PyTorch": _native,
-    "PyTorch, cuDNN": _cudnn,
+    "PyTorch": _peer(_native, _native_backward),
+    "PyTorch, cuDNN": _peer(_cudnn, _cudnn_backward),
     "copy": _copy,
 }
 OURS, PEERS = tuple(CONTESTANTS)[:2], tuple(CONTESTANTS)[2:4]
@@ -189,20 +226,30 @@ def device_seconds(calls: list[Timed]) -> float:
 def expected(case: Case, which: str) -> tuple[Array, Array]:
     """Return y or dx in float64, and the magnitude of its terms, to which errors are relative."""
     torch = importlib.import_module("torch")
-    x, dy, gamma, beta, mean, var = (a.double() for a in case)
+    x, dy, gamma, beta, mean, var, z = (a.double() for a in case)
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     axes = tuple(i for i in range(x.ndim) if i != 1)
     if which != "inference":
         mean = x.mean(axes)
         var = (x - mean.reshape(shape)).square().mean(axes)
     scaled = (x - mean.reshape(shape)) / (var + EPS).sqrt().reshape(shape)
-    if which != "backward":
-        y = gamma.reshape(shape) * scaled + beta.reshape(shape)
-        return y, torch.clamp((gamma.reshape(shape) * scaled).abs() + beta.abs().reshape(shape), min=1)
+    y = gamma.reshape(shape) * scaled + beta.reshape(shape)
+    if which in FUSED:
+        y = y + z
+    if not which.endswith("backward"):
+        size = (gamma.reshape(shape) * scaled).abs() + beta.abs().reshape(shape)
+        if which in FUSED:
+            y, size = y.clamp(min=0), size + z.abs()
+        return y, torch.clamp(size, min=1)
+    near = torch.zeros_like(y, dtype=torch.bool)
+    if which in FUSED:  # so near to the kink, the derivative is as y was rounded: any is right
+        near = y.abs() < 4 * torch.finfo(case.x.dtype).eps * (1 + scaled.abs() + z.abs())
+        dy = torch.where(y > 0, dy, 0.0)
     a = (gamma / (var + EPS).sqrt()).reshape(shape)
     n = x.numel() // x.shape[1]
     sums = dy.sum(axes).reshape(shape), (dy * scaled).sum(axes).reshape(shape)
-    return a * (dy - (sums[0] + scaled * sums[1]) / n), (a.abs().max() * dy.abs().max()).expand_as(x)
+    size = (a.abs().max() * dy.abs().max()).expand_as(x)
+    return a * (dy - (sums[0] + scaled * sums[1]) / n), torch.where(near, math.inf, size)
 
 
 def error(result: Array, case: Case, which: str) -> float:
@@ -262,14 +309,27 @@ def run(everything: bool, output: Path) -> int:
                 progress.update(task, advance=1, description=f"{_text(shape)}, {dtype}")
         except KeyboardInterrupt:
             stopped = True
+    device = f"{properties.name}, PyTorch {torch.__version__}"
+    cache = properties.L2_cache_size / 1e6
     with output.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Result._fields)
-        writer.writerows(results)
-    print(f"{properties.name}, PyTorch {torch.__version__}, {len(wanted)} shapes, by device events")
-    print("\n".join(summary(results, properties.L2_cache_size / 1e6)))
+        writer.writerow((*Result._fields, "device", "cache"))
+        writer.writerows((*result, device, cache) for result in results)
+    print(f"{device}, {len(wanted)} shapes, by device events")
+    print("\n".join(summary(results, cache)))
     print(f"every time: {output}" + (", STOPPED before the last shape" if stopped else ""))
     return int(stopped)
+
+
+def read(path: Path) -> tuple[list[Result], str, float]:
+    """Return the results in a file that `run` wrote, the device, and the MB of its cache."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = {"seconds": float, "megabytes": float, "error": float}
+    results = [
+        Result(**{name: kinds.get(name, str)(row[name]) for name in Result._fields}) for row in rows
+    ]
+    return results, rows[0]["device"], float(rows[0]["cache"])
 
 
 def summary(results: list[Result], cache: float) -> list[str]:

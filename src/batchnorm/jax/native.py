@@ -40,9 +40,10 @@ def _elsewhere(a: Array) -> str | None:
     return None
 
 
-# Inference is one pass, which XLA runs as fast in array code, and together with what is around it. The core
-# is faster on small arrays, where XLA's threads take longer to start than the pass, and on those whose memory
-# comes anew from the system, which it asks for in large pages; not where vectors are a good part of the data.
+# Inference is one pass, which XLA runs as fast in array code, and together with what is around it. The
+# core is faster on small arrays, where XLA's threads take longer to start than the pass, and on those
+# whose memory comes anew from the system, which it asks for in large pages; not where vectors are a good
+# part of the data.
 MOST_CHANNELS = 8192
 REUSED_BYTES = range(8 << 20, 32 << 20)
 
