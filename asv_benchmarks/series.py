@@ -11,7 +11,7 @@ from asv.results import iter_results
 from asv.step_detect import detect_steps
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = RESULTS / "commits.json"
+SUBJECTS = RESULTS.parent / "commits.json"
 """The first line of each measured commit's message."""
 BENCHMARK = "gate.Gate.track_copies"
 FEWEST = 3
