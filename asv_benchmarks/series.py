@@ -12,12 +12,12 @@ from asv.step_detect import detect_steps
 
 RESULTS = Path(__file__).parent / "results"
 SUBJECTS = RESULTS.parent / "commits.json"
-"""The first line of each measured commit's message."""
+"""The first line of each measured commit's message, with parents before their children."""
 BENCHMARK = "gate.Gate.track_copies"
 FEWEST = 3
 """Commits of a series; fewer are not shown."""
-THRESHOLD = 1.2
-"""The ratio from which a step is told: processes of one commit differ by a tenth."""
+THRESHOLD = 1.25
+"""The ratio from which a step is told: the factor of the gate."""
 
 
 class Point(NamedTuple):
@@ -41,7 +41,9 @@ Series = dict[tuple[str, ...], list[Point]]
 def measured(folder: Path = RESULTS, benchmark: str = BENCHMARK) -> dict[str, Series]:
     """Return for each machine (and environment) the points of each combination of parameters."""
     found: dict[str, Series] = {}
-    for run in sorted(iter_results(str(folder)), key=lambda run: run.date):
+    order = {commit: i for i, commit in enumerate(subjects())}
+    runs = iter_results(str(folder))
+    for run in sorted(runs, key=lambda run: (order.get(run.commit_hash, len(order)), run.date)):
         if benchmark not in run.get_all_result_keys():
             continue
         pure = run.env_name.endswith("BATCHNORM_NATIVE0")

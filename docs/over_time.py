@@ -28,9 +28,10 @@ def draw(cases: series.Series, which: str, output: pathlib.Path) -> None:
     order, names = commits_of(cases), series.subjects()
     shapes = list(dict.fromkeys(shape for _, shape, _ in cases))
     figure = Figure(figsize=(9, 1.5 * len(shapes) + 2.4), layout="constrained")
-    grid = figure.subplots(len(shapes), len(BACKENDS), sharex=True, squeeze=False)
+    backends = [backend for backend in BACKENDS if any(case[0] == backend for case in cases)]
+    grid = figure.subplots(len(shapes), len(backends), sharex=True, squeeze=False)
     for axes, shape in zip(grid, shapes, strict=True):
-        for chart, backend in zip(axes, BACKENDS, strict=True):
+        for chart, backend in zip(axes, backends, strict=True):
             points = cases.get((backend, shape, which), [])
             places = [order.index(point.commit) for point in points]
             chart.plot(places, [point.value for point in points], "o-", markersize=3, linewidth=1)
@@ -44,7 +45,7 @@ def draw(cases: series.Series, which: str, output: pathlib.Path) -> None:
                     textcoords="offset points", fontsize=7, color="tab:red" if slower else "tab:green",
                 )  # fmt: skip
             chart.axhline(1, color="0.7", linewidth=0.8)
-            chart.set_ylim(0)
+            chart.set_ylim(0, 1.3 * max((point.value for point in points), default=1))
             chart.set_title(f"{shape}, {BACKENDS[backend]}", fontsize=8)
             chart.tick_params(labelsize=7)
     labels = [f"{c[:7]} {textwrap.shorten(names.get(c, ''), 36, placeholder=' …')}" for c in order]

@@ -190,8 +190,9 @@ class Across:
     params = (list(LIBRARIES), [*BACKENDS, OWN], list(CHOSEN), list(PASSES))
     unit = "copies"
     timeout = 300
+    version = "1"
 
-    def track_copies(self, library, backend, shape, which):
+    def setup(self, library, backend, shape, which):
         needs, package, own = LIBRARIES[library]
         prepare = own if backend == OWN else package
         if importlib.util.find_spec(needs) is None:
@@ -204,4 +205,7 @@ class Across:
         given, nbytes = arrays(shape), moved(shape, which, False)
         if needs == "jax" and which == "backward":
             nbytes += moved(shape, "forward", False)
-        return in_copies(lambda: prepare(given, which), nbytes, rounds=7)
+        self.call, self.nbytes = prepare(given, which), nbytes
+
+    def track_copies(self, library, backend, shape, which):
+        return in_copies(lambda: self.call, self.nbytes, rounds=7)
