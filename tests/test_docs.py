@@ -170,6 +170,16 @@ def is_there(words):
     assert (ROOT / words[0 if len(words) == 1 or words[0].startswith("tools") else 1]).exists(), words
 
 
+def history_takes(words):
+    """The options exist; a commit is named by what any clone has. test_history.py runs the command."""
+    assert (ROOT / words[0]).exists()
+    help_text = subprocess.run(
+        [sys.executable, ROOT / words[0], "--help"], capture_output=True, text=True
+    )
+    for word in words[1:]:
+        assert word.startswith("HEAD") or word in help_text.stdout, word
+
+
 def is_run_elsewhere(words):
     """By the gate, by test_suite.py, test_programs and test_own_kernels; asv by hand, for minutes."""
 
@@ -180,6 +190,7 @@ TOOLS = {
     "cd": is_there,
     "script": is_there,
     "gpu_check.sh": is_there,
+    "history": history_takes,
     **dict.fromkeys(
         ("asv", "cmake", "linkchecker", "mpiexec", "mypy", "pre-commit", "pytest"), is_run_elsewhere
     ),

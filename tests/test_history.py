@@ -19,7 +19,7 @@ import over_time  # noqa: E402
 import series  # noqa: E402
 from asv.results import Results  # noqa: E402
 
-COMMITS = [f"{i:040x}" for i in range(0xA00, 0xA09)]
+COMMITS = [f"{i:x}".ljust(40, "0") for i in range(0xA00, 0xA09)]
 PARAMETERS = [["'compiled'", "'numpy'"], ["'convolution'"], ["'forward'", "'backward'"]]
 LEVELS = {
     ("compiled", "convolution", "forward"): [2.0] * 5 + [1.0] * 4,
@@ -32,7 +32,10 @@ LEVELS = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Results as asv writes them, not in the order of commits, with a noise of three per cent."""
-    rng = np.random.default_rng(0)
+    rng, results = np.random.default_rng(0), tmp_path / "results"
+    (results / "a").mkdir(parents=True)
+    machine = {"arch": "", "cpu": "", "machine": "a", "num_cpu": "", "os": "", "ram": "", "version": 1}
+    (results / "a" / "machine.json").write_text(json.dumps(machine))
     for i in (4, 0, 8, 1, 7, 2, 6, 3, 5):
         made = Results({"machine": "a"}, {}, COMMITS[i], 1000 * i, "3.11", f"env{i}", {})
         values = [None if v[i] is None else v[i] * rng.uniform(0.97, 1.03) for v in LEVELS.values()]
@@ -41,11 +44,11 @@ def folder(tmp_path, monkeypatch):
         result = SimpleNamespace(result=values, samples=nothing, number=nothing, **last)
         benchmark = {"name": series.BENCHMARK, "version": "1", "params": PARAMETERS}
         made.add_result(benchmark, result)
-        made.save(str(tmp_path))
+        made.save(str(results))
     names = tmp_path / "commits.json"
-    names.write_text(json.dumps({c: f"subject of {c[-3:]}" for c in COMMITS}))
+    names.write_text(json.dumps({c: f"subject of {c[:3]}" for c in COMMITS}))
     monkeypatch.setattr(series, "SUBJECTS", names)
-    return tmp_path
+    return results
 
 
 def test_points_are_in_the_order_of_commits(folder):

@@ -325,10 +325,8 @@ def read(path: Path) -> tuple[list[Result], str, float]:
     """Return the results in a file that `run` wrote, the device, and the MB of its cache."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    kinds = {"seconds": float, "megabytes": float, "error": float}
-    results = [
-        Result(**{name: kinds.get(name, str)(row[name]) for name in Result._fields}) for row in rows
-    ]
+    kinds: dict[str, Callable[[str], Any]] = {"seconds": float, "megabytes": float, "error": float}
+    results = [Result(*(kinds.get(n, str)(row[n]) for n in Result._fields)) for row in rows]
     return results, rows[0]["device"], float(rows[0]["cache"])
 
 
