@@ -190,6 +190,12 @@ def _own_derivative(array_code: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def _of_statistics(dmean: Array, dvar: Array) -> list[Array]:
+    """Return tangents of count, mean, var and low: the mean's is that of its first part."""
+    zero = jnp.zeros_like(dmean)
+    return _alike([zero, dmean, dvar, zero])
+
+
 def _forward_derivative(primals: Any, tangents: Any, *, names: Names, settings: Settings) -> Any:
     given = dict(zip(names, primals, strict=True))
     along = {n: jnp.asarray(t) for n, t in zip(names, tangents, strict=True) if not _is_zero(t)}
@@ -203,8 +209,7 @@ def _forward_derivative(primals: Any, tangents: Any, *, names: Names, settings: 
     stats = {"count": count, "mean": mean, "var": var, "low": low}
     given |= dict(zip(("beta", "residual", "y"), kept, strict=True)) | linear | stats
     dy, dmean, dvar = TANGENT(settings, **given)
-    zeros = jnp.zeros_like(count), jnp.zeros_like(low)
-    return [y, count, mean, var, low], [dy, zeros[0], dmean, dvar, zeros[1]]
+    return [y, count, mean, var, low], [dy, *_of_statistics(dmean, dvar)]
 
 
 def _moments_derivative(primals: Any, tangents: Any, *, names: Names, settings: Settings) -> Any:
@@ -217,7 +222,7 @@ def _moments_derivative(primals: Any, tangents: Any, *, names: Names, settings: 
     else:  # which no eps changes; that of 1 is fine with a variance of 0
         given |= {"dx": tangents[0], "count": count, "mean": mean, "var": var, "low": low}
         _, dmean, dvar = TANGENT(settings._replace(eps=1.0), **given)
-    return [count, mean, var, low], [jnp.zeros_like(count), dmean, dvar, jnp.zeros_like(low)]
+    return [count, mean, var, low], _of_statistics(dmean, dvar)
 
 
 def _transposed_tangent(
