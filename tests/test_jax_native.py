@@ -100,6 +100,14 @@ def both_of(function, x, gamma, beta, dy):
     return y, *pullback(dy)
 
 
+def test_traced_arrays_of_another_device_have_array_code(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seen = []
+    jax.eval_shape(lambda x: (seen.append(bn.kernels_for(x)), x)[1], jnp.ones((4, 3)))
+    assert seen[0].name == "jax"
+    assert "traced arrays are computed on the default device, a gpu" in seen[0].why
+
+
 def test_what_is_lowered_for_a_gpu_is_array_code():
     x, gamma, beta, _, dy = arrays(dtype=np.float32)
     for platform in ("cuda", "tpu"):

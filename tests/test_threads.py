@@ -245,3 +245,13 @@ def test_give_back_never_waits():
     y, _ = bn.batch_norm(x)
     with outputs._lock:
         del y  # would hang if it waited
+
+
+def test_a_huge_number_of_threads_is_as_many_as_there_can_be():
+    x = np.random.default_rng(0).standard_normal((8, 16, 64, 64), dtype=np.float32)
+    expected, _ = bn.batch_norm(x)
+    bn.set_num_threads(10**30)
+    try:
+        np.testing.assert_array_equal(bn.batch_norm(x)[0], expected)
+    finally:
+        bn.set_num_threads(None)

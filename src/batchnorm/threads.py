@@ -49,13 +49,17 @@ def set_num_threads(n: int | None) -> None:
     if old is not None:
         old.shutdown(wait=False)  # callers process what it has not begun
     for tell in _watching:
-        tell(get_num_threads())
+        tell(_default() if n is None else n)
 
 
 def watch(tell: Callable[[int], Any]) -> None:
-    """Tell the number of threads, now and whenever it is set, to who cannot ask."""
+    """Tell the number of threads, now and whenever it changes, to code that cannot ask."""
     tell(get_num_threads())
     _watching.append(tell)
+
+
+def _default() -> int:
+    return int_from_environment(VARIABLE, 1, "a whole number >= 1") or usable_cpus()
 
 
 def get_num_threads() -> int:
@@ -73,7 +77,9 @@ def get_num_threads() -> int:
     """
     global _chosen
     if _chosen is None:
-        _chosen = int_from_environment(VARIABLE, 1, "a whole number >= 1") or usable_cpus()
+        _chosen = _default()
+        for tell in _watching:
+            tell(_chosen)
     return _chosen
 
 

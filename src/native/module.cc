@@ -130,6 +130,13 @@ bool set_backward_epilogue(
     return array ? set_residual(residual, x, z, call) : !gradient;
 }
 
+// A number of threads, which users may set as high as they like; no more than there can be.
+int thread_count_of(PyObject* count) {
+    int overflow;
+    long n = PyLong_AsLongAndOverflow(count, &overflow);
+    return overflow > 0 || n > MOST_THREADS ? MOST_THREADS : (int)n;
+}
+
 bool set_threads(Call& call, const Array& x) {
     call.kernels = kernels;
     call.threads = nullptr;
@@ -137,7 +144,7 @@ bool set_threads(Call& call, const Array& x) {
     if (x.nbytes() * MAX_OPERANDS < ALONE_BYTES) return true;  // no plan would use another
     PyObject* count = PyObject_CallNoArgs(get_num_threads);
     if (!count) return false;
-    call.thread_count = (int)PyLong_AsLong(count);
+    call.thread_count = thread_count_of(count);
     Py_DECREF(count);
     if (PyErr_Occurred()) return false;
     if (x.tensor) call.threads = torch_threads(call.thread_count);
@@ -648,9 +655,9 @@ PyObject* xla_handlers(PyObject*, PyObject*) {
 
 // set_xla_threads(count): how many threads of XLA a call may use
 PyObject* set_xla_threads(PyObject*, PyObject* count) {
-    long n = PyLong_AsLong(count);
+    int n = thread_count_of(count);
     if (PyErr_Occurred()) return nullptr;
-    bn::xla::set_thread_count((int)n);
+    bn::xla::set_thread_count(n);
     Py_RETURN_NONE;
 }
 

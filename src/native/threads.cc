@@ -103,7 +103,7 @@ void work(Slot& slot) {
     }
 }
 
-constexpr int MOST_WORKERS = 255;
+constexpr int MOST_WORKERS = MOST_THREADS - 1;
 
 class Pool final : public Threads {
 public:

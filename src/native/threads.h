@@ -6,6 +6,9 @@
 
 namespace bn {
 
+// Threads of one call, the caller among them.
+constexpr int MOST_THREADS = 256;
+
 // Something to run on several threads: task(context, 0) on the caller, and task(context, k) for some
 // 0 < k < count on others, each at most once. A task takes what is left to do, so that any of the others
 // may be missing. `run` returns when all that were begun have ended.
