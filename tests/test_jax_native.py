@@ -121,13 +121,25 @@ def test_what_is_lowered_for_a_gpu_is_array_code():
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("w", ["mask", *(pytest.param(w, marks=SLOW) for w in (None, "weights"))])
 @pytest.mark.parametrize(
-    "activation",
-    [None, "relu", *(pytest.param(a, marks=SLOW) for a in ("silu", ("leaky_relu", 0.1)))],
+    ("w", "activation", "residual"),
+    [
+        ("mask", "relu", True),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                (None, None, False),
+                (None, None, True),
+                (None, "silu", True),
+                ("mask", ("leaky_relu", 0.1), False),
+                ("mask", "silu", False),
+                ("weights", "relu", True),
+                ("weights", None, False),
+            )
+        ),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("residual", [pytest.param(False, marks=SLOW), True])
 @pytest.mark.usefixtures("_x64")
 def test_derivatives_are_those_of_array_code(w, activation, residual):
     """First order in both modes and second order, along everything that moves."""
