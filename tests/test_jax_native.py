@@ -258,6 +258,14 @@ def test_a_constant_channel_has_a_gradient():
     np.testing.assert_allclose(found, 0.25 + 0.5 * (x - x.mean(0)))
 
 
+def test_without_jit():
+    x, gamma, beta, _, dy = (v.astype(np.float32) for v in arrays())
+    with jax.disable_jit():
+        found = both(*map(jnp.asarray, (x, gamma, beta, dy)))
+    y, stats = bn.batch_norm(x, gamma, beta)
+    close(found, (y, *bn.batch_norm_backward(dy, x, stats, gamma)), 1e-5)
+
+
 def test_donated_arrays():
     x, gamma, beta, _, _ = (v.astype(np.float32) for v in arrays((8, 4, 100)))
     right, _ = bn.batch_norm(x, gamma, beta)

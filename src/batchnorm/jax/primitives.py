@@ -270,7 +270,11 @@ def _define(name: str, operands: Names, code: Code) -> Pass:
     def compiled(names: Names, settings: Settings) -> Any:
         return jax.jit(functools.partial(primitive.bind, names=names, settings=settings))
 
-    primitive.def_impl(lambda *arrays, names, settings: compiled(names, settings)(*arrays))
+    def run(*arrays: Array, names: Names, settings: Settings) -> Any:
+        with jax.disable_jit(False):  # uncompiled, the function would bind the primitive again
+            return compiled(names, settings)(*arrays)
+
+    primitive.def_impl(run)
     primitive.def_abstract_eval(shapes)
     mlir.register_lowering(primitive, mlir.lower_fun(array_code, multiple_results=True))
     if name != "tangent":
