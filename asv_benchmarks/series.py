@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from asv.results import iter_results
 from asv.step_detect import detect_steps
@@ -34,8 +34,26 @@ class Step(NamedTuple):
     before: float
     after: float
 
+    @property
+    def verdict(self) -> str:
+        """What happened, in a word."""
+        return "slower" if self.after > self.before else "faster"
+
+    @property
+    def ratio(self) -> float:
+        """How many times slower or faster."""
+        return max(self.after / self.before, self.before / self.after)
+
 
 Series = dict[tuple[str, ...], list[Point]]
+
+
+def values_of(run: Any, benchmark: str) -> dict[tuple[str, ...], float]:
+    """Return what a run has measured, by combinations of parameters, and not what failed."""
+    parameters = [[v.strip("'") for v in values] for values in run.get_result_params(benchmark)]
+    values = run.get_result_value(benchmark, run.get_result_params(benchmark))
+    each = zip(itertools.product(*parameters), values, strict=True)
+    return {case: v for case, v in each if v is not None and v == v}
 
 
 def measured(folder: Path = RESULTS, benchmark: str = BENCHMARK) -> dict[str, Series]:
@@ -48,13 +66,8 @@ def measured(folder: Path = RESULTS, benchmark: str = BENCHMARK) -> dict[str, Se
             continue
         pure = run.env_name.endswith("BATCHNORM_NATIVE0")
         machine = run.params["machine"] + (", without the core" if pure else "")
-        parameters = run.get_result_params(benchmark)
-        values = run.get_result_value(benchmark, parameters)
-        for case, value in zip(itertools.product(*parameters), values, strict=True):
-            if value is not None and value == value:
-                words = tuple(word.strip("'") for word in case)
-                point = Point(run.commit_hash, value)
-                found.setdefault(machine, {}).setdefault(words, []).append(point)
+        for case, value in values_of(run, benchmark).items():
+            found.setdefault(machine, {}).setdefault(case, []).append(Point(run.commit_hash, value))
     return {
         machine: {case: points for case, points in series.items() if len(points) >= FEWEST}
         for machine, series in found.items()
@@ -65,11 +78,11 @@ def measured(folder: Path = RESULTS, benchmark: str = BENCHMARK) -> dict[str, Se
 def steps(points: list[Point]) -> list[Step]:
     """Return where asv detects that the level changes, by the threshold at least."""
     levels = detect_steps([point.value for point in points])
-    found = []
-    for (_, end, before, *_), (_, _, after, *_) in itertools.pairwise(levels):
-        if max(before / after, after / before) >= THRESHOLD:
-            found.append(Step(points[end].commit, before, after))
-    return found
+    found = [
+        Step(points[end].commit, before, after)
+        for (_, end, before, *_), (_, _, after, *_) in itertools.pairwise(levels)
+    ]
+    return [step for step in found if step.ratio >= THRESHOLD]
 
 
 def subjects() -> dict[str, str]:

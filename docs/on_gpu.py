@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections import defaultdict
 
 from matplotlib.figure import Figure
 from tables import markdown
@@ -16,43 +16,20 @@ MEASURED = HERE / "gpu.csv"
 NOT_YET = """The speed on GPUs has not been measured yet, because `tools/gpu_check.sh` has not been run
 on one ([how to run it](howto/gpu.md#check-a-machine)).
 """
+LARGE = math.nextafter(100.0, 0.0)  # MB: 100 and more
 COLOURS = {"batchnorm on CuPy": "tab:blue", "PyTorch": "tab:orange", "PyTorch, cuDNN": "tab:green"}
 
 Rows = dict[tuple[str, ...], dict[str, gpu.Result]]
 
 
-def by_case(results: list[gpu.Result]) -> Rows:
-    """Contestants of each shape, layout, dtype and pass."""
-    found: Rows = defaultdict(dict)
-    for r in results:
-        found[r.shape, r.layout, r.dtype, r.which][r.contestant] = r
-    return found
-
-
-def ratios(rows: Rows) -> str:
+def ratios(results: list[gpu.Result]) -> str:
     """A row for each pass, dtype and layout: times the better of PyTorch and cuDNN, and of the floor."""
     lines = []
-    for which in gpu.PASSES:
-        for dtype in gpu.DTYPES:
-            for layout in dict.fromkeys(key[1] for key in rows):
-                chosen = [row for key, row in rows.items() if key[1:] == (layout, dtype, which)]
-                for name in gpu.OURS:
-                    own = [row for row in chosen if name in row]
-                    won = [
-                        min(row[p].seconds for p in gpu.PEERS if p in row) / row[name].seconds
-                        for row in own
-                        if any(p in row for p in gpu.PEERS)
-                    ]
-                    floor = gpu.FLOOR[which]
-                    large = [
-                        floor * row["copy"].seconds / row[name].seconds
-                        for row in own
-                        if row[name].megabytes >= 100 and "copy" in row
-                    ]
-                    if won:
-                        share = f"{geometric(large):.2f}" if large else ""
-                        times = f"{geometric(won):.2f} ({min(won):.2f})"
-                        lines.append([name, which, dtype, layout, times, share])
+    for c in gpu.compared(results, LARGE):
+        times = [ratio for ratio, _ in c.won]
+        share = f"{geometric(c.shares):.2f}" if c.shares else ""
+        cells = (c.name, c.which, c.dtype, c.layout, f"{geometric(times):.2f} ({min(times):.2f})", share)
+        lines.append(cells)
     headings = [
         "",
         "pass",
@@ -92,10 +69,10 @@ def write(folder: pathlib.Path, measured: pathlib.Path = MEASURED) -> None:
         page.write_text(NOT_YET)
         return
     results, device, cache = gpu.read(measured)
-    rows = by_case(results)
+    rows = gpu.by_case(results)
     parts = [
         f"{device}, {cache:.0f} MB of second-level cache; times by the device's events.\n",
-        ratios(rows),
+        ratios(results),
     ]
     for which in ("forward", "backward"):
         draw(rows, which, folder / f"gpu-{which}.svg")

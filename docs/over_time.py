@@ -13,14 +13,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "asv_benchmarks"))
 import series
 
 PASSES = ("forward", "backward", "inference")
+COLOURS = {"slower": "tab:red", "faster": "tab:green"}
 BACKENDS = {"compiled": "compiled code", "numpy": "NumPy alone"}
 
 
 def commits_of(cases: series.Series) -> list[str]:
     """All commits of a machine, in their order; a combination may lack some."""
-    longest = max(cases.values(), key=len)
-    order = [point.commit for point in longest]
-    return order + sorted({p.commit for points in cases.values() for p in points} - set(order))
+    found = {point.commit for points in cases.values() for point in points}
+    known = [commit for commit in series.subjects() if commit in found]
+    return known + sorted(found.difference(known))
 
 
 def draw(cases: series.Series, which: str, output: pathlib.Path) -> None:
@@ -36,13 +37,13 @@ def draw(cases: series.Series, which: str, output: pathlib.Path) -> None:
             places = [order.index(point.commit) for point in points]
             chart.plot(places, [point.value for point in points], "o-", markersize=3, linewidth=1)
             for step in series.steps(points) if points else []:
-                slower = step.after > step.before
+                colour = COLOURS[step.verdict]
                 place = order.index(step.commit) - 0.5
-                chart.axvline(place, color="tab:red" if slower else "tab:green", linewidth=1)
+                chart.axvline(place, color=colour, linewidth=1)
                 chart.annotate(
                     f"{step.commit[:7]}: {step.before:.2g} to {step.after:.2g}",
                     (place, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
-                    textcoords="offset points", fontsize=7, color="tab:red" if slower else "tab:green",
+                    textcoords="offset points", fontsize=7, color=colour,
                 )  # fmt: skip
             chart.axhline(1, color="0.7", linewidth=0.8)
             chart.set_ylim(0, 1.3 * max((point.value for point in points), default=1))
@@ -61,9 +62,8 @@ def steps(cases: series.Series) -> str:
     for (backend, shape, which), points in cases.items():
         for step in series.steps(points):
             ratio = f"{step.before:.3g} to {step.after:.3g} copies"
-            verdict = "slower" if step.after > step.before else "faster"
             since = f"`{step.commit[:7]}` {names.get(step.commit, '')}"
-            rows.append([since, which, shape, BACKENDS[backend], ratio, verdict])
+            rows.append([since, which, shape, BACKENDS[backend], ratio, step.verdict])
     if not rows:
         return "asv detects no steps.\n"
     order = commits_of(cases)

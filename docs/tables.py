@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import sys
 from collections.abc import Iterable, Sequence
 
 from batchnorm.capabilities import GAPS, LIBRARIES, OPERATIONS, works
@@ -47,27 +48,24 @@ def conventions() -> str:
 
 def across() -> str:
     """What airspeed velocity measured across libraries: a table for each pass."""
-    from asv.results import iter_results
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "asv_benchmarks"))
+    import series
 
     name = "across.Across.track_copies"
-    folder = pathlib.Path(__file__).parents[1] / "asv_benchmarks" / "results"
-    runs = [run for run in iter_results(str(folder)) if name in run.get_all_result_keys()]
+    runs = [run for run in series.iter_results(str(series.RESULTS)) if name in run.get_all_result_keys()]
     if not runs:
         return "Not measured yet.\n"
     run = max(runs, key=lambda run: run.date)
-    parameters = [[v.strip("'") for v in values] for values in run.get_result_params(name)]
-    values = run.get_result_value(name, run.get_result_params(name))
-    found = dict(zip(itertools.product(*parameters), values, strict=True))
-    libraries, backends, shapes, passes = parameters
+    found = series.values_of(run, name)
+    libraries, backends, shapes, passes = (list(dict.fromkeys(v)) for v in zip(*found, strict=True))
     machine = run.params.get("cpu", run.params["machine"])
     parts = [f"Commit `{run.commit_hash[:7]}`, {run.params.get('num_cpu', '?')} cores of {machine}.\n"]
     for which in passes:
         rows = []
         for library, shape in itertools.product(libraries, shapes):
-            cells = [found[library, backend, shape, which] for backend in backends]
-            if any(v is not None and v == v for v in cells):
-                shown = ["" if v is None or v != v else f"{v:.3g}" for v in cells]
-                rows.append([library, shape, *shown])
+            cells = [found.get((library, backend, shape, which)) for backend in backends]
+            if any(cells):
+                rows.append([library, shape, *("" if v is None else f"{v:.3g}" for v in cells)])
         parts += [f"### {which.capitalize()} pass\n", markdown(["arrays of", "shape", *backends], rows)]
     return "\n".join(parts)
 

@@ -3,14 +3,13 @@
 import importlib
 import importlib.util
 
-import numpy as np
-
 import batchnorm as bn
+from batchnorm.bench.cases import case
+from batchnorm.bench.contestants import CONTESTANTS, EPS, package
 
 from .copies import in_copies
 from .gate import PASSES, SHAPES, moved
 
-EPS = 1e-5
 AXIS = 1
 CHOSEN = ("convolution", "7 x 7", "vectors")
 BACKENDS = {"fastest": None, "array code": "generic"}
@@ -29,24 +28,12 @@ def textbook(xp, x, gamma, beta, mean=None, var=None):
     return gamma * (x - mean) / xp.sqrt(var + EPS) + beta
 
 
-def arrays(shape):
-    """x, dy, gamma, beta, mean and var in NumPy, float32."""
-    rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    return x, dy, *(np.full(shape[AXIS], v, np.float32) for v in (1.5, 0.1, 0.1, 1.1))
-
-
 def ours(convert, wait=lambda v: v):
     """This package's functions on arrays that `convert` makes of NumPy's."""
 
     def prepare(given, which):
-        x, dy, gamma, beta, mean, var = map(convert, given)
-        if which == "forward":
-            return lambda: wait(bn.batch_norm(x, gamma, beta))
-        if which == "inference":
-            return lambda: wait(bn.normalize(x, mean, var, gamma, beta))
-        _, stats = bn.batch_norm(x, gamma, beta)
-        return lambda: wait(bn.batch_norm_backward(dy, x, stats, gamma))
+        call = package(convert)(given, which)
+        return lambda: wait(call())
 
     return prepare
 
@@ -56,7 +43,7 @@ def formula(module, wait=lambda v: v, convert=None):
 
     def prepare(given, which):
         xp = importlib.import_module(module)
-        x, _, gamma, beta, *stats = map(convert or xp.asarray, given)
+        x, _, gamma, beta, *stats = map(convert or xp.asarray, given[:6])
         if which == "backward":
             raise NotImplementedError
         stats = stats if which == "inference" else []
@@ -66,21 +53,7 @@ def formula(module, wait=lambda v: v, convert=None):
 
 
 def on_torch(given, which):
-    torch = importlib.import_module("torch")
-    return ours(torch.from_numpy)(given, which)
-
-
-def torch_functions(given, which):
-    torch = importlib.import_module("torch")
-    x, dy, gamma, beta, mean, var = map(torch.from_numpy, given)
-    norm = torch.nn.functional.batch_norm
-    if which == "forward":
-        return lambda: norm(x, None, None, gamma, beta, training=True, eps=EPS)
-    if which == "inference":
-        return lambda: norm(x, mean, var, gamma, beta, training=False, eps=EPS)
-    _, *saved = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
-    operator, mask = torch.ops.aten.native_batch_norm_backward, [True, True, True]
-    return lambda: operator(dy, x, gamma, None, None, *saved, True, EPS, mask)
+    return package(importlib.import_module("torch").from_numpy)(given, which)
 
 
 def torch_modules(modules):
@@ -122,7 +95,7 @@ def pullback(norm):
 
 
 def on_jax(given, which):
-    x, dy, gamma, beta, mean, var = given
+    x, dy, gamma, beta, mean, var = given[:6]
     if which == "forward":
         return jitted(lambda x, g, b: bn.batch_norm(x, g, b)[0], x, gamma, beta)
     if which == "inference":
@@ -132,7 +105,7 @@ def on_jax(given, which):
 
 def flax(given, which):
     nnx = importlib.import_module("flax.nnx")
-    x, dy, gamma, beta, mean, var = given
+    x, dy, gamma, beta, mean, var = given[:6]
 
     def norm(x, gamma, beta, *stats):
         settings = {"axis": AXIS, "use_running_average": bool(stats), "rngs": nnx.Rngs(0)}
@@ -158,7 +131,7 @@ def compute(results):
 
 LIBRARIES = {
     "NumPy": ("numpy", ours(lambda a: a), formula("numpy")),
-    "PyTorch, functions": ("torch", on_torch, torch_functions),
+    "PyTorch, functions": ("torch", on_torch, CONTESTANTS["PyTorch"].prepare),
     "PyTorch, modules": ("torch", torch_modules("batchnorm.torch"), torch_modules("torch.nn")),
     "JAX, jit": ("jax", on_jax, flax),
     "Dask, 4 chunks": ("dask", ours(in_chunks, compute), formula("dask.array", compute, in_chunks)),
@@ -202,7 +175,7 @@ class Across:
         bn.set_kernels(BACKENDS.get(backend))
         shape, axis = SHAPES[shape]
         assert axis == AXIS
-        given, nbytes = arrays(shape), moved(shape, which, False)
+        given, nbytes = case(shape, "second"), moved(shape, which, False)
         if needs == "jax" and which == "backward":
             nbytes += moved(shape, "forward", False)
         self.call, self.nbytes = prepare(given, which), nbytes

@@ -330,33 +330,59 @@ def read(path: Path) -> tuple[list[Result], str, float]:
     return results, rows[0]["device"], float(rows[0]["cache"])
 
 
-def summary(results: list[Result], cache: float) -> list[str]:
-    """Return a table with a line for each contestant of this package, pass, dtype and layout."""
+class Comparison(NamedTuple):
+    """A contestant of this package with its peers, over all shapes of a pass, dtype and layout."""
+
+    name: str
+    which: str
+    dtype: str
+    layout: str
+    won: list[tuple[float, float]]
+    """How many times as fast as the better peer, and at how many MB."""
+    shares: list[float]
+    """Shares of the floor's speed, of large arrays."""
+    errors: tuple[float, float]
+    """The largest of this package, and of PyTorch."""
+
+
+def by_case(results: list[Result]) -> dict[tuple[str, ...], dict[str, Result]]:
+    """Return the contestants of each shape, layout, dtype and pass."""
     rows: dict[tuple[str, ...], dict[str, Result]] = {}
     for r in results:
         rows.setdefault((r.shape, r.layout, r.dtype, r.which), {})[r.contestant] = r
-    heading = ("", "times the better of PyTorch", "of the floor", "largest error, eps")
-    lines = [f"{heading[0]:52}{heading[1]:30}{heading[2]:26}{heading[3]}"]
-    lines += [f"{'':52}{'mean (worst, at MB)':30}{'beyond cache: mean (worst)':26}ours, PyTorch's"]
-    keys = itertools.product(OURS, PASSES, DTYPES, LAYOUTS)
-    for name, which, dtype, layout in keys:
+    return rows
+
+
+def compared(results: list[Result], large: float) -> Iterator[Comparison]:
+    """Yield comparisons where a peer was measured; `large` arrays have more MB."""
+    rows = by_case(results)
+    for name, which, dtype, layout in itertools.product(OURS, PASSES, DTYPES, LAYOUTS):
         chosen = [row for key, row in rows.items() if key[1:] == (layout, dtype, which) and name in row]
-        raced = [
+        won = [
             (min(row[p].seconds for p in PEERS if p in row) / row[name].seconds, row[name].megabytes)
             for row in chosen
             if any(p in row for p in PEERS)
         ]
+        if not won:
+            continue
         shares = [
             FLOOR[which] * row["copy"].seconds / row[name].seconds
             for row in chosen
-            if row[name].megabytes > cache and "copy" in row
+            if row[name].megabytes > large and "copy" in row
         ]
-        if not raced:
-            continue
-        worst, megabytes = min(raced)
-        errors = [max(row[n].error for row in chosen if n in row) for n in (name, PEERS[0])]
-        text = f"{name:22}{which:10} {dtype:9} {layout:8}"
-        mean = f"{geometric([r for r, _ in raced]):.2f} ({worst:.2f}, {megabytes:.1f})"
-        floor = f"{geometric(shares):.2f} ({min(shares):.2f})" if shares else "-"
-        lines.append(f"{text:52}{mean:30}{floor:26}{errors[0]:.2f}, {errors[1]:.2g}")
+        own, theirs = (max(row[n].error for row in chosen if n in row) for n in (name, PEERS[0]))
+        yield Comparison(name, which, dtype, layout, won, shares, (own, theirs))
+
+
+def summary(results: list[Result], cache: float) -> list[str]:
+    """Return a table with a line for each contestant of this package, pass, dtype and layout."""
+    heading = ("", "times the better of PyTorch", "of the floor", "largest error, eps")
+    lines = [f"{heading[0]:52}{heading[1]:30}{heading[2]:26}{heading[3]}"]
+    lines += [f"{'':52}{'mean (worst, at MB)':30}{'beyond cache: mean (worst)':26}ours, PyTorch's"]
+    for c in compared(results, cache):
+        worst, megabytes = min(c.won)
+        text = f"{c.name:22}{c.which:10} {c.dtype:9} {c.layout:8}"
+        mean = f"{geometric([r for r, _ in c.won]):.2f} ({worst:.2f}, {megabytes:.1f})"
+        floor = f"{geometric(c.shares):.2f} ({min(c.shares):.2f})" if c.shares else "-"
+        lines.append(f"{text:52}{mean:30}{floor:26}{c.errors[0]:.2f}, {c.errors[1]:.2g}")
     return lines

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from batchnorm import core
-from batchnorm.backends.base import Backend
-from batchnorm.backends.generic import GENERIC
 from batchnorm.epilogue import Epilogue
+from batchnorm.jax.array_code import Jax
 from batchnorm.jax.primitives import BACKWARD, FORWARD, INFERENCE, MOMENTS
 from batchnorm.jax.settings import Settings
 from batchnorm.layout import Layout
@@ -55,17 +54,11 @@ def _pays_in_inference(x: Array, layout: Layout) -> bool:
     return math.prod(layout.channels) <= MOST_CHANNELS and nbytes not in REUSED_BYTES
 
 
-class NativeJax(Backend):
-    """The compiled core, with forward and backward passes fused, by XLA's foreign-function interface."""
+class NativeJax(Jax):
+    """The compiled core, by XLA's foreign-function interface; array code where there is no handler."""
 
     name = "native"
     summary = "the compiled core, called by XLA on the CPU"
-
-    # Kernels of passes for which there is no handler.
-    moments = GENERIC.moments
-    scale_shift = GENERIC.scale_shift
-    grad_sums = GENERIC.grad_sums
-    grad_input = GENERIC.grad_input
 
     def refuses(self, arrays: tuple[Array | None, ...]) -> str | None:
         """Return why the handlers cannot run on the arrays of a call, or None."""
@@ -89,7 +82,7 @@ class NativeJax(Backend):
     ) -> tuple[Array, Moments]:
         """Return y and the batch's moments."""
         if not isinstance(eps, float):  # gradients to eps are JAX's own
-            return GENERIC.forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
+            return super().forward(x, w, gamma, beta, eps, layout, epilogue=epilogue)
         activation, residual, *_ = epilogue or (None, None)
         settings = Settings(layout.channel_axes, eps, activation)
         given = {"gamma": gamma, "beta": beta, "residual": residual}
@@ -116,7 +109,7 @@ class NativeJax(Backend):
     ) -> Array:
         """Return y from statistics that are given."""
         if not isinstance(eps, float) or not _pays_in_inference(x, layout):
-            return GENERIC.inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue)
+            return super().inference(x, stats, gamma, beta, eps, layout, epilogue=epilogue)
         activation, residual, *_ = epilogue or (None, None)
         settings = Settings(layout.channel_axes, eps, activation)
         given = {"mean": stats.mean, "var": stats.var, "low": stats.mean_lo}

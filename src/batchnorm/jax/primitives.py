@@ -143,7 +143,7 @@ def _shapes(name: str, given: Given, settings: Settings) -> list[Any]:
         "forward": [y, *[wide] * 4],
         "moments": [wide] * 4,
         "inference": [y],
-        "tangent": [y, *[_vector(x, settings, given[n].dtype) for n in ("mean", "var") if n in given]],
+        "tangent": [y, *[wide] * 2],
     }[name]
 
 
@@ -217,11 +217,10 @@ def _moments_derivative(primals: Any, tangents: Any, *, names: Names, settings: 
         return _own_derivative(_array_code(_moments))(primals, tangents, names=names, settings=settings)
     given = dict(zip(names, primals, strict=True))
     count, mean, var, low = MOMENTS(settings, **given)
-    if _is_zero(tangents[0]):
-        dmean, dvar = jnp.zeros_like(mean), jnp.zeros_like(var)
-    else:  # which no eps changes; that of 1 is fine with a variance of 0
-        given |= {"dx": tangents[0], "count": count, "mean": mean, "var": var, "low": low}
-        _, dmean, dvar = TANGENT(settings._replace(eps=1.0), **given)
+    given |= {"dx": tangents[0], "count": count, "mean": mean, "var": var, "low": low}
+    _, dmean, dvar = TANGENT(
+        settings._replace(eps=1.0), **given
+    )  # no eps changes these two; 0 may divide
     return [count, mean, var, low], _of_statistics(dmean, dvar)
 
 
